@@ -1,0 +1,183 @@
+"""The command line: flags beside SDFTConfig's, and where their values come from (recipe, YAML file, command line)."""
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from peft import LoraConfig
+from transformers import HfArgumentParser
+
+from sdft_ds.config import SDFTConfig
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ScriptArguments:
+    """Where the data comes from and how its columns map."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = _field(None, "A data set on the Hugging Face hub.")
+    dataset_config: str | None = _field(None, "Its configuration.")
+    dataset_path: str | None = _field(
+        None, "A data set on disk: a save_to_disk folder, a json/jsonl/parquet/csv file, or a folder of such files."
+    )
+    dataset_train_split: str = _field("train", "The split to train on.")
+    dataset_test_split: str = _field("test", "The split to evaluate on, where eval_strategy asks for it.")
+    prompt_column: str = _field("prompt", "Column that holds the prompt: text, or a conversation.")
+    system_column: str | None = _field(
+        None, "Column that holds a system message; the prompt's text then becomes the user's turn of a conversation."
+    )
+    privileged_context_column: str = _field(
+        "privileged_context", "Column that holds what only the teacher sees: text, or messages."
+    )
+    golden_response_column: str = _field(
+        "golden_response", "Column that holds a demonstration, used where a row has no privileged context."
+    )
+    demonstration_template: str = _field(
+        "Example response: $output_text",
+        "Makes the privileged context from a golden response: $output_text is the response, $orig_content the prompt.",
+    )
+    eval_num_prompts: int | None = _field(
+        8, "Evaluation prompts whose completions are printed after training; 0: none."
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model, in which form, with which adapter."""
+
+    _argument_group_name = "model and adapter"
+
+    model_name_or_path: str | None = _field(None, "The model: a hub id or a folder. Unset: the embedded demo model.")
+    model_revision: str = _field("main", "Branch, tag or commit on the hub.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = _field(
+        None, "Load the weights in this dtype. Unset: float32, or that of DeepSpeed's engine."
+    )
+    attn_implementation: str | None = _field(None, "Attention: eager, sdpa, flash_attention_2, ...")
+    trust_remote_code: bool = _field(False, "Run code from the model's repository. Only for authors you trust.")
+    use_peft: bool = _field(False, "Train a LoRA adapter instead of all weights.")
+    lora_r: int = _field(16, "Rank of LoRA.")
+    lora_alpha: int = _field(32, "Scale of LoRA, divided by its rank.")
+    lora_dropout: float = _field(0.05, "Dropout of LoRA; disable_dropout sets it to 0.")
+    lora_target_modules: list[str] | None = _field(None, "Modules to adapt; all-linear for every linear layer.")
+    lora_target_parameters: list[str] | None = _field(None, "Parameters to adapt, such as fused expert weights.")
+    lora_modules_to_save: list[str] | None = _field(None, "Modules to train in full beside the adapter.")
+    lora_task_type: str = _field("CAUSAL_LM", "Task type of the adapter.")
+    use_rslora: bool = _field(False, "Scale by lora_alpha / sqrt(lora_r).")
+    use_dora: bool = _field(False, "Weight-decomposed LoRA.")
+
+    def init_kwargs(self) -> dict[str, Any]:
+        """What goes to from_pretrained."""
+        named = {
+            "revision": self.model_revision,
+            "attn_implementation": self.attn_implementation,
+            "trust_remote_code": self.trust_remote_code,
+            "dtype": self.dtype,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+    def peft_config(self) -> LoraConfig | None:
+        """The adapter asked for, or None."""
+        if not self.use_peft:
+            return None
+        targets = self.lora_target_modules
+        return LoraConfig(
+            task_type=self.lora_task_type,
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=targets[0] if targets and len(targets) == 1 else targets,
+            target_parameters=self.lora_target_parameters,
+            modules_to_save=self.lora_modules_to_save,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
+
+
+Parsed = tuple[ScriptArguments, SDFTConfig, ModelArguments]
+
+
+def parse(argv: Sequence[str], recipe: dict[str, Any]) -> Parsed:
+    """The command line, over a YAML file (--config), over `recipe` where neither a model nor a data set is named.
+
+    Prints one line and exits with status 2 for a flag or a key that does not exist, or a value of the wrong type.
+    """
+    parser = _parser()
+    settings, _ = parser.parse_known_args(argv)
+    from_file = _read_yaml(settings.config, parser) if settings.config else {}
+    named = {**vars(settings), **from_file}
+    if any(named.get(key) or vars(settings)[key] for key in ("model_name_or_path", "dataset_name", "dataset_path")):
+        recipe = {}
+    tokens = [token for name, value in {**recipe, **from_file}.items() for token in _tokens(name, value)]
+    namespace, unknown = parser.parse_known_args([*tokens, *argv])
+    if unknown:
+        parser.error(_unknown(unknown, parser))
+    values = vars(namespace)
+    return tuple(
+        kind(**{name: values[name] for name, f in kind.__dataclass_fields__.items() if f.init})
+        for kind in (ScriptArguments, SDFTConfig, ModelArguments)
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = HfArgumentParser(
+        (ScriptArguments, SDFTConfig, ModelArguments),
+        prog="train.py",
+        description="Self-distilled fine-tuning. With neither a model nor a data set: the embedded demo.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="Settings from a YAML file; the command line wins.")
+    for action in parser._actions:
+        # What may be None can be said to be: --distillation_topk none.
+        if action.type in (int, float, str):
+            action.type = _optional(action.type)
+    return parser
+
+
+def _optional(convert: type) -> Any:
+    def parse_value(text: str) -> Any:
+        return None if text.lower() in ("none", "null") else convert(text)
+
+    parse_value.__name__ = convert.__name__
+    return parse_value
+
+
+def _read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        parser.error(f"--config {path}: a mapping of settings is needed, found {type(content).__name__}")
+    known = {action.dest for action in parser._actions}
+    for key in content:
+        if key not in known:
+            parser.error(f"--config {path}: " + _unknown([f"--{key}"], parser))
+    return content
+
+
+def _tokens(name: str, value: Any) -> list[str]:
+    """A setting as command-line tokens."""
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def _unknown(tokens: list[str], parser: argparse.ArgumentParser) -> str:
+    flag = next((token.split("=")[0] for token in tokens if token.startswith("-")), None)
+    if flag is None:
+        return f"unexpected value {tokens[0]!r}"
+    close = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
+    return f"unknown setting {flag}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def explicit(argv: Sequence[str] | None = None) -> Sequence[str]:
+    """The arguments of this process."""
+    return sys.argv[1:] if argv is None else argv

@@ -1,0 +1,172 @@
+"""Teaches a causal LM to answer a request about its completion tokens inside its own forward.
+
+Shapes: R rows, T positions of a row, N completion tokens asked for, V vocabulary, D hidden.
+
+`install(model)` gives the model's forward one more keyword, `request`. With it the decoder runs as always, but only
+the N positions asked for go on to the head, and the head computes the answer (log-probabilities, loss) instead of
+logits. It happens inside the forward of the wrapped model because that is where DDP sees the gradient and where ZeRO-3
+gathers the head: the head module is called once, with all chunks inside.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sdft_ds.chunked_loss import (
+    HeadValues,
+    LogitsTransform,
+    LossTerms,
+    chunked_distillation_loss,
+    chunked_token_log_probs,
+)
+from sdft_ds.module_state import evaluating
+
+# Config attribute -> what the model does to its logits after the head. `check` refuses whatever is missing here.
+LOGITS_TRANSFORMS = {
+    "logits_scaling": lambda value: lambda logits: logits / value,  # Granite
+    "logit_scale": lambda value: lambda logits: logits * value,  # Cohere
+    "final_logit_softcapping": lambda value: lambda logits: torch.tanh(logits / value) * value,  # Gemma 2
+}
+
+
+@dataclass
+class HiddenStates:
+    """Ask for the last hidden states at flat positions (row x T + position) of the batch: [N, D]."""
+
+    positions_N: Tensor
+
+
+@dataclass
+class TokenLogProbs:
+    """Ask for the log-probability of each token: [N] fp32, no gradient."""
+
+    positions_N: Tensor
+    tokens_N: Tensor
+    temperature: float
+
+    def answer(self, hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -> Tensor:
+        return chunked_token_log_probs(hidden_ND, head, self.tokens_N, self.temperature, finish)
+
+
+@dataclass
+class DistillationLoss:
+    """Ask for the loss: a scalar, scale x sum of weight x divergence; `per_token_N` holds the terms afterwards."""
+
+    positions_N: Tensor
+    terms: LossTerms
+    scale: Tensor
+    chunk_tokens: int | None = None
+    per_token_N: Tensor | None = None
+
+    def answer(self, hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -> Tensor:
+        # The terms are left on the request: every output of a module is a tensor that DDP and ZeRO-3 hook.
+        loss, self.per_token_N = chunked_distillation_loss(
+            hidden_ND, head, self.terms, self.scale, finish, self.chunk_tokens
+        )
+        return loss
+
+
+@dataclass
+class Logits:
+    """Ask for the logits themselves; only `check` does."""
+
+    positions_N: Tensor
+
+    def answer(self, hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -> Tensor:
+        return finish(nn.functional.linear(hidden_ND, head.weight_VD, head.bias_V))
+
+
+def causal_lm_of(model: nn.Module) -> PreTrainedModel:
+    """The causal LM inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_of(model: nn.Module) -> nn.Linear:
+    """The language-model head; raises ValueError where it is not a plain linear layer."""
+    head = causal_lm_of(model).get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"The language-model head of {type(causal_lm_of(model)).__name__} is a {type(head).__name__}, and the "
+            "loss needs a plain linear layer: leave `lm_head` out of the LoRA targets and of modules_to_save."
+        )
+    return head
+
+
+def install(model: nn.Module) -> None:
+    """Give the model's forward the keyword `request`; without it nothing changes."""
+    causal_lm, head = causal_lm_of(model), head_of(model)
+    for module, forward in ((causal_lm, _model_forward), (head, _head_forward)):
+        module.sdft_plain_forward = module.forward
+        # A bound method, not a closure over the module: a deep copy of the model gets its own. The signature stays
+        # the model's, for transformers reads it to know which inputs there are.
+        module.forward = types.MethodType(_with_signature_of(type(module).forward, forward), module)
+
+
+def _with_signature_of(original: Callable, function: Callable) -> Callable:
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return forward
+
+
+def _model_forward(causal_lm: PreTrainedModel, *args, request=None, **kwargs):
+    if request is None:
+        return causal_lm.sdft_plain_forward(*args, **kwargs)
+    hidden_RTD = causal_lm.base_model(
+        input_ids=kwargs["input_ids"], attention_mask=kwargs["attention_mask"], use_cache=False
+    ).last_hidden_state
+    hidden_ND = hidden_RTD.flatten(0, 1)[request.positions_N]
+    if isinstance(request, HiddenStates):
+        return hidden_ND
+    return causal_lm.get_output_embeddings()(hidden_ND, request=request, finish=_logits_transform(causal_lm.config))
+
+
+def _head_forward(head: nn.Linear, hidden, request=None, finish=None):
+    if request is None:
+        return head.sdft_plain_forward(hidden)
+    return request.answer(hidden, HeadValues(head.weight, head.bias), finish)
+
+
+def _logits_transform(config) -> LogitsTransform:
+    """The composition of what this model's config says happens after its head."""
+    text_config = config.get_text_config()
+    steps = [
+        make(getattr(text_config, name))
+        for name, make in LOGITS_TRANSFORMS.items()
+        if getattr(text_config, name, None) is not None
+    ]
+
+    def finish(logits: Tensor) -> Tensor:
+        for step in steps:
+            logits = step(logits)
+        return logits
+
+    return finish
+
+
+@torch.no_grad()
+def check(model: nn.Module, engine: nn.Module, device: torch.device) -> None:
+    """Compare the model's own logits with ours on a few tokens; raise ValueError, naming the model, if they differ.
+
+    It is what lets an unknown architecture in: a model that does something after its head that LOGITS_TRANSFORMS does
+    not know is refused before the first step. Every rank runs the same two forwards.
+    """
+    vocabulary = causal_lm_of(model).config.get_text_config().vocab_size
+    input_ids = (torch.arange(8, device=device) * 7919 % vocabulary).unsqueeze(0)
+    mask = torch.ones_like(input_ids)
+    with evaluating(engine):
+        own = engine(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.float()[0]
+        ours = engine(input_ids=input_ids, attention_mask=mask, request=Logits(torch.arange(8, device=device))).float()
+    # bf16 keeps 8 bits, and the two products differ in shape, hence in their order of summation.
+    tolerance = 3e-2 * own.abs().max().clamp(min=1.0)
+    if (own - ours).abs().max() > tolerance:
+        raise ValueError(
+            f"{type(causal_lm_of(model)).__name__} changes its logits after the head in a way that is not supported "
+            f"(largest difference {(own - ours).abs().max():.3g}). Supported: {', '.join(LOGITS_TRANSFORMS)}."
+        )

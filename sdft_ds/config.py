@@ -1,0 +1,400 @@
+"""SDFTConfig: every setting of a run, said once, in the help of its field.
+
+Names and defaults are those of TRL's experimental SDFT, so that a script moves over by changing its import.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+from sdft_ds import zero
+from sdft_ds.divergence import MODES, Divergence
+from sdft_ds.prompts import TRUNCATIONS, parse_template
+
+LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
+TEACHER_KINDS = ("live", "base", "ema")
+
+# Fields that the TRL interface inherits from its reinforcement-learning trainers and self-distillation never reads:
+# accepted at their default, refused elsewhere, because a setting that changes nothing misleads.
+_POLICY_GRADIENT = "it belongs to a policy gradient with rewards; self-distillation has neither"
+_VLLM = "rollouts run in the training process itself, with the current weights"
+UNUSED_FIELDS = {
+    "beta": _POLICY_GRADIENT,
+    "epsilon": _POLICY_GRADIENT,
+    "epsilon_high": _POLICY_GRADIENT,
+    "importance_sampling_level": _POLICY_GRADIENT,
+    "reward_weights": _POLICY_GRADIENT,
+    "scale_rewards": _POLICY_GRADIENT,
+    "top_entropy_quantile": _POLICY_GRADIENT,
+    "diagnostics_warning_interval": "it configures warnings about flat rewards; there are no rewards",
+    "diagnostics_flat_tolerance": "it configures warnings about flat rewards; there are no rewards",
+    "vllm_mode": _VLLM,
+    "vllm_model_impl": _VLLM,
+    "vllm_enable_sleep_mode": _VLLM,
+    "vllm_server_base_url": _VLLM,
+    "vllm_server_host": _VLLM,
+    "vllm_server_port": _VLLM,
+    "vllm_group_port": _VLLM,
+    "vllm_server_timeout": _VLLM,
+    "vllm_tensor_parallel_size": _VLLM,
+    "vllm_gpu_memory_utilization": _VLLM,
+    "vllm_max_model_length": _VLLM,
+}
+
+
+def _field(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def _unused(default: Any) -> Any:
+    return _field(default, "Accepted at its default only; see the README.")
+
+
+@dataclass
+class SDFTConfig(TrainingArguments):
+    """Settings of SDFTTrainer: those of transformers.TrainingArguments and the fields below.
+
+    Raises ValueError, naming the field and the remedy, for values and combinations that cannot work.
+    """
+
+    _argument_group_name = "training and self-distillation"
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
+        "model_init_kwargs",
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+
+    # Defaults that differ from transformers'.
+    logging_steps: float = _field(10, "Log every N optimizer steps; below 1, a share of all steps.")
+    bf16: bool | None = _field(
+        None, "Train in bf16: autocast over fp32 weights, or DeepSpeed's bf16 engine. Unset: on, unless fp16 is."
+    )
+    remove_unused_columns: bool = _field(False, "Drop dataset columns that are not used.")
+
+    # Model.
+    model_init_kwargs: dict[str, Any] | str | None = _field(
+        None, "Keyword arguments (JSON) of AutoModelForCausalLM.from_pretrained, where the model is given by name."
+    )
+    disable_dropout: bool = _field(True, "Set every dropout of the model to 0.")
+
+    # Divergence.
+    distillation_alpha: float = _field(
+        0.5, "0: forward KL(teacher||student); 1: reverse KL(student||teacher); between: generalised JSD."
+    )
+    distillation_mode: Literal["topk_logits", "full_logits", "sampled_token"] | None = _field(
+        None,
+        "Support of the divergence, the newer name: the student's top-k, the full vocabulary or the sampled token. "
+        "Unset: from distillation_topk and full_logit_distillation.",
+    )
+    distillation_topk: int | None = _field(
+        100, "Size of the student's top-k support. None: see full_logit_distillation."
+    )
+    full_logit_distillation: bool = _field(
+        False, "With distillation_topk None: the full vocabulary instead of the sampled token."
+    )
+    distillation_add_tail: bool = _field(
+        False, "With top-k: keep the remaining mass as one more bucket instead of renormalising."
+    )
+    distillation_is_clip: float | None = _field(
+        2.0, "Largest importance weight, where a rollout is older than the weights. None: no such weight."
+    )
+    distillation_weight: float = _field(1.0, "Factor of the loss.")
+    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = _field(
+        "dapo",
+        "Aggregation over tokens: dapo, mean over all loss tokens of the optimizer step; grpo, mean of each "
+        "completion's mean; bnpo, mean over each micro-batch's tokens, then over micro-batches; dr_grpo, sum over "
+        "(completions x max_completion_length).",
+    )
+    num_loss_tokens_to_skip: int = _field(0, "First tokens of each completion to leave out of the loss.")
+    mask_truncated_completions: bool = _field(
+        False, "Leave completions that hit max_completion_length out of the loss."
+    )
+    loss_chunk_tokens: int | None = _field(
+        None, "Tokens whose logits are in memory at once. Unset: as many as 16 Mi logits hold."
+    )
+
+    # Teacher.
+    teacher_model_kind: Literal["live", "base", "ema"] | None = _field(
+        None,
+        "The teacher's weights: live, the student's own; base, those at the start (PEFT: adapter off); ema, their "
+        "moving average. Unset: base with PEFT, ema with sync_ref_model, otherwise live.",
+    )
+    generate_from_teacher: bool = _field(False, "Roll out from the teacher's prompt instead of the student's.")
+    teacher_prompt_template: str = _field(
+        "{prompt}\n\n{privileged_context}", "What the teacher sees; both placeholders are needed, braces double."
+    )
+    sync_ref_model: bool = _field(False, "An EMA teacher; the older way to say teacher_model_kind ema.")
+    ref_model_mixup_alpha: float = _field(0.6, "EMA: teacher = (1 - rate) teacher + rate student.")
+    ref_model_sync_steps: int = _field(512, "EMA: optimizer steps between two updates.")
+    teacher_update_rate: float | None = _field(None, "The newer name of ref_model_mixup_alpha.")
+    teacher_sync_steps: int | None = _field(None, "The newer name of ref_model_sync_steps.")
+
+    # Prompts.
+    max_prompt_length: int | None = _field(512, "Most tokens of a student's prompt. None: no limit.")
+    max_teacher_prompt_length: int | None = _field(
+        None, "Most tokens of a teacher's prompt. Unset: the model's context minus max_completion_length."
+    )
+    truncation: Literal["truncate", "drop", "error"] = _field(
+        "truncate",
+        "A prompt over its limit: cut the user's text (never the template), counted and warned about; drop the row; "
+        "or stop with an error.",
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = _field(
+        None, "Keyword arguments (JSON) of the chat template, for example to switch thinking off."
+    )
+    shuffle_dataset: bool = _field(True, "Shuffle the training rows anew in every epoch.")
+
+    # Rollouts.
+    num_generations: int = _field(8, "Completions sampled for each prompt.")
+    num_generations_eval: int | None = _field(None, "The same for evaluation. Unset: num_generations.")
+    generation_batch_size: int | None = _field(
+        None, "Completions of a generation batch over all ranks; the other way to say steps_per_generation."
+    )
+    steps_per_generation: int | None = _field(
+        None, "Micro-batches of one generation batch. Unset: gradient_accumulation_steps."
+    )
+    num_iterations: int = _field(1, "Times each generation batch is used.")
+    max_completion_length: int = _field(256, "Most tokens of a completion.")
+    temperature: float = _field(1.0, "Sampling temperature; it divides the logits of the loss as well.")
+    top_p: float = _field(1.0, "Nucleus sampling.")
+    top_k: int = _field(0, "Top-k sampling; 0: off.")
+    min_p: float | None = _field(None, "Smallest probability, relative to the likeliest token's.")
+    repetition_penalty: float = _field(1.0, "Repetition penalty; 1: off.")
+    cache_implementation: str | None = _field(None, "KV cache of transformers' generate.")
+    generation_kwargs: dict[str, Any] | str | None = _field(
+        None, "More fields (JSON) of transformers' GenerationConfig."
+    )
+    ds3_gather_for_generation: bool = _field(
+        True, "ZeRO-3: gather the weights once for each rollout; False: layer by layer, slower, for what does not fit."
+    )
+    use_vllm: bool = _field(False, "Not supported; True is refused.")
+
+    # Inherited by the interface, not used.
+    beta: float = _unused(0.0)
+    epsilon: float = _unused(0.2)
+    epsilon_high: float | None = _unused(None)
+    importance_sampling_level: str = _unused("token")
+    reward_weights: list[float] | None = _unused(None)
+    scale_rewards: str = _unused("group")
+    top_entropy_quantile: float = _unused(1.0)
+    diagnostics_warning_interval: int = _unused(10)
+    diagnostics_flat_tolerance: float = _unused(1e-8)
+    vllm_mode: str = _unused("colocate")
+    vllm_model_impl: str = _unused("vllm")
+    vllm_enable_sleep_mode: bool = _unused(False)
+    vllm_server_base_url: str | None = _unused(None)
+    vllm_server_host: str = _unused("0.0.0.0")
+    vllm_server_port: int = _unused(8000)
+    vllm_group_port: int = _unused(51216)
+    vllm_server_timeout: float = _unused(240.0)
+    vllm_tensor_parallel_size: int = _unused(1)
+    vllm_gpu_memory_utilization: float = _unused(0.3)
+    vllm_max_model_length: int | None = _unused(None)
+
+    def __post_init__(self) -> None:
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True
+        self.use_cpu = self.use_cpu or zero.no_accelerator()
+        zero.start_process_group(self.deepspeed, self.use_cpu, self.ddp_timeout)
+        super().__post_init__()
+        self._refuse_unused()
+        self._check_ranges()
+        self._resolve_support()
+        self._resolve_teacher()
+        self._resolve_generation_batch()
+
+    @property
+    def generate_every(self) -> int:
+        """Micro-batches that one generation batch serves."""
+        return self.steps_per_generation * self.num_iterations
+
+    @property
+    def divergence(self) -> Divergence:
+        """The divergence that these settings describe."""
+        return Divergence(
+            mode=self.distillation_mode,
+            alpha=self.distillation_alpha,
+            topk=self.distillation_topk,
+            add_tail=self.distillation_add_tail,
+            temperature=self.temperature,
+        )
+
+    @property
+    def generation_options(self) -> dict[str, Any]:
+        """The fields of transformers' GenerationConfig that these settings describe."""
+        return {
+            "max_new_tokens": self.max_completion_length,
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "cache_implementation": self.cache_implementation,
+            "disable_compile": True,
+            **(self.generation_kwargs or {}),
+        }
+
+    def _refuse_unused(self) -> None:
+        if self.use_vllm:
+            raise ValueError(f"use_vllm=True is not supported: {_VLLM}. Leave it False.")
+        if self.scale_rewards is True:  # TRL's older spelling of its default
+            self.scale_rewards = "group"
+        for name, reason in UNUSED_FIELDS.items():
+            default = type(self).__dataclass_fields__[name].default
+            # TRL itself fills epsilon_high with epsilon, so a configuration copied from there holds 0.2.
+            allowed = (default, self.epsilon) if name == "epsilon_high" else (default,)
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} has no effect here: {reason}. Leave it at its default, {default!r}.")
+
+    def _check_ranges(self) -> None:
+        parse_template(self.teacher_prompt_template)
+        rules = [
+            ("distillation_alpha", 0.0 <= self.distillation_alpha <= 1.0, "in [0, 1]"),
+            ("distillation_topk", self.distillation_topk is None or self.distillation_topk > 0, "positive or None"),
+            (
+                "distillation_is_clip",
+                self.distillation_is_clip is None or self.distillation_is_clip > 0,
+                "positive or None",
+            ),
+            ("distillation_weight", self.distillation_weight >= 0, "at least 0"),
+            ("loss_type", self.loss_type in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}"),
+            ("truncation", self.truncation in TRUNCATIONS, f"one of {', '.join(TRUNCATIONS)}"),
+            ("num_loss_tokens_to_skip", self.num_loss_tokens_to_skip >= 0, "at least 0"),
+            ("loss_chunk_tokens", self.loss_chunk_tokens is None or self.loss_chunk_tokens > 0, "positive or unset"),
+            ("num_generations", self.num_generations >= 1, "at least 1"),
+            (
+                "num_generations_eval",
+                self.num_generations_eval is None or self.num_generations_eval >= 1,
+                "at least 1 or unset",
+            ),
+            ("num_iterations", self.num_iterations >= 1, "at least 1"),
+            ("max_completion_length", (self.max_completion_length or 0) >= 1, "at least 1"),
+            ("max_prompt_length", self.max_prompt_length is None or self.max_prompt_length >= 1, "positive or None"),
+            (
+                "max_teacher_prompt_length",
+                self.max_teacher_prompt_length is None or self.max_teacher_prompt_length >= 1,
+                "positive or unset",
+            ),
+            (
+                "temperature",
+                self.temperature > 0,
+                'positive (for greedy rollouts: generation_kwargs {"do_sample": false})',
+            ),
+            ("ref_model_mixup_alpha", 0.0 <= self.ref_model_mixup_alpha <= 1.0, "in [0, 1]"),
+            ("teacher_update_rate", 0.0 <= (self.teacher_update_rate or 0.0) <= 1.0, "in [0, 1]"),
+            ("ref_model_sync_steps", self.ref_model_sync_steps >= 1, "at least 1"),
+            ("teacher_sync_steps", self.teacher_sync_steps is None or self.teacher_sync_steps >= 1, "at least 1"),
+        ]
+        for name, holds, needed in rules:
+            if not holds:
+                raise ValueError(f"{name} must be {needed}, not {getattr(self, name)!r}.")
+
+    def _resolve_support(self) -> None:
+        """One truth from two generations of names: distillation_mode, and the top-k that goes with it."""
+        if self.distillation_mode is None:
+            if self.distillation_topk is not None:
+                self.distillation_mode = "topk_logits"
+            else:
+                self.distillation_mode = "full_logits" if self.full_logit_distillation else "sampled_token"
+        elif self.distillation_mode not in MODES:
+            raise ValueError(f"distillation_mode must be one of {', '.join(MODES)}, not {self.distillation_mode!r}.")
+        elif self.distillation_mode == "topk_logits" and self.distillation_topk is None:
+            raise ValueError("distillation_mode='topk_logits' needs distillation_topk, which is None.")
+        elif self.distillation_mode == "sampled_token" and self.full_logit_distillation:
+            raise ValueError("distillation_mode='sampled_token' contradicts full_logit_distillation=True.")
+        if self.distillation_mode == "sampled_token" and self.distillation_alpha != 1.0:
+            raise ValueError(
+                f"The sampled token estimates the reverse KL only: set distillation_alpha=1 (now "
+                f"{self.distillation_alpha}), or choose distillation_mode topk_logits or full_logits."
+            )
+        if self.distillation_add_tail and self.distillation_mode != "topk_logits":
+            raise ValueError(
+                f"distillation_add_tail=True has no effect with distillation_mode={self.distillation_mode!r}: "
+                "there is no tail without a top-k."
+            )
+        if self.distillation_mode != "topk_logits":
+            default = type(self).__dataclass_fields__["distillation_topk"].default
+            if self.distillation_topk not in (None, default):
+                raise ValueError(
+                    f"distillation_topk={self.distillation_topk} contradicts "
+                    f"distillation_mode={self.distillation_mode!r}."
+                )
+            self.distillation_topk = None
+            self.full_logit_distillation = self.distillation_mode == "full_logits"
+
+    def _resolve_teacher(self) -> None:
+        """The newer names win over unset older ones; two that disagree are an error. The kind may stay unset (None):
+        only the trainer knows whether the model is a PEFT model."""
+        for new, old in (
+            ("teacher_update_rate", "ref_model_mixup_alpha"),
+            ("teacher_sync_steps", "ref_model_sync_steps"),
+        ):
+            value, default = getattr(self, new), type(self).__dataclass_fields__[old].default
+            if value is None:
+                setattr(self, new, getattr(self, old))
+            elif getattr(self, old) not in (default, value):
+                raise ValueError(f"{new}={value} contradicts {old}={getattr(self, old)}: they are one setting.")
+            setattr(self, old, getattr(self, new))
+        if self.teacher_model_kind not in (None, *TEACHER_KINDS):
+            raise ValueError(
+                f"teacher_model_kind must be one of {', '.join(TEACHER_KINDS)}, not {self.teacher_model_kind!r}."
+            )
+        if self.sync_ref_model and self.teacher_model_kind not in (None, "ema"):
+            raise ValueError(
+                f"sync_ref_model=True means an EMA teacher and contradicts "
+                f"teacher_model_kind={self.teacher_model_kind!r}."
+            )
+        if self.sync_ref_model:
+            self.teacher_model_kind = "ema"
+
+    def _resolve_generation_batch(self) -> None:
+        """steps_per_generation and generation_batch_size from each other, and what they must divide."""
+        rows = self.per_device_train_batch_size * self.world_size
+        if self.generation_batch_size is not None:
+            if self.generation_batch_size % rows:
+                raise ValueError(
+                    f"generation_batch_size={self.generation_batch_size} must be a multiple of the {rows} rows of a "
+                    f"micro-batch over all ranks (per_device_train_batch_size={self.per_device_train_batch_size} x "
+                    f"{self.world_size} ranks)."
+                )
+            steps = self.generation_batch_size // rows
+            if self.steps_per_generation not in (None, steps):
+                raise ValueError(
+                    f"generation_batch_size={self.generation_batch_size} means steps_per_generation={steps} and "
+                    f"contradicts steps_per_generation={self.steps_per_generation}: give one of the two."
+                )
+            self.steps_per_generation = steps
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        if self.steps_per_generation < 1:
+            raise ValueError(f"steps_per_generation must be at least 1, not {self.steps_per_generation}.")
+        self.generation_batch_size = rows * self.steps_per_generation
+
+        accumulation = self.gradient_accumulation_steps
+        if accumulation % self.generate_every and self.steps_per_generation % accumulation:
+            below = max(1, self.steps_per_generation // accumulation * accumulation)
+            above = -(-self.steps_per_generation // accumulation) * accumulation
+            raise ValueError(
+                f"steps_per_generation={self.steps_per_generation} with num_iterations={self.num_iterations} would "
+                f"straddle an optimizer step of gradient_accumulation_steps={accumulation}: either "
+                f"steps_per_generation x num_iterations divides it, or it divides steps_per_generation. "
+                f"Nearest that work: steps_per_generation={below if below % accumulation == 0 else above} or {above}."
+            )
+        if self.generation_batch_size % self.num_generations:
+            raise ValueError(
+                f"A generation batch holds {self.generation_batch_size} completions (per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} x {self.world_size} ranks x steps_per_generation="
+                f"{self.steps_per_generation}), which num_generations={self.num_generations} does not divide. Set "
+                f"num_generations to a divisor, or generation_batch_size to a multiple of {self.num_generations}."
+            )
+        generations_eval = self.num_generations_eval or self.num_generations
+        rows_eval = self.per_device_eval_batch_size * self.world_size
+        if self.eval_strategy != "no" and rows_eval % generations_eval:
+            raise ValueError(
+                f"An evaluation batch holds {rows_eval} completions (per_device_eval_batch_size="
+                f"{self.per_device_eval_batch_size} x {self.world_size} ranks), which num_generations_eval="
+                f"{generations_eval} does not divide."
+            )

@@ -1,0 +1,100 @@
+"""Pure per-token divergences between a student and a teacher distribution.
+
+Shapes: N tokens, V vocabulary, K support. Everything is in nats and in the dtype that comes in (give fp32).
+Source of the formulas: the SDFT paper (arXiv 2601.19897) and, between the end points, the generalised
+Jensen-Shannon divergence of arXiv 2306.13649 (GKD).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MODES = ("topk_logits", "full_logits", "sampled_token")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which divergence is the loss of a token.
+
+    mode: `full_logits` (whole vocabulary), `topk_logits` (the student's `topk` largest logits) or `sampled_token`.
+    alpha: 0 is KL(teacher||student), 1 is KL(student||teacher), between is the generalised JSD.
+    add_tail: with top-k, keep the remaining mass as one more bucket instead of renormalising.
+    temperature: divides both sides' logits.
+    """
+
+    mode: str = "full_logits"
+    alpha: float = 0.0
+    topk: int | None = None
+    add_tail: bool = False
+    temperature: float = 1.0
+
+    def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
+        """Loss of each token, [N]. The gradient flows to the student's logits; give the teacher's without one."""
+        student_logits_NV = student_logits_NV / self.temperature
+        teacher_logits_NV = teacher_logits_NV / self.temperature
+        if self.mode == "sampled_token":
+            return sampled_token_surrogate(
+                token_log_probs(student_logits_NV, tokens_N), token_log_probs(teacher_logits_NV, tokens_N)
+            )
+        if self.mode == "topk_logits" and self.topk < student_logits_NV.shape[-1]:
+            student, teacher = topk_log_probs(student_logits_NV, teacher_logits_NV, self.topk, self.add_tail)
+        else:
+            student, teacher = student_logits_NV.log_softmax(-1), teacher_logits_NV.log_softmax(-1)
+        return interpolated_divergence(student, teacher, self.alpha)
+
+
+def kl(p_log: Tensor, q_log: Tensor) -> Tensor:
+    """KL(p||q) over the last dimension from log-probabilities; where p is 0 the term is 0, whatever q is."""
+    p = p_log.exp()
+    return torch.where(p > 0, p * (p_log - q_log), 0.0).sum(-1)
+
+
+def interpolated_divergence(student_NK: Tensor, teacher_NK: Tensor, alpha: float) -> Tensor:
+    """[N]: alpha 0 KL(t||s), alpha 1 KL(s||t), between (1-alpha) KL(s||m) + alpha KL(t||m).
+
+    m = (1-alpha) s + alpha t, in probabilities. The end points are special cases, not limits: the formula between
+    them tends to 0 there.
+    """
+    if alpha == 0.0:
+        return kl(teacher_NK, student_NK)
+    if alpha == 1.0:
+        return kl(student_NK, teacher_NK)
+    log_alpha = torch.tensor(alpha, dtype=student_NK.dtype, device=student_NK.device).log()
+    log_rest = torch.tensor(1.0 - alpha, dtype=student_NK.dtype, device=student_NK.device).log()
+    mixture_NK = torch.logaddexp(student_NK + log_rest, teacher_NK + log_alpha)
+    return (1.0 - alpha) * kl(student_NK, mixture_NK) + alpha * kl(teacher_NK, mixture_NK)
+
+
+def topk_log_probs(student_NV: Tensor, teacher_NV: Tensor, k: int, add_tail: bool) -> tuple[Tensor, Tensor]:
+    """Both sides on the student's k largest logits: renormalised [N, k], or with the rest as one bucket [N, k + 1].
+
+    k must be smaller than V. The bucket is summed from the remaining logits themselves, not as 1 - sum(top-k), which
+    loses all digits when the k tokens hold nearly all of the mass.
+    """
+    indices_NK = student_NV.detach().topk(k, dim=-1).indices
+
+    def on_support(logits_NV: Tensor) -> Tensor:
+        kept_NK = logits_NV.gather(-1, indices_NK)
+        if not add_tail:
+            return kept_NK.log_softmax(-1)
+        rest_N1 = logits_NV.scatter(-1, indices_NK, float("-inf")).logsumexp(-1, keepdim=True)
+        return torch.cat([kept_NK, rest_N1], dim=-1).log_softmax(-1)
+
+    return on_support(student_NV), on_support(teacher_NV)
+
+
+def token_log_probs(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
+    """Log-probability of each given token, [N]."""
+    return -F.cross_entropy(logits_NV, tokens_N, reduction="none")
+
+
+def sampled_token_surrogate(student_N: Tensor, teacher_N: Tensor) -> Tensor:
+    """A signed surrogate whose expected gradient over the student's own samples is that of KL(student||teacher)."""
+    return (student_N - teacher_N).detach() * student_N
+
+
+def importance_weight(student_N: Tensor, old_N: Tensor, clip: float) -> Tensor:
+    """min(exp(log s - log s_old), clip), detached, [N]: corrects for rollouts that are older than the weights."""
+    return (student_N - old_N).detach().exp().clamp(max=clip)

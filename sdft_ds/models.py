@@ -1,0 +1,139 @@
+"""A model by name or as an object -> the causal LM to train, its tokenizer and its stop tokens."""
+
+import warnings
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from sdft_ds import zero
+from sdft_ds.completion_head import causal_lm_of
+from sdft_ds.config import SDFTConfig
+
+
+def load_model(model: str | PreTrainedModel | nn.Module, args: SDFTConfig) -> nn.Module:
+    """Load a model that is given by name; check one that is given as an object.
+
+    Weights are loaded in fp32, or in the dtype of DeepSpeed's engine, which keeps fp32 masters itself;
+    `model_init_kwargs` may say otherwise.
+    """
+    if isinstance(model, str):
+        options: dict[str, Any] = {"dtype": _default_dtype(args), **(args.model_init_kwargs or {})}
+        if isinstance(options["dtype"], str) and options["dtype"] != "auto":
+            options["dtype"] = getattr(torch, options["dtype"])
+        return AutoModelForCausalLM.from_pretrained(model, **options)
+    if args.model_init_kwargs:
+        warnings.warn("model_init_kwargs is ignored: the model is given as an object.", stacklevel=2)
+    return model
+
+
+def _default_dtype(args: SDFTConfig) -> torch.dtype:
+    return args.hf_deepspeed_config.dtype() if args.deepspeed else torch.float32
+
+
+def add_adapter(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
+    """Wrap the model with a fresh adapter, if one is asked for."""
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "The model is a PeftModel already, and a peft_config was given too: give a plain model with "
+                "peft_config, or the PeftModel alone."
+            )
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"peft_config must be a peft.PeftConfig, not {type(peft_config).__name__}.")
+        model = get_peft_model(model, peft_config)
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{model.active_peft_config.peft_type.value} prepends learned tokens to the prompt, which moves the "
+            "completion's positions: use LoRA instead."
+        )
+    return model
+
+
+def load_tokenizer(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, model: nn.Module
+) -> tuple[PreTrainedTokenizerBase | ProcessorMixin, PreTrainedTokenizerBase]:
+    """(what was given or loaded, its tokenizer); a missing pad token becomes the end-of-sequence token.
+
+    That is safe here: nothing infers padding from token ids.
+    """
+    if processing_class is None:
+        processing_class = AutoProcessor.from_pretrained(causal_lm_of(model).config._name_or_path)
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"processing_class must be a tokenizer or a processor that has one, not {type(processing_class).__name__}."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    embeddings = zero.full_shape(causal_lm_of(model).get_input_embeddings().weight)[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= embeddings:
+        raise ValueError(
+            f"The tokenizer knows token id {largest}, but the model's embedding has {embeddings} rows: call "
+            "model.resize_token_embeddings(len(tokenizer)), or use the model's own tokenizer."
+        )
+    return processing_class, tokenizer
+
+
+def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion: those of the model's generation config, and the tokenizer's."""
+    declared = causal_lm_of(model).generation_config.eos_token_id
+    declared = declared if isinstance(declared, list) else [declared]
+    ids = {token for token in (*declared, tokenizer.eos_token_id) if token is not None}
+    if not ids:
+        raise ValueError(
+            "Neither the model's generation_config nor the tokenizer names an end-of-sequence token: set "
+            "tokenizer.eos_token."
+        )
+    return sorted(ids)
+
+
+def prompt_limits(model: nn.Module, args: SDFTConfig) -> tuple[int | None, int | None]:
+    """Most tokens of the student's and of the teacher's prompt: either fits into the model's context together with the
+    longest completion. None where neither the config of the model nor a setting says anything."""
+    context = getattr(causal_lm_of(model).config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return args.max_prompt_length, args.max_teacher_prompt_length
+    room = context - args.max_completion_length
+
+    def limit(name: str) -> int:
+        value, default = getattr(args, name), SDFTConfig.__dataclass_fields__[name].default
+        if room < 1 or (value not in (None, default) and value > room):
+            raise ValueError(
+                f"{name}={value} and max_completion_length={args.max_completion_length} exceed the model's context of "
+                f"{context} tokens: lower one of them."
+            )
+        return min(value or room, room)
+
+    return limit("max_prompt_length"), limit("max_teacher_prompt_length")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: the modules, and the rates that attention layers hand to their kernel."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def warn_without_masters(model: nn.Module, args: SDFTConfig) -> None:
+    """Small updates are lost in half-precision weights that no fp32 master stands behind."""
+    halves = {
+        str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+    }
+    if halves and not args.deepspeed:
+        warnings.warn(
+            f"Trainable weights are {', '.join(sorted(halves))} and no fp32 master is kept: updates smaller than "
+            "their rounding are lost. Load the model in float32 (bf16 autocast computes as fast), or use DeepSpeed.",
+            stacklevel=2,
+        )

@@ -1,0 +1,34 @@
+"""base: the teacher is the model as it was at the start; for a PEFT model, with its adapters switched off."""
+
+import warnings
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sdft_ds import zero
+from sdft_ds.teacher.contract import Teacher
+
+
+class AdapterOff(Teacher):
+    """The base model under the adapters. An adapter that was trained before the run is not part of it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        if _adapter_was_trained(model):
+            warnings.warn(
+                "The adapter of this model was trained before, and the base teacher, with adapters off, does not have "
+                "what it learned. To keep it, merge it first: model.merge_and_unload().",
+                stacklevel=2,
+            )
+
+    @contextmanager
+    def weights(self, engine: nn.Module):
+        with self.model.disable_adapter():
+            yield
+
+
+def _adapter_was_trained(model: nn.Module) -> bool:
+    """A fresh LoRA's B factors are all zero."""
+    factors = [param for name, param in model.named_parameters() if "lora_B" in name]
+    return any(bool(torch.any(copy)) for copy in zero.full_copies(factors)) if factors else False

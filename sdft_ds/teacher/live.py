@@ -1,0 +1,12 @@
+"""live: the teacher is the student as it stands when the generation batch is scored."""
+
+from contextlib import nullcontext
+
+from torch import nn
+
+from sdft_ds.teacher.contract import Teacher
+
+
+class Live(Teacher):
+    def weights(self, engine: nn.Module) -> nullcontext:
+        return nullcontext()

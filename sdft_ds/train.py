@@ -1,0 +1,87 @@
+"""Command line -> objects -> trainer.train().
+
+deepspeed launch/train.py --deepspeed ds_configs/zero2.json         the embedded demo
+deepspeed launch/train.py --deepspeed ds_configs/zero2.json \\
+    --model_name_or_path MODEL --dataset_path FILE_OR_FOLDER        a model and data of yours
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import datasets
+import transformers
+
+from sdft_ds import arguments, demo, sources
+from sdft_ds.completions import ShowCompletions
+from sdft_ds.trainer import SDFTTrainer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says. A mistake in it, or in the data, is one line and exit status 2."""
+    _quiet_unless_first_rank()
+    try:
+        script, args, model = arguments.parse(sys.argv[1:] if argv is None else argv, demo.RECIPE)
+        is_demo = model.model_name_or_path is None and script.dataset_name is None and script.dataset_path is None
+        trainer = demo.trainer(args, model.peft_config()) if is_demo else _trainer(script, args, model)
+    except (ValueError, FileNotFoundError, NotImplementedError) as error:
+        sys.exit(_one_line(error))
+    trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
+    trainer.save_model()
+    if args.eval_strategy != "no":
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if trainer.is_world_process_zero():
+        print(f"Saved to {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def _trainer(
+    script: arguments.ScriptArguments, args: arguments.SDFTConfig, model: arguments.ModelArguments
+) -> SDFTTrainer:
+    if model.model_name_or_path is None:
+        raise ValueError("A data set is named, but no model: set --model_name_or_path.")
+    if script.dataset_name is None and script.dataset_path is None:
+        raise ValueError("A model is named, but no data set: set --dataset_path or --dataset_name.")
+    splits = sources.load_splits(script)
+    evaluates = args.eval_strategy != "no"
+    if evaluates and script.dataset_test_split not in splits:
+        raise ValueError(
+            f"eval_strategy={args.eval_strategy.value} needs the split {script.dataset_test_split!r}; the data set "
+            f"has {', '.join(splits)}. Set --dataset_test_split."
+        )
+    args.model_init_kwargs = {**model.init_kwargs(), **(args.model_init_kwargs or {})}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=model.trust_remote_code
+    )
+    trainer = SDFTTrainer(
+        model=model.model_name_or_path,
+        args=args,
+        train_dataset=sources.map_columns(splits[script.dataset_train_split], script),
+        eval_dataset=sources.map_columns(splits[script.dataset_test_split], script) if evaluates else None,
+        processing_class=tokenizer,
+        peft_config=model.peft_config(),
+    )
+    if evaluates and script.eval_num_prompts:
+        trainer.add_callback(ShowCompletions(trainer, trainer.eval_dataset, script.eval_num_prompts))
+    return trainer
+
+
+def _resume(value: str | None) -> str | bool | None:
+    return {"true": True, "false": None}.get((value or "false").lower(), value)
+
+
+def _quiet_unless_first_rank() -> None:
+    """Other ranks say the same; what goes wrong on one of them alone is an exception, and still shows."""
+    if os.environ.get("RANK", "0") != "0":
+        warnings.simplefilter("ignore")
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
+def _one_line(error: Exception) -> str:
+    return f"sdft_ds: {error}" if os.environ.get("RANK", "0") == "0" else "1"

@@ -1,0 +1,297 @@
+"""SDFTTrainer: joins the stages and owns none of them; transformers.Trainer is the loop.
+
+Once per generation batch: prompts -> rollouts -> pairing -> teacher's pass. Once per optimizer step: each token's
+share in the loss. Once per micro-batch: the student's forward, the loss in chunks, backward.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
+
+from sdft_ds import completion_head, models, teacher, zero
+from sdft_ds.aggregation import Shares, shares
+from sdft_ds.chunked_loss import LossTerms
+from sdft_ds.completion_head import DistillationLoss
+from sdft_ds.config import SDFTConfig
+from sdft_ds.generation_batch import GenerationBatches
+from sdft_ds.metrics import Meters
+from sdft_ds.prompts import PromptBuilder, usable_rows
+from sdft_ds.rollouts import Sampler
+from sdft_ds.schedule import MicroBatch, Schedule, data_loader, evaluation_batches
+from sdft_ds.scoring import Scored
+
+
+class SDFTTrainer(Trainer):
+    """Trains a model to answer without its privileged context as it answers with it.
+
+    Arguments are those of TRL's SDFTTrainer: a model by name or as an object (plain or PEFT), an SDFTConfig, data sets
+    with the columns `prompt` and `privileged_context`, a tokenizer or processor (by default the model's own),
+    callbacks, optimizers, and a PEFT configuration for a fresh adapter. Raises ValueError, naming field or row and the
+    remedy, for what cannot be trained.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: SDFTConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ):
+        args = args or SDFTConfig()
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"This process sees {args.n_gpu} GPUs and was started alone; nn.DataParallel is not supported. Start "
+                f"one process for each GPU: torchrun --nproc_per_node {args.n_gpu} YOUR_SCRIPT ..."
+            )
+        model = models.add_adapter(models.load_model(model, args), peft_config)
+        processing_class, tokenizer = models.load_tokenizer(processing_class, model)
+        if args.disable_dropout:
+            models.disable_dropout(model)
+        models.warn_without_masters(model, args)
+        completion_head.install(model)
+        args.teacher_model_kind = args.teacher_model_kind or teacher.default_kind(model)
+        prompts = PromptBuilder(
+            tokenizer,
+            args.teacher_prompt_template,
+            *models.prompt_limits(model, args),
+            args.truncation,
+            args.chat_template_kwargs,
+        )
+        if train_dataset is not None:
+            train_dataset = usable_rows(train_dataset, "train_dataset", prompts)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: usable_rows(rows, name, prompts) for name, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = usable_rows(eval_dataset, "eval_dataset", prompts)
+        self.current_batch: tuple[int, list[Scored]] | None = None  # (number, micro-batches) of a generation batch
+
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # Every loss is normalised over the whole optimizer step already.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = False
+        self.meters = {mode: Meters(self._reduce, args.device) for mode in ("train", "eval")}
+        self.steps_at_last_log = 0
+        self.generation_batches = GenerationBatches(
+            args=args,
+            accelerator=self.accelerator,
+            model=self.model,
+            engine=lambda: self.model_wrapped,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            sampler=Sampler(
+                args.generation_options,
+                models.stop_token_ids(model, tokenizer),
+                tokenizer.pad_token_id,
+                args.seed,
+            ),
+            teacher=teacher.make(args.teacher_model_kind, model),
+            dispatch=self._dispatch,
+        )
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(["sdft"])
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One item for each micro-batch of this rank; the rows are read when their generation batch is made."""
+        if self.train_dataset is None:
+            raise ValueError("Training needs a train_dataset.")
+        args = self.args
+        return data_loader(
+            Schedule(
+                dataset_length=len(self.train_dataset),
+                batch_size=self._train_batch_size,
+                rank=args.process_index,
+                world_size=args.world_size,
+                num_generations=args.num_generations,
+                steps_per_generation=args.steps_per_generation,
+                num_iterations=args.num_iterations,
+                shuffle=args.shuffle_dataset,
+                drop_last=args.dataloader_drop_last,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+            )
+        )
+
+    # ---- the optimizer step -----------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[MicroBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], None]:
+        """The micro-batches of one optimizer step, rolled out, paired and scored, with each token's share in the loss.
+
+        Generation batches that are due are made here, before any forward of the step.
+        """
+        scored = []
+        for _ in range(num_batches):
+            item = next(epoch_iterator)
+            if self.current_batch is None or self.current_batch[0] != item.generation_batch:
+                self.current_batch = (item.generation_batch, self._make_generation_batch(item))
+            scored.append(self.current_batch[1][item.number])
+        return self._with_shares(scored), None
+
+    def _make_generation_batch(self, item: MicroBatch) -> list[Scored]:
+        scored = self.generation_batches.make(
+            self.train_dataset,
+            item.slots,
+            self._train_batch_size,
+            f"train/{item.generation_batch}",
+            self.meters["train"],
+            head_changes=self.args.generate_every > self.args.gradient_accumulation_steps,
+        )
+        self._dispatch(
+            "on_generation_batch_built",
+            generate_every=self.args.generate_every,
+            steps_per_generation=self.args.steps_per_generation,
+        )
+        return scored
+
+    def _with_shares(self, scored: list[Scored]) -> list[dict[str, Any]]:
+        of_step = shares(
+            [s.batch for s in scored],
+            self.args.loss_type,
+            self.args.max_completion_length,
+            self.args.world_size,
+            lambda tensor: self._reduce(tensor, "sum"),
+        )
+        # transformers looks for the model's inputs in a mapping, to count tokens and operations.
+        return [
+            {**s.batch.student.inputs, "scored": s, "shares": share} for s, share in zip(scored, of_step, strict=True)
+        ]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The loss of one micro-batch; its forward is the student's, and the head computes the loss inside it."""
+        if return_outputs:
+            raise ValueError("SDFTTrainer computes no outputs beside the loss: logits are never in memory.")
+        scored: Scored = inputs["scored"]
+        share: Shares = inputs["shares"]
+        request = DistillationLoss(
+            positions_N=scored.batch.student.positions_N,
+            terms=LossTerms(
+                divergence=self.args.divergence,
+                teacher_hidden_ND=scored.teacher_hidden_ND.to(self.args.device),
+                teacher_head=scored.teacher_head,
+                tokens_N=scored.batch.tokens_N,
+                weights_N=share.weights_N,
+                old_log_probs_N=scored.old_log_probs_N,
+                is_clip=self.args.distillation_is_clip,
+            ),
+            scale=share.scale,
+            chunk_tokens=self.args.loss_chunk_tokens,
+        )
+        meters = self.meters["train" if model.training else "eval"]
+        with meters.phase("student"):
+            loss = model(**scored.batch.student.inputs, request=request)
+        meters.add("sdft/distillation_loss", request.per_token_N.sum(), len(request.per_token_N))
+        meters.add("completions/loss_tokens", len(request.per_token_N))
+        # A product, also by 1: at ZeRO stage 0 DeepSpeed divides the gradient of what its forward returned, if exactly
+        # that tensor is given to its backward, by the accumulation steps once more.
+        return loss * self.args.distillation_weight
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> "_EvaluationBatches":
+        """All batches of this rank, made when the loop asks for the first: one swap of weights per evaluation."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        elif eval_dataset is None:
+            eval_dataset = self.eval_dataset
+        else:
+            eval_dataset = usable_rows(eval_dataset, "eval_dataset", self.generation_batches.prompts)
+        args = self.args
+        slots = evaluation_batches(
+            len(eval_dataset),
+            args.per_device_eval_batch_size,
+            args.process_index,
+            args.world_size,
+            args.num_generations_eval or args.num_generations,
+        )
+
+        def make() -> list[dict[str, Any]]:
+            # No head changes meanwhile; the hidden states of a whole data set wait in host memory.
+            scored = self.generation_batches.make(
+                eval_dataset,
+                tuple(slot for batch in slots for slot in batch),
+                args.per_device_eval_batch_size,
+                "eval",
+                self.meters["eval"],
+                head_changes=False,
+                keep_on=torch.device("cpu"),
+            )
+            return self._with_shares(scored)
+
+        return _EvaluationBatches(eval_dataset, len(slots), make)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss of one batch, scaled so that the mean over batches and ranks is the evaluation's loss."""
+        with torch.no_grad(), zero.scoring_pass(model), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs) * inputs["batches"]
+        return loss.detach(), None, None
+
+    # ---- reporting --------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Join the metrics of all ranks into each line about losses."""
+        if "loss" in logs:
+            steps = self.state.global_step - self.steps_at_last_log
+            self.steps_at_last_log = self.state.global_step
+            logs.update(self.meters["train"].collect(steps))
+        elif "eval_loss" in logs:
+            logs.update({f"eval_{name}": value for name, value in self.meters["eval"].collect(steps=1).items()})
+        super().log(logs, start_time)
+
+    def _dispatch(self, event: str, **payload: Any) -> None:
+        """Call `event` on every callback that has it."""
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, event):
+                getattr(callback, event)(
+                    self.args,
+                    self.state,
+                    self.control,
+                    model=self.model,
+                    processing_class=self.processing_class,
+                    **payload,
+                )
+
+    def _reduce(self, tensor: Tensor, how: str) -> Tensor:
+        if self.args.world_size > 1:
+            operations = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
+            torch.distributed.all_reduce(tensor, operations[how])
+        return tensor
+
+
+class _EvaluationBatches:
+    """What the evaluation loop wants of a data loader; the batches are made at the first iteration."""
+
+    def __init__(self, dataset: Dataset, length: int, make: Callable[[], list[dict[str, Any]]]):
+        self.dataset = dataset
+        self.length = length
+        self.make = make
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.make():
+            yield {**batch, "batches": self.length}

@@ -1,0 +1,45 @@
+"""`--full` adds the slow tests. Two-rank tests share one pair of worker processes."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.distributed.ranks import Ranks
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run the slow tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        for item in items:
+            if "full" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; --full runs it"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Two gloo processes that run functions of tests.distributed.scenarios."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    """One process of the same kind, for engines of one rank."""
+    ranks = Ranks(1)
+    yield ranks
+    ranks.stop()

@@ -1,0 +1,89 @@
+"""Real processes for tests of several ranks: started once, they run one function after another over gloo.
+
+A call that takes too long dumps every rank's stacks, kills the processes and fails; the next call starts new ones.
+"""
+
+import faulthandler
+import importlib
+import multiprocessing
+import os
+import socket
+import tempfile
+import traceback
+from typing import Any
+
+
+class RankError(AssertionError):
+    """A function raised on a rank; the message holds its traceback."""
+
+
+class Ranks:
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self.processes: list = []
+
+    def run(self, function: str, *args: Any, timeout: int = 300, **kwargs: Any) -> list[Any]:
+        """Call `function` ("module:name", by default of tests.distributed.scenarios) on every rank; their results."""
+        if not self.processes:
+            self._start()
+        for pipe in self.pipes:
+            pipe.send((function, args, kwargs, timeout))
+        results = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(timeout + 10):
+                stacks = "\n".join(open(log).read() for log in self.logs)
+                self.stop()
+                raise RankError(f"{function}: rank {rank} did not answer within {timeout} s.\n{stacks}")
+            try:
+                ok, result = pipe.recv()
+            except EOFError:
+                self.stop()
+                raise RankError(f"{function}: rank {rank} died.") from None
+            results.append((ok, result))
+        failed = [f"rank {rank}:\n{result}" for rank, (ok, result) in enumerate(results) if not ok]
+        if failed:
+            self.stop()  # a rank that raised in the middle of a collective cannot be used again
+            raise RankError(f"{function}\n" + "\n".join(failed))
+        return [result for _, result in results]
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.pipes, self.logs = [], []
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            log = tempfile.NamedTemporaryFile(suffix=f".rank{rank}", delete=False).name
+            process = context.Process(target=_serve, args=(theirs, rank, self.world_size, port, log), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.logs.append(log)
+            self.processes.append(process)
+
+
+def _serve(pipe, rank: int, world_size: int, port: int, log: str) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    import torch
+
+    torch.set_num_threads(1)
+    stacks = open(log, "w")
+    while True:
+        function, args, kwargs, timeout = pipe.recv()
+        faulthandler.dump_traceback_later(timeout, file=stacks)
+        module, _, name = function.rpartition(":")
+        try:
+            called = getattr(importlib.import_module(module or "tests.distributed.scenarios"), name)
+            pipe.send((True, called(*args, **kwargs)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+        faulthandler.cancel_dump_traceback_later()

@@ -1,0 +1,75 @@
+"""The house rules that a program can check: imports flow one way, and only zero.py knows ZeRO."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "sdft_ds"
+
+# A module may import those before it. Packages count as one room.
+ORDER = [
+    "module_state", "rows", "prompts", "paired_batch", "divergence", "zero", "config", "schedule", "rollouts",
+    "aggregation", "chunked_loss", "completion_head", "models", "teacher", "scoring", "metrics",
+    "generation_batch", "progress", "trainer", "completions", "arguments", "sources", "demo", "train",
+]  # fmt: skip
+PURE = [
+    "module_state",
+    "rows",
+    "prompts",
+    "paired_batch",
+    "divergence",
+    "schedule",
+    "aggregation",
+    "chunked_loss",
+    "zero",
+    "metrics",
+]
+
+
+def modules():
+    return [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_room_has_its_place():
+    assert {room(path) for path in modules()} == set(ORDER)
+
+
+def test_imports_flow_one_way():
+    for path in modules():
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "sdft_ds" and len(parts) > 1 and parts[1] in ORDER and parts[1] != room(path):
+                assert ORDER.index(parts[1]) < ORDER.index(room(path)), f"{path.name} imports {name}"
+
+
+def test_only_zero_knows_deepspeed():
+    for path in modules():
+        if room(path) != "zero":
+            text = path.read_text()
+            assert not any(name.split(".")[0] == "deepspeed" for name in imports(path)), path
+            assert not any(word in text for word in ("ds_id", "ds_tensor", "GatheredParameters")), path
+
+
+def test_pure_modules_import_without_deepspeed():
+    program = "import sys; sys.modules['deepspeed'] = None\n" + "".join(
+        f"import importlib.util as u; s = u.spec_from_file_location('sdft_ds.{name}', r'{PACKAGE / name}.py')\n"
+        f"m = u.module_from_spec(s); sys.modules['sdft_ds.{name}'] = m; s.loader.exec_module(m)\n"
+        for name in PURE
+    )
+    program = "import sys, types; sys.modules['sdft_ds'] = types.ModuleType('sdft_ds')\n" + program
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,130 @@
+import pytest
+from datasets import Dataset
+
+from sdft_ds.prompts import PromptBuilder, PromptTooLong, parse_template, usable_rows
+from sdft_ds.rows import Example
+from tests import tiny
+
+TEMPLATE = "{prompt}\n\n{privileged_context}"
+NASTY = "{} {prompt} {privileged_context} {0} {{x}} $x ${y} {{ jinja }} {% raw %} ünï — 日本 🤖 \\n"
+
+
+def builder(tokenizer, template=TEMPLATE, student=None, teacher=None, truncation="truncate", **kwargs):
+    return PromptBuilder(tokenizer, template, student, teacher, truncation, **kwargs)
+
+
+def chat(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def test_plain_text(tokenizer):
+    pair = builder(tokenizer).build(Example("Q?", "The hint."), 0)
+    assert pair.student.text == "Q?" and pair.teacher.text == "Q?\n\nThe hint."
+    assert tokenizer.decode(pair.teacher.ids) == "Q?\n\nThe hint."
+
+
+def test_conversation_keeps_earlier_turns(tokenizer):
+    prompt = chat(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Q?"))
+    pair = builder(tokenizer).build(Example(prompt, "Hint"), 0)
+    assert pair.student.prompt == prompt
+    assert pair.teacher.prompt == [*prompt[:-1], {"role": "user", "content": "Q?\n\nHint"}]
+    for rendered in (pair.student, pair.teacher):
+        assert rendered.text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+        assert rendered.text.endswith("<|im_start|>assistant\n")
+        assert tokenizer.decode(rendered.ids) == rendered.text
+
+
+def test_values_are_verbatim(tokenizer):
+    pair = builder(tokenizer, "Ask: {prompt} {{literal}} Tell: {privileged_context}").build(Example(NASTY, NASTY), 0)
+    assert pair.teacher.text == f"Ask: {NASTY} {{literal}} Tell: {NASTY}"
+    in_chat = builder(tokenizer).build(Example(chat(("user", NASTY)), NASTY), 0)
+    assert f"{NASTY}\n\n{NASTY}" in in_chat.teacher.text
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("{prompt} only", "privileged_context"),
+        ("{privileged_context} only", "prompt"),
+        ("{prompt} {privileged_context} {other}", "other"),
+        ("{prompt.__class__} {privileged_context}", "__class__"),
+        ("{prompt[0]} {privileged_context}", "prompt\\[0\\]"),
+        ("{prompt!r} {privileged_context}", "prompt!r"),
+        ("{prompt:>9} {privileged_context}", "prompt:>9"),
+        ("{} {prompt} {privileged_context}", "\\{\\}"),
+        ("{prompt} {privileged_context", "doubled"),
+    ],
+)
+def test_bad_templates_are_refused(template, words):
+    with pytest.raises(ValueError, match=words):
+        parse_template(template)
+
+
+def test_chat_template_kwargs_reach_the_template(tokenizer):
+    loud = tiny.tokenizer()
+    loud.chat_template = "{{ messages[0]['content'] }}{% if loud %}!{% endif %}"
+    pair = builder(loud, chat_template_kwargs={"loud": True}).build(Example(chat(("user", "Q")), "H"), 0)
+    assert pair.student.text == "Q!" and pair.teacher.text == "Q\n\nH!"
+
+
+def test_a_conversation_needs_a_chat_template():
+    bare = tiny.tokenizer()
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        builder(bare).build(Example(chat(("user", "Q")), "H"), 0)
+
+
+def test_truncation_cuts_the_users_text_and_nothing_else(tokenizer):
+    prompt = chat(("system", "Be brief."), ("user", "0123456789" * 5 + "the question?"))
+    whole = builder(tokenizer).build(Example(prompt, "c" * 60), 0)
+    limit_s, limit_t = len(whole.student.ids) - 20, len(whole.teacher.ids) - 50
+    cutting = builder(tokenizer, student=limit_s, teacher=limit_t)
+    pair = cutting.build(Example(prompt, "c" * 60), 0)
+    assert len(pair.student.ids) == limit_s and len(pair.teacher.ids) == limit_t
+    assert pair.student.prompt[0] == prompt[0] and pair.student.text.endswith("<|im_start|>assistant\n")
+    question = pair.student.prompt[-1]["content"]
+    assert prompt[-1]["content"].endswith(question) and question.endswith("the question?")
+    # The teacher reads the same question, and the beginning of the context.
+    assert pair.teacher.prompt[-1]["content"] == f"{question}\n\n" + "c" * 30
+    assert cutting.counts == {"student_prompts_cut": 1, "teacher_prompts_cut": 1}
+
+
+@pytest.mark.parametrize("keep_bytes", range(1, 9))
+def test_truncation_ends_inside_a_character_of_many_bytes(tokenizer, keep_bytes):
+    pair = builder(tokenizer, student=keep_bytes + 4).build(Example("a🤖🤖🤖🤖bcd", "hint"), 0)
+    assert len(pair.student.ids) <= keep_bytes + 4 and "a🤖🤖🤖🤖bcd".endswith(pair.student.text)
+
+
+@pytest.mark.parametrize("truncation", ["error", "drop"])
+def test_policies_other_than_truncate_raise_with_the_row(tokenizer, truncation):
+    with pytest.raises(PromptTooLong, match="Row 3.*max_prompt_length.*limit of 4"):
+        builder(tokenizer, student=4, truncation=truncation).build(Example("too long", "hint"), 3)
+
+
+def test_what_no_cut_can_mend_is_an_error(tokenizer):
+    prompt = chat(("system", "long " * 20), ("user", "Q?"))
+    with pytest.raises(PromptTooLong, match="Row 1.*never cut"):
+        builder(tokenizer, student=50).build(Example(prompt, "hint"), 1)
+
+
+def rows():
+    return Dataset.from_list([{"prompt": "ab" * n, "privileged_context": "hint"} for n in (1, 5, 2, 9)])
+
+
+def test_usable_rows_drops_and_warns(tokenizer):
+    with pytest.warns(UserWarning, match="of 4 rows 2 are dropped"):
+        kept = usable_rows(rows(), "train_dataset", builder(tokenizer, student=8, truncation="drop"))
+    assert kept["prompt"] == ["ab", "abab"]
+
+
+def test_usable_rows_counts_what_is_cut(tokenizer):
+    with pytest.warns(UserWarning, match="2 lose the beginning of the prompt and 0 the end"):
+        assert len(usable_rows(rows(), "train_dataset", builder(tokenizer, student=8))) == 4
+
+
+def test_usable_rows_stops_at_the_first_bad_row(tokenizer):
+    bad = Dataset.from_list([{"prompt": "a", "privileged_context": "b"}, {"prompt": "a", "privileged_context": None}])
+    with pytest.raises(ValueError, match="Row 1, column 'privileged_context'"):
+        usable_rows(bad, "train_dataset", builder(tokenizer))
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        usable_rows(Dataset.from_list([]), "train_dataset", builder(tokenizer))

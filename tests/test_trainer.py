@@ -1,0 +1,312 @@
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+
+from sdft_ds import SDFTTrainer
+from sdft_ds.completion_head import causal_lm_of
+from tests import reference, tiny
+from tests.distributed.scenarios import Recorder, make_trainer, train
+
+
+def first_step(trainer):
+    """(micro-batches as compute_loss gets them) of the first optimizer step."""
+    loader = trainer.get_train_dataloader()
+    inputs, _ = trainer.get_batch_samples(iter(loader), trainer.args.gradient_accumulation_steps, torch.device("cpu"))
+    return inputs
+
+
+def loss_and_gradients(trainer):
+    inputs = first_step(trainer)
+    trainer.model.train()
+    loss = 0.0
+    for one in inputs:
+        part = trainer.compute_loss(trainer.model, one)
+        part.backward()
+        loss += part.item()
+    return loss, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}, inputs
+
+
+LOSSES = [
+    {"distillation_alpha": 0.0, "distillation_mode": "full_logits"},
+    {"distillation_alpha": 0.5, "distillation_topk": 20},
+    {"distillation_alpha": 1.0, "distillation_topk": 20, "distillation_add_tail": True},
+    {"loss_type": "grpo", "num_loss_tokens_to_skip": 3, "temperature": 0.8},
+    {"loss_type": "bnpo", "num_loss_tokens_to_skip": 1},
+    {"loss_type": "dr_grpo", "mask_truncated_completions": True, "max_completion_length": 24},
+]
+
+
+@pytest.mark.parametrize("settings", LOSSES)
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_equals_the_naive_reference_in_loss_and_gradients(settings, lora, tied):
+    model = tiny.llama(tie_word_embeddings=tied)
+    trainer = make_trainer(model=model, lora=lora, gradient_accumulation_steps=2, **settings)
+    if lora:  # at its start an adapter changes nothing, and the teacher would be the student
+        for name, param in trainer.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(param, std=0.3)
+    loss, gradients, inputs = loss_and_gradients(trainer)
+    assert len({len(one["scored"].batch.tokens_N) for one in inputs}) > 0
+
+    student, teacher = trainer.model, copy.deepcopy(trainer.model)
+    student.zero_grad()
+    student.eval()
+    teacher.eval()
+    if lora:
+        teacher = teacher.unload()
+    args = trainer.args
+    expected = reference.step_loss(
+        student,
+        teacher,
+        [one["scored"].batch.rollouts for one in inputs],
+        loss_type=args.loss_type,
+        alpha=args.distillation_alpha,
+        topk=args.distillation_topk,
+        tail=args.distillation_add_tail,
+        skip=args.num_loss_tokens_to_skip,
+        temperature=args.temperature,
+        max_completion_length=args.max_completion_length,
+        mask_truncated=args.mask_truncated_completions,
+    )
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=2e-6)
+    reference_gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+    assert gradients.keys() == reference_gradients.keys() and gradients
+    for name, gradient in gradients.items():
+        wanted = reference_gradients[name]
+        assert (gradient - wanted).norm() <= 2e-6 * wanted.norm() + 1e-9, name
+
+
+class Payloads(TrainerCallback):
+    def __init__(self):
+        self.events = []
+
+    def record(self, name, args, state, control, **payload):
+        assert payload.pop("model") is not None and payload.pop("processing_class") is not None
+        self.events.append((name, payload))
+
+    def on_generation_prompts_selected(self, *args, **kwargs):
+        self.record("selected", *args, **kwargs)
+
+    def on_self_distillation_batch_prepared(self, *args, **kwargs):
+        self.record("prepared", *args, **kwargs)
+
+    def on_generation_batch_built(self, *args, **kwargs):
+        self.record("built", *args, **kwargs)
+
+
+def events(**settings):
+    payloads = Payloads()
+    trainer = make_trainer(callbacks=[payloads], **settings)
+    first_step(trainer)
+    return dict(payloads.events), trainer, [name for name, _ in payloads.events]
+
+
+def test_callback_payloads():
+    payload, trainer, order = events(gradient_accumulation_steps=2)
+    assert order == ["selected", "prepared", "built"]
+    selected = payload["selected"]
+    assert set(selected) == {"generation_prompts", "generation_prompt_text"}
+    assert len(selected["generation_prompts"]) == 4  # 2 rows x 2 micro-batches
+    assert selected["generation_prompts"][0] == selected["generation_prompts"][1]
+    assert selected["generation_prompts"][0][0]["role"] == "user"
+    assert selected["generation_prompt_text"][0].endswith("<|im_start|>assistant\n")
+    assert "Hint" not in selected["generation_prompt_text"][0]
+    prepared = payload["prepared"]
+    assert set(prepared) == {"prompt_ids", "completion_ids", "old_per_token_logps"}
+    assert prepared["prompt_ids"].shape[0] == prepared["completion_ids"].shape[0] == 4
+    assert trainer.processing_class.decode(prepared["prompt_ids"][0]).endswith("<|im_start|>assistant\n")
+    assert prepared["old_per_token_logps"] is None
+    assert payload["built"] == {"generate_every": 2, "steps_per_generation": 2}
+
+
+def test_generation_from_the_teachers_prompt():
+    payload, _, _ = events(generate_from_teacher=True, steps_per_generation=2)
+    assert all("Hint" in text for text in payload["selected"]["generation_prompt_text"])
+    assert payload["prepared"]["old_per_token_logps"] is None
+
+
+@pytest.mark.parametrize(
+    "settings, present",
+    [
+        ({"steps_per_generation": 2}, True),
+        ({"num_iterations": 2}, True),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, False),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_iterations": 2}, False),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 4}, True),
+    ],
+)
+def test_old_log_probs_are_there_exactly_where_rollouts_get_older_than_the_weights(settings, present):
+    payload, trainer, _ = events(temperature=0.7, **settings)
+    old = payload["prepared"]["old_per_token_logps"]
+    assert (old is not None) == present
+    if present:
+        assert old.shape == payload["prepared"]["completion_ids"].shape
+        trainer.model.eval()
+        rollouts = [r for one in trainer.current_batch[1] for r in one.batch.rollouts]
+        for row, rollout in zip(old, rollouts, strict=True):
+            ids = rollout.completion.ids
+            logits = reference.logits_of_completion(trainer.model, rollout.prompts.student.ids, ids, 0.7)
+            expected = logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0].detach()
+            torch.testing.assert_close(row[: len(ids)], expected, rtol=1e-5, atol=1e-5)
+            assert (row[len(ids) :] == 0).all()
+
+
+def test_a_reused_generation_batch_keeps_its_teacher_and_is_weighted():
+    """Over two optimizer steps: the live teacher stays as it was when it scored, head included."""
+    trainer = make_trainer(steps_per_generation=2, distillation_is_clip=None, learning_rate=0.1)
+    inputs = first_step(trainer)
+    teacher = copy.deepcopy(trainer.model).eval()
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.5)
+    trainer.compute_loss(trainer.model, inputs[0]).backward()
+    optimizer.step()
+    second = trainer._with_shares([trainer.current_batch[1][1]])[0]
+    assert second["scored"].teacher_head is not None
+    loss = trainer.compute_loss(trainer.model, second).item()
+    expected = reference.step_loss(
+        trainer.model.eval(), teacher, [second["scored"].batch.rollouts], alpha=0.5, topk=100
+    )
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_several_end_tokens_each_end_a_completion_and_the_first_is_trained_on():
+    model = tiny.llama()
+    eos = tiny.tokenizer().eos_token_id
+    model.generation_config.eos_token_id = [eos, *range(40)]  # often sampled
+    trainer = make_trainer(model=model, max_completion_length=24, per_device_train_batch_size=8)
+    (inputs,) = first_step(trainer)
+    ended = [r for r in inputs["scored"].batch.rollouts if not r.completion.truncated]
+    assert any(r.completion.ids[-1] != eos for r in ended)
+    for rollout in ended:
+        assert rollout.completion.ids[-1] in (eos, *range(40))
+        assert not set(rollout.completion.ids[:-1]) & {eos, *range(40)}
+    tokens = inputs["scored"].batch.tokens_N.tolist()
+    assert all(r.completion.ids[-1] in tokens for r in ended if not r.empty)
+
+
+def test_pad_equal_to_eos_does_not_hide_the_end_token():
+    tokenizer = tiny.tokenizer()
+    model = tiny.llama()
+    plain = make_trainer(model=model, max_completion_length=24, per_device_train_batch_size=8)
+    tokenizer.pad_token = tokenizer.eos_token
+    merged = SDFTTrainer(model=tiny.llama(), args=plain.args, train_dataset=plain.train_dataset,
+                         processing_class=tokenizer)  # fmt: skip
+    batches = [first_step(trainer)[0]["scored"].batch for trainer in (plain, merged)]
+    assert torch.equal(batches[0].tokens_N, batches[1].tokens_N)
+
+
+def test_rollouts_do_not_depend_on_the_global_generator():
+    completions = []
+    for seed in (1, 2):
+        trainer = make_trainer()
+        torch.manual_seed(seed)
+        completions.append([r.completion for r in first_step(trainer)[0]["scored"].batch.rollouts])
+    assert completions[0] == completions[1]
+
+
+def test_training_learns_the_teacher():
+    """A frozen teacher that knows more: the student's divergence from it falls."""
+    result = train(lora=True, max_steps=40, learning_rate=3e-2, num_generations=2, rows=1, distillation_alpha=0.0)
+    assert sum(result["losses"][-5:]) < 0.7 * sum(result["losses"][:5])
+
+
+def test_dropout_is_switched_off_also_inside_attention():
+    trainer = make_trainer(model=tiny.llama(attention_dropout=0.5), lora=True)
+    modules = list(trainer.model.modules())
+    assert all(m.p == 0 for m in modules if isinstance(m, torch.nn.Dropout))
+    assert all(m.attention_dropout == 0 for m in modules if hasattr(m, "attention_dropout"))
+    kept = make_trainer(model=tiny.llama(attention_dropout=0.5), disable_dropout=False)
+    assert any(getattr(m, "attention_dropout", 0) == 0.5 for m in kept.model.modules())
+
+
+def test_the_scoring_pass_leaves_no_trace():
+    trainer = make_trainer(lora=True)
+    trainer.model.train()
+    frozen_mode = next(m for m in trainer.model.modules() if isinstance(m, torch.nn.SiLU) or not list(m.children()))
+    frozen_mode.training = False
+    before = {n: (m.training,) for n, m in trainer.model.named_modules()}
+    requires = {n: p.requires_grad for n, p in trainer.model.named_parameters()}
+    adapters = trainer.model.active_adapters
+    first_step(trainer)
+    assert before == {n: (m.training,) for n, m in trainer.model.named_modules()}
+    assert requires == {n: p.requires_grad for n, p in trainer.model.named_parameters()}
+    assert adapters == trainer.model.active_adapters
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_a_peft_model_given_as_an_object():
+    model = get_peft_model(tiny.llama(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    trainer = make_trainer(model=model)
+    assert trainer.args.teacher_model_kind == "base"
+    with pytest.raises(ValueError, match="PeftModel already"):
+        make_trainer(model=model, lora=True)
+
+
+def test_an_adapter_that_was_trained_before_is_warned_about():
+    model = get_peft_model(tiny.llama(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(param)
+    with pytest.warns(UserWarning, match="merge_and_unload"):
+        make_trainer(model=model)
+
+
+def test_a_processor_gives_its_tokenizer():
+    class Processor:
+        tokenizer = tiny.tokenizer()
+        model_input_names = ["input_ids"]
+
+    trainer = make_trainer()
+    made = SDFTTrainer(tiny.llama(), trainer.args, trainer.train_dataset, processing_class=Processor())
+    assert made.generation_batches.tokenizer is Processor.tokenizer
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused():
+    with pytest.raises(ValueError, match="token id 258.*256 rows"):
+        make_trainer(model=tiny.llama(vocab_size=256))
+
+
+def test_half_precision_weights_without_masters_are_warned_about():
+    with pytest.warns(UserWarning, match="bfloat16 and no fp32 master"):
+        make_trainer(model=tiny.llama(dtype=torch.bfloat16))
+
+
+def test_a_model_that_changes_its_logits_is_refused_by_name():
+    model = tiny.llama()
+    plain = model.forward
+
+    def shifted(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        output.logits = output.logits * 1.5
+        return output
+
+    model.forward = shifted
+    with pytest.raises(ValueError, match="LlamaForCausalLM changes its logits"):
+        first_step(make_trainer(model=model))
+
+
+def test_saved_model_loads_and_generates(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    trainer = make_trainer(max_steps=1, output_dir=str(tmp_path))
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(loaded(ids).logits, causal_lm_of(trainer.model).eval()(ids).logits)
+    assert loaded.generate(ids, max_new_tokens=3, do_sample=False).shape[1] <= 6
+
+
+def test_metrics_are_in_the_log():
+    recorder = Recorder()
+    trainer = make_trainer(callbacks=[recorder], eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=2)
+    trainer.train()
+    train_log = next(log for log in recorder.logs if "loss" in log)
+    for name in ("completions/mean_length", "completions/clipped_ratio", "seconds/rollout", "seconds/teacher",
+                 "seconds/student", "sdft/distillation_loss"):  # fmt: skip
+        assert name in train_log
+    assert any("eval_completions/mean_length" in log for log in recorder.logs)
