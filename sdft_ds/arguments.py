@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from peft import LoraConfig
-from transformers import HfArgumentParser
+from transformers import BitsAndBytesConfig, HfArgumentParser
 
 from sdft_ds.config import SDFTConfig
 
@@ -75,16 +76,57 @@ class ModelArguments:
     lora_task_type: str = _field("CAUSAL_LM", "Task type of the adapter.")
     use_rslora: bool = _field(False, "Scale by lora_alpha / sqrt(lora_r).")
     use_dora: bool = _field(False, "Weight-decomposed LoRA.")
+    load_in_4bit: bool = _field(False, "QLoRA: hold the frozen weights in 4 bits (bitsandbytes); needs use_peft.")
+    load_in_8bit: bool = _field(False, "Hold the frozen weights in 8 bits; needs use_peft, not possible with ZeRO-3.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _field("nf4", "The 4-bit type.")
+    bnb_4bit_quant_storage: str | None = _field(
+        None,
+        "Dtype that packs the 4-bit weights. Unset: the engine's under ZeRO-3, which shards floats only; else uint8.",
+    )
+    use_bnb_nested_quant: bool = _field(False, "Quantize the 4-bit scales as well.")
 
-    def init_kwargs(self) -> dict[str, Any]:
+    def init_kwargs(self, args: SDFTConfig) -> dict[str, Any]:
         """What goes to from_pretrained."""
         named = {
             "revision": self.model_revision,
             "attn_implementation": self.attn_implementation,
             "trust_remote_code": self.trust_remote_code,
             "dtype": self.dtype,
+            "quantization_config": self._quantization(args),
         }
         return {name: value for name, value in named.items() if value is not None}
+
+    def _quantization(self, args: SDFTConfig) -> BitsAndBytesConfig | None:
+        """Raises ValueError for what cannot train, with what to use instead."""
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return None
+        zero3 = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
+        refusals = [
+            (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit are both set: choose one."),
+            (
+                not self.use_peft,
+                "Quantized weights cannot be trained: add --use_peft, which trains an adapter on them.",
+            ),
+            (self.load_in_8bit and zero3, "8-bit weights cannot be sharded by ZeRO-3: use --load_in_4bit, or ZeRO-2."),
+            (
+                zero3 and self.bnb_4bit_quant_storage not in (None, "bfloat16", "float16", "float32"),
+                f"ZeRO-3 shards floats only: bnb_4bit_quant_storage={self.bnb_4bit_quant_storage} cannot be; leave it "
+                "unset.",
+            ),
+        ]
+        for refused, reason in refusals:
+            if refused:
+                raise ValueError(reason)
+        if self.load_in_8bit:
+            return BitsAndBytesConfig(load_in_8bit=True)
+        compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
+            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_quant_storage=self.bnb_4bit_quant_storage or (compute if zero3 else None),
+        )
 
     def peft_config(self) -> LoraConfig | None:
         """The adapter asked for, or None."""
@@ -138,8 +180,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings from a YAML file; the command line wins.")
     for action in parser._actions:
-        # What may be None can be said to be: --distillation_topk none.
-        if action.type in (int, float, str):
+        # A number that may be None can be said to be: --distillation_topk none.
+        if action.type in (int, float):
             action.type = _optional(action.type)
     return parser
 

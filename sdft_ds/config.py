@@ -129,6 +129,10 @@ class SDFTConfig(TrainingArguments):
     ref_model_sync_steps: int = _field(512, "EMA: optimizer steps between two updates.")
     teacher_update_rate: float | None = _field(None, "The newer name of ref_model_mixup_alpha.")
     teacher_sync_steps: int | None = _field(None, "The newer name of ref_model_sync_steps.")
+    teacher_shadow_device: Literal["device", "cpu"] = _field(
+        "device",
+        "Where a base or EMA teacher's values wait between scoring passes: with the weights, or in host memory.",
+    )
 
     # Prompts.
     max_prompt_length: int | None = _field(512, "Most tokens of a student's prompt. None: no limit.")
@@ -342,6 +346,8 @@ class SDFTConfig(TrainingArguments):
             raise ValueError(
                 f"teacher_model_kind must be one of {', '.join(TEACHER_KINDS)}, not {self.teacher_model_kind!r}."
             )
+        if self.teacher_shadow_device not in ("device", "cpu"):
+            raise ValueError(f"teacher_shadow_device must be device or cpu, not {self.teacher_shadow_device!r}.")
         if self.sync_ref_model and self.teacher_model_kind not in (None, "ema"):
             raise ValueError(
                 f"sync_ref_model=True means an EMA teacher and contradicts "

@@ -13,7 +13,8 @@ from sdft_ds.paired_batch import Rollout
 
 @dataclass(frozen=True)
 class Metric:
-    """reduction: mean (weighted by what was counted), max, min, sum, or slowest (largest rank's sum per step)."""
+    """reduction: mean (weighted by what was counted), norm ratio (the root of one), max, min, sum, or slowest (largest
+    rank's sum per step)."""
 
     unit: str
     reduction: str
@@ -30,6 +31,9 @@ METRICS = {
     "completions/loss_tokens": Metric("tokens", "sum", "loss tokens trained on since the last log, over all ranks"),
     "prompts/student_cut": Metric("rows", "sum", "student prompts cut to max_prompt_length since the last log"),
     "prompts/teacher_cut": Metric("rows", "sum", "teacher prompts cut to max_teacher_prompt_length"),
+    "teacher/distance": Metric(
+        "ratio", "norm ratio", "|teacher - student| / |student - start|, estimated on 65,536 values of each rank"
+    ),
     "seconds/rollout": Metric("s/step", "slowest", "generation, per optimizer step, on the slowest rank"),
     "seconds/teacher": Metric("s/step", "slowest", "teacher scoring, swaps included"),
     "seconds/student": Metric("s/step", "slowest", "student forward"),
@@ -100,9 +104,9 @@ class Meters:
             if metric.reduction in ("max", "min"):
                 if extremes[i] > float("-inf"):
                     values[name] = extremes[i] if metric.reduction == "max" else -extremes[i]
-            elif metric.reduction == "mean":
+            elif metric.reduction in ("mean", "norm ratio"):
                 if count:
-                    values[name] = total / count
+                    values[name] = total / count if metric.reduction == "mean" else (total / count) ** 0.5
             elif metric.reduction == "slowest":
                 values[name] = slowest[i] / max(1, steps)
             else:

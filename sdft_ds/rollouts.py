@@ -15,6 +15,9 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 from sdft_ds.module_state import evaluating
 from sdft_ds.paired_batch import Completion, pad_left
 
+# What shapes a distribution to sample from; transformers warns where it is given and nothing is sampled.
+SAMPLING_OPTIONS = {"temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
+
 
 class RaceNoise(LogitsProcessor):
     """Adds to each row's scores the Gumbel noise that belongs to its key and position, so that argmax is a sample.
@@ -73,6 +76,8 @@ class Sampler:
         model can generate (see zero.generation_weights). overrides: options for this call only.
         """
         options = {**self.options, **overrides}
+        if not options["do_sample"]:
+            options = {name: value for name, value in options.items() if name not in SAMPLING_OPTIONS}
         config = GenerationConfig(
             **options, eos_token_id=self.eos_token_ids, pad_token_id=self.pad_token_id, use_cache=True
         )

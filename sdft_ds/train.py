@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import datasets
 import transformers
 
-from sdft_ds import arguments, demo, sources
+from sdft_ds import arguments, sources
 from sdft_ds.completions import ShowCompletions
+from sdft_ds.demo import run as demo
 from sdft_ds.trainer import SDFTTrainer
 
 
@@ -53,7 +54,7 @@ def _trainer(
             f"eval_strategy={args.eval_strategy.value} needs the split {script.dataset_test_split!r}; the data set "
             f"has {', '.join(splits)}. Set --dataset_test_split."
         )
-    args.model_init_kwargs = {**model.init_kwargs(), **(args.model_init_kwargs or {})}
+    args.model_init_kwargs = {**model.init_kwargs(args), **(args.model_init_kwargs or {})}
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         model.model_name_or_path, revision=model.model_revision, trust_remote_code=model.trust_remote_code
     )
@@ -76,6 +77,8 @@ def _resume(value: str | None) -> str | bool | None:
 
 def _quiet_unless_first_rank() -> None:
     """Other ranks say the same; what goes wrong on one of them alone is an exception, and still shows."""
+    # Names that the libraries below us still use among each other, and that no user can do anything about.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()

@@ -12,7 +12,16 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 
 from sdft_ds import completion_head, models, teacher, zero
 from sdft_ds.aggregation import Shares, shares
@@ -21,6 +30,7 @@ from sdft_ds.completion_head import DistillationLoss
 from sdft_ds.config import SDFTConfig
 from sdft_ds.generation_batch import GenerationBatches
 from sdft_ds.metrics import Meters
+from sdft_ds.progress import TrainingProgress
 from sdft_ds.prompts import PromptBuilder, usable_rows
 from sdft_ds.rollouts import Sampler
 from sdft_ds.schedule import MicroBatch, Schedule, data_loader, evaluation_batches
@@ -59,7 +69,6 @@ class SDFTTrainer(Trainer):
             models.disable_dropout(model)
         models.warn_without_masters(model, args)
         completion_head.install(model)
-        args.teacher_model_kind = args.teacher_model_kind or teacher.default_kind(model)
         prompts = PromptBuilder(
             tokenizer,
             args.teacher_prompt_template,
@@ -74,6 +83,7 @@ class SDFTTrainer(Trainer):
         elif eval_dataset is not None:
             eval_dataset = usable_rows(eval_dataset, "eval_dataset", prompts)
         self.current_batch: tuple[int, list[Scored]] | None = None  # (number, micro-batches) of a generation batch
+        self.teacher_started = False
 
         super().__init__(
             model=model,
@@ -89,6 +99,10 @@ class SDFTTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.meters = {mode: Meters(self._reduce, args.device) for mode in ("train", "eval")}
         self.steps_at_last_log = 0
+        self.teacher = teacher.make(model, args)
+        self.add_callback(_AfterStep(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(TrainingProgress)
         self.generation_batches = GenerationBatches(
             args=args,
             accelerator=self.accelerator,
@@ -102,7 +116,7 @@ class SDFTTrainer(Trainer):
                 tokenizer.pad_token_id,
                 args.seed,
             ),
-            teacher=teacher.make(args.teacher_model_kind, model),
+            teacher=self.teacher,
             dispatch=self._dispatch,
         )
         if hasattr(self.model, "add_model_tags"):
@@ -139,6 +153,9 @@ class SDFTTrainer(Trainer):
 
         Generation batches that are due are made here, before any forward of the step.
         """
+        if not self.teacher_started:
+            self.teacher.start(self.model_wrapped)
+            self.teacher_started = True
         scored = []
         for _ in range(num_batches):
             item = next(epoch_iterator)
@@ -256,6 +273,9 @@ class SDFTTrainer(Trainer):
         if "loss" in logs:
             steps = self.state.global_step - self.steps_at_last_log
             self.steps_at_last_log = self.state.global_step
+            drift = self.teacher.drift(self.model_wrapped)
+            if drift is not None:
+                self.meters["train"].add("teacher/distance", *drift)
             logs.update(self.meters["train"].collect(steps))
         elif "eval_loss" in logs:
             logs.update({f"eval_{name}": value for name, value in self.meters["eval"].collect(steps=1).items()})
@@ -279,6 +299,17 @@ class SDFTTrainer(Trainer):
             operations = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
             torch.distributed.all_reduce(tensor, operations[how])
         return tensor
+
+
+class _AfterStep(TrainerCallback):
+    """Lets the teacher follow the student after each optimizer step that was made."""
+
+    def __init__(self, trainer: SDFTTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer.teacher.after_step(self.trainer.model_wrapped, state.global_step)
 
 
 class _EvaluationBatches:

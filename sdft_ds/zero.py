@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -27,6 +28,8 @@ def start_process_group(deepspeed_config: Any, use_cpu: bool, timeout_seconds: i
     On a CPU it has to exist before TrainingArguments builds accelerate's state: that starts torch's group but not
     deepspeed.comm, after which zero.Init believes that the world has one rank. Plain `python` becomes rank 0 of 1.
     """
+    if use_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # also where DeepSpeed would find something else
     if not deepspeed_config:
         return
     # JIT operators are built with ninja from the environment of this interpreter, activated or not.
@@ -164,3 +167,92 @@ def _scoring_coordinator(offload: Any) -> Any:
             log_trace_cache_warnings=offload.log_trace_cache_warnings,
         )
     return offload.sdft_scoring_coordinator
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's part of one trainable parameter, flat: elements offset ... offset + len(weights) of the whole.
+
+    weights: what the forward computes with, once `rewritten` has shown it to the other ranks. master: the fp32 values
+    that the optimizer trains; None where the weights themselves are those.
+    """
+
+    name: str
+    offset: int
+    weights: Tensor
+    master: Tensor | None
+
+    @property
+    def values(self) -> Tensor:
+        return self.weights if self.master is None else self.master
+
+
+def pieces(engine: nn.Module, trainable: list[tuple[str, nn.Parameter]]) -> list[Piece]:
+    """This rank's pieces of the given parameters, as of now: views into the engine, not to be kept over a step."""
+    if stage(engine) == 3:
+        found = [_stage3_piece(engine, name, param) for name, param in trainable]
+    elif stage(engine) > 0:
+        found = [_fragment_piece(name, param) for name, param in trainable if param._hp_mapping is not None]
+    else:
+        masters = _masters_by_param(engine)
+        found = [Piece(name, 0, param.data.view(-1), masters.get(id(param))) for name, param in trainable]
+    for piece in found:
+        assert piece.master is None or piece.master.data_ptr() != piece.weights.data_ptr(), piece.name
+    return found
+
+
+def _stage3_piece(engine: nn.Module, name: str, param: nn.Parameter) -> Piece:
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    shard = param.ds_tensor
+    trains = hasattr(engine.optimizer, "parameter_offload")  # an engine for inference has no masters
+    offset = shard.ds_numel * torch.distributed.get_rank()
+    return Piece(name, offset, shard.data, safe_get_local_fp32_param(param) if trains else None)
+
+
+def _fragment_piece(name: str, param: nn.Parameter) -> Piece:
+    fragment = param._hp_mapping
+    return Piece(name, fragment.lp_fragment_address.start, fragment.lp_fragment.data, fragment.hp_fragment.data)
+
+
+def _masters_by_param(engine: nn.Module) -> dict[int, Tensor]:
+    """Stage 0 in half precision: whole fp32 masters, one for each parameter or flat for a group of them."""
+    optimizer = getattr(engine, "optimizer", None)
+    masters = {}
+    for g, params in enumerate(getattr(optimizer, "fp16_groups", [])):
+        if hasattr(optimizer, "fp32_groups_flat"):
+            whole, start = optimizer.fp32_groups_flat[g].data, 0
+            for param in params:
+                masters[id(param)] = whole[start : start + param.numel()]
+                start += param.numel()
+        else:
+            masters |= {
+                id(param): master.data.view(-1) for param, master in zip(params, optimizer.fp32_groups[g], strict=True)
+            }
+    return masters
+
+
+@contextmanager
+def rewritten(engine: nn.Module) -> Iterator[None]:
+    """Write to the weights of pieces inside; afterwards every forward on every rank sees them.
+
+    At stage 3 whole parameters may be cached, and would be computed with as they were: the cache is emptied first. At
+    stages 1 and 2 each rank's partition is gathered into the others' whole weights.
+    """
+    optimizer = getattr(engine, "optimizer", None)
+    if stage(engine) == 3:
+        _offload(engine).empty_partition_cache()
+    yield
+    if stage(engine) in (1, 2):
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        all_gather_dp_groups(
+            groups_flat=optimizer.bit16_groups_flat,
+            partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,
+            dp_process_group=optimizer.real_dp_process_group,
+            start_alignment_factor=optimizer.nccl_start_alignment_factor,
+            allgather_bucket_size=optimizer.allgather_bucket_size,
+        )
+    # ZeRO-3 gathers on a stream of its own, which does not wait for what this one has written.
+    if torch.accelerator.is_available():
+        torch.accelerator.current_stream().synchronize()

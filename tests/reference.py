@@ -3,6 +3,8 @@
 What the trainer is tested against.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 
@@ -57,3 +59,30 @@ def step_loss(
     if loss_type == "dr_grpo":
         return sum(all_sums) / (len(all_sums) * max_completion_length)
     return sum(sum(s) / max(sum(n), 1) for s, n in zip(sums, counts, strict=True)) / len(sums)
+
+
+def train(student, rollouts_by_step, kind, lora=False, rate=0.6, sync_steps=512, lr=1e-2, eps=1e-3, clip=1.0, **loss):
+    """Train with a literal second model as the teacher; (losses, gradient norms, teacher) over the given rollouts."""
+    student.eval()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    if lora and kind == "base":
+        teacher = teacher.unload()
+    trained = {name: param for name, param in student.named_parameters() if param.requires_grad}
+    decay = [p for n, p in trained.items() if p.ndim > 1]
+    rest = [p for n, p in trained.items() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest}], lr=lr, eps=eps, weight_decay=0.0)
+    losses, norms = [], []
+    for step, micro_batches in enumerate(rollouts_by_step, start=1):
+        now = copy.deepcopy(student).requires_grad_(False) if kind == "live" else teacher
+        value = step_loss(student, now, micro_batches, **loss)
+        optimizer.zero_grad()
+        value.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), clip).item())
+        losses.append(value.item())
+        optimizer.step()
+        if kind == "ema" and step % sync_steps == 0:
+            with torch.no_grad():
+                for name, param in teacher.named_parameters():
+                    if name in trained:
+                        param.copy_((1 - rate) * param + rate * trained[name])
+    return losses, norms, student if kind == "live" else teacher

@@ -1,29 +1,27 @@
-"""The kinds of teacher: the same network with other values in its trainable parameters, one kind in each file.
-
-`make(kind, model)` looks the kind up in KINDS and raises ValueError where the kind does not fit the model.
-"""
+"""The kinds of teacher: the same network with other values in its trainable parameters, one kind in each file."""
 
 from torch import nn
 
-from sdft_ds.teacher.base import AdapterOff
+from sdft_ds.config import SDFTConfig
+from sdft_ds.teacher.base import AdapterOff, Base
 from sdft_ds.teacher.contract import Teacher
+from sdft_ds.teacher.ema import Ema
 from sdft_ds.teacher.live import Live
 
-KINDS: dict[str, type[Teacher]] = {"live": Live, "base": AdapterOff}
+# kind -> (class for full fine-tuning, class for a PEFT model)
+KINDS: dict[str, tuple[type[Teacher], type[Teacher]]] = {
+    "live": (Live, Live),
+    "base": (Base, AdapterOff),
+    "ema": (Ema, Ema),
+}
 
 
-def default_kind(model: nn.Module) -> str:
-    """With PEFT the base model is there for nothing; without, the student itself is."""
-    return "base" if hasattr(model, "peft_config") else "live"
+def make(model: nn.Module, args: SDFTConfig) -> Teacher:
+    """The teacher of a run. Where no kind is set: base for a PEFT model, whose base costs nothing; else live."""
+    peft = hasattr(model, "peft_config")
+    if args.teacher_model_kind is None:
+        args.teacher_model_kind = "base" if peft else "live"
+    return KINDS[args.teacher_model_kind][peft](model, args)
 
 
-def make(kind: str, model: nn.Module) -> Teacher:
-    if kind == "ema" or (kind == "base" and not hasattr(model, "peft_config")):
-        raise NotImplementedError(
-            f"teacher_model_kind={kind!r} of {'a PEFT model' if hasattr(model, 'peft_config') else 'full fine-tuning'}"
-            " is not built yet: use a PEFT model with 'base', or 'live'."
-        )
-    return KINDS[kind](model)
-
-
-__all__ = ["KINDS", "Teacher", "default_kind", "make"]
+__all__ = ["KINDS", "Teacher", "make"]

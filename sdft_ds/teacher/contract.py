@@ -1,19 +1,44 @@
-"""What a teacher is: a context in which the engine's forward is the teacher's."""
+"""What a teacher is: a context in which the engine's forward is the teacher's, and what keeps it up to date."""
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 
-from torch import nn
+from torch import Tensor, nn
+
+from sdft_ds.config import SDFTConfig
 
 
 class Teacher(ABC):
-    """head_differs: whether the values of its language-model head can differ from the student's in the same step."""
+    """One kind of teacher of one run.
+
+    trainable: (name, parameter) of all that is trained, taken once: inside `disable_adapter` none requires a gradient.
+    head_differs: whether its language-model head can differ from the student's within one optimizer step.
+    """
 
     head_differs = False
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, args: SDFTConfig):
         self.model = model
+        self.args = args
+        self.trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
 
     @abstractmethod
     def weights(self, engine: nn.Module) -> AbstractContextManager[None]:
         """Inside, forwards of the engine are the teacher's. Every rank enters and leaves it together."""
+
+    def start(self, engine: nn.Module) -> None:
+        """Called with the engine before anything was trained, unless `load` was: the values to start from."""
+
+    def after_step(self, engine: nn.Module, step: int) -> None:
+        """Called on every rank after optimizer step `step` (from 1)."""
+
+    def drift(self, engine: nn.Module) -> tuple[float, float] | None:
+        """This rank's part of (|teacher - student|^2, |student - start|^2), or None where the teacher cannot drift."""
+        return None
+
+    def state(self) -> dict[str, Tensor]:
+        """What this rank must save to go on as it was; empty where the model's own checkpoint is enough."""
+        return {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state` gave."""

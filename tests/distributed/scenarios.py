@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from sdft_ds import SDFTConfig, SDFTTrainer, zero
+from sdft_ds.module_state import evaluating
 from tests import tiny
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -23,34 +24,63 @@ SETTINGS = {
 }  # fmt: skip
 
 
+ADAPTER = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_dropout=0.0)
+PROBE = torch.arange(20).view(2, 10) * 7 % 250
+
+
 class Recorder(TrainerCallback):
     """Losses and gradient norms of every step, and the completions of every generation batch."""
 
     def __init__(self):
-        self.logs, self.completions = [], []
+        self.logs, self.completions, self.rollouts = [], [], []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.logs.append(dict(logs))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.rollouts.append([scored.batch.rollouts for scored in self.trainer.current_batch[1]])
 
     def on_self_distillation_batch_prepared(self, args, state, control, completion_ids=None, **kwargs):
         self.completions.append(completion_ids.tolist())
 
 
-def make_trainer(stage: int | None = None, lora: bool = False, model: Any = None, callbacks=(), rows=6, **settings):
+def grown_student(lora: bool):
+    """The tiny Llama; its adapter is one that was trained, so that a teacher without it is another model.
+
+    Made on the rank that uses it: a tensor that is sent to two processes is shared memory, trained by both.
+    """
+    model = tiny.llama()
+    if lora:
+        torch.manual_seed(11)
+        model = get_peft_model(model, ADAPTER)
+        for name, param in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(param, std=0.1)
+    return model
+
+
+def make_trainer(
+    stage: int | None = None,
+    lora: bool = False,
+    grown: bool = False,
+    model: Any = None,
+    callbacks=(),
+    rows=6,
+    **settings,
+):
     """A trainer of the tiny Llama; stage None: without DeepSpeed."""
     if stage is not None:
         settings["deepspeed"] = str(DS_CONFIGS / f"zero{stage}.json")
     args = SDFTConfig(**{**SETTINGS, "output_dir": tempfile.mkdtemp(), **settings})
     dataset = Dataset.from_list(tiny.rows(rows))
-    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, init_lora_weights=True)
     return SDFTTrainer(
-        model=model or tiny.llama(),
+        model=grown_student(lora) if grown else model or tiny.llama(),
         args=args,
         train_dataset=dataset,
         eval_dataset=dataset,
         processing_class=tiny.tokenizer(),
         callbacks=list(callbacks),
-        peft_config=adapter if lora else None,
+        peft_config=ADAPTER if lora and not grown else None,
     )
 
 
@@ -58,6 +88,7 @@ def train(stage: int | None = None, **settings) -> dict[str, Any]:
     """Train a few steps; (losses, gradient norms, the trained weights, completions) of this rank."""
     recorder = Recorder()
     trainer = make_trainer(stage, callbacks=[recorder], **settings)
+    recorder.trainer = trainer
     trainer.train()
     steps = [log for log in recorder.logs if "loss" in log]
     names, params = zip(*((n, p) for n, p in trainer.model.named_parameters() if p.requires_grad), strict=True)
@@ -67,7 +98,27 @@ def train(stage: int | None = None, **settings) -> dict[str, Any]:
         "weights": dict(zip(names, (copy.float() for copy in zero.full_copies(list(params))), strict=True)),
         "completions": recorder.completions,
         "logs": steps,
+        "rollouts": recorder.rollouts,
+        "teacher_logits": teacher_logits(trainer),
+        "shadow": shadow_pieces(trainer),
     }
+
+
+@torch.no_grad()
+def teacher_logits(trainer: SDFTTrainer) -> torch.Tensor:
+    """The teacher's logits on fixed tokens, as the trainer's scoring pass would see them."""
+    engine = trainer.model_wrapped
+    with zero.scoring_pass(engine), evaluating(engine), trainer.teacher.weights(engine):
+        return engine(input_ids=PROBE, attention_mask=torch.ones_like(PROBE), use_cache=False).logits.float()
+
+
+def shadow_pieces(trainer: SDFTTrainer) -> list[tuple[str, int, torch.Tensor]]:
+    """(name, offset, values) of what this rank holds of the teacher."""
+    values = getattr(trainer.teacher, "values", {})
+    if not values:
+        return []
+    pieces = zero.pieces(trainer.model_wrapped, trainer.teacher.trainable)
+    return [(piece.name, piece.offset, values[piece.name].cpu()) for piece in pieces]
 
 
 def evaluate(stage: int | None = None, **settings) -> float:

@@ -1,0 +1,21 @@
+"""ema: the teacher is a moving average of the student.
+
+teacher = (1 - rate) teacher + rate student, every `teacher_sync_steps` optimizer steps, from the fp32 masters and kept
+in fp32: at a rate of 0.01 an average in bf16 makes a tenth of the movement at most, the rest is rounded away. With
+LoRA the average is over the adapter's factors.
+"""
+
+import torch
+from torch import nn
+
+from sdft_ds import zero
+from sdft_ds.teacher.shadow import ShadowTeacher
+
+
+class Ema(ShadowTeacher):
+    @torch.no_grad()
+    def after_step(self, engine: nn.Module, step: int) -> None:
+        if step % self.args.teacher_sync_steps == 0:
+            for piece in zero.pieces(engine, self.trainable):
+                value = self.values[piece.name]
+                value.lerp_(piece.values.to(value.device, torch.float32), self.args.teacher_update_rate)

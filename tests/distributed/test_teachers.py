@@ -1,0 +1,65 @@
+"""Every teacher kind, at every ZeRO stage on two ranks, against a plain loop with a literal second model."""
+
+import pytest
+import torch
+
+from tests import reference
+from tests.distributed import scenarios
+
+KINDS = ["live", "base", "ema"]
+RUN = {"max_steps": 6, "distillation_alpha": 0.0, "distillation_mode": "full_logits", "teacher_update_rate": 0.3,
+       "teacher_sync_steps": 2}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def literal():
+    """(losses, gradient norms, teacher's weights by name, teacher's logits) of the plain loop for (kind, lora)."""
+    made = {}
+
+    def get(kind, lora):
+        if (kind, lora) not in made:
+            ours = scenarios.train(
+                grown=True, lora=lora, teacher_model_kind=kind, per_device_train_batch_size=4, **RUN
+            )
+            losses, norms, teacher = reference.train(
+                scenarios.grown_student(lora), ours["rollouts"], kind, lora, rate=0.3, sync_steps=2, alpha=0.0
+            )
+            weights = dict(teacher.named_parameters())
+            made[kind, lora] = losses, norms, weights, teacher(scenarios.PROBE).logits.detach(), ours
+        return made[kind, lora]
+
+    return get
+
+
+def assert_equal(got, expected, kind):
+    losses, norms, weights, logits, _ = expected
+    torch.testing.assert_close(got["losses"], losses, rtol=5e-6, atol=1e-7)
+    if got["grad_norms"][0] is not None:
+        torch.testing.assert_close(got["grad_norms"], norms, rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(got["teacher_logits"], logits, rtol=1e-5, atol=5e-6 if kind == "base" else 2e-5)
+    for name, offset, values in got["shadow"]:
+        whole = weights[name].detach().flatten()[offset : offset + len(values)]
+        torch.testing.assert_close(values[: len(whole)], whole, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lora", [False, True])
+def test_one_process_equals_a_literal_second_model(literal, kind, lora):
+    expected = literal(kind, lora)
+    assert_equal(expected[-1], expected, kind)
+    if kind == "base":
+        assert expected[0][0] != pytest.approx(expected[0][-1])  # it is not the student that teaches
+
+
+@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lora", [False, True])
+def test_two_ranks_equal_a_literal_second_model(two_ranks, literal, stage, kind, lora):
+    expected = literal(kind, lora)
+    results = two_ranks.run("train", stage, grown=True, lora=lora, teacher_model_kind=kind, **RUN)
+    for got in results:
+        assert_equal(got, expected, kind)
+    if kind == "ema" and stage is not None and stage > 0:
+        held = sum(len(values) for got in results for _, _, values in got["shadow"])
+        trained = sum(p.numel() for n, p in scenarios.grown_student(lora).named_parameters() if p.requires_grad)
+        assert trained <= held <= 1.1 * trained + 64  # a shard on each rank, padding aside

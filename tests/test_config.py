@@ -1,0 +1,138 @@
+import dataclasses
+
+import pytest
+
+from sdft_ds import SDFTConfig
+from sdft_ds.config import UNUSED_FIELDS
+
+
+def config(tmp_path="unused", **settings):
+    return SDFTConfig(output_dir=str(tmp_path), report_to="none", **settings)
+
+
+# The interface that scripts rely on: names and defaults.
+DEFAULTS = {
+    "distillation_alpha": 0.5, "distillation_topk": 100, "full_logit_distillation": False,
+    "distillation_add_tail": False, "distillation_is_clip": 2.0, "distillation_weight": 1.0, "loss_type": "dapo",
+    "num_loss_tokens_to_skip": 0, "generate_from_teacher": False,
+    "teacher_prompt_template": "{prompt}\n\n{privileged_context}", "disable_dropout": True, "sync_ref_model": False,
+    "ref_model_sync_steps": 512, "ref_model_mixup_alpha": 0.6, "max_prompt_length": 512, "max_completion_length": 256,
+    "num_generations": 8, "num_generations_eval": None, "num_iterations": 1, "temperature": 1.0, "top_p": 1.0,
+    "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "cache_implementation": None, "generation_kwargs": None,
+    "chat_template_kwargs": None, "ds3_gather_for_generation": True, "shuffle_dataset": True,
+    "model_init_kwargs": None, "remove_unused_columns": False, "mask_truncated_completions": False, "use_vllm": False,
+    "logging_steps": 10, "bf16": True, "activation_checkpointing": True, "truncation": "truncate",
+    "teacher_model_kind": None, "max_teacher_prompt_length": None,
+}  # fmt: skip
+
+
+def test_defaults():
+    made = config()
+    assert {name: getattr(made, name) for name in DEFAULTS} == DEFAULTS
+    assert made.steps_per_generation == 1 and made.generation_batch_size == 8
+    assert made.distillation_mode == "topk_logits"
+    assert made.teacher_update_rate == 0.6 and made.teacher_sync_steps == 512
+
+
+def test_precision_and_checkpointing_can_be_said_in_old_and_new_names():
+    assert not config(fp16=True).bf16 and config(bf16=False).bf16 is False
+    with pytest.warns(FutureWarning):
+        assert not config(gradient_checkpointing=False).activation_checkpointing
+    assert not config(activation_checkpointing=False).activation_checkpointing
+
+
+@pytest.mark.parametrize("name", UNUSED_FIELDS)
+def test_fields_without_a_use_are_refused_elsewhere_than_at_their_default(name):
+    field = SDFTConfig.__dataclass_fields__[name]
+    assert getattr(config(**{name: field.default}), name) == field.default
+    other = {bool: True, int: 77, float: 0.77}.get(type(field.default), "else")
+    with pytest.raises(ValueError, match=f"{name} has no effect here: .*Leave it at its default"):
+        config(**{name: other})
+
+
+def test_vllm_is_refused():
+    with pytest.raises(ValueError, match="use_vllm=True is not supported"):
+        config(use_vllm=True)
+
+
+@pytest.mark.parametrize(
+    "settings, mode, topk",
+    [
+        ({}, "topk_logits", 100),
+        ({"full_logit_distillation": True}, "topk_logits", 100),
+        ({"distillation_topk": None, "full_logit_distillation": True}, "full_logits", None),
+        ({"distillation_topk": None, "distillation_alpha": 1.0}, "sampled_token", None),
+        ({"distillation_mode": "full_logits"}, "full_logits", None),
+        ({"distillation_mode": "topk_logits", "distillation_topk": 7}, "topk_logits", 7),
+        ({"distillation_mode": "sampled_token", "distillation_alpha": 1.0}, "sampled_token", None),
+    ],
+)
+def test_support_in_old_and_new_names(settings, mode, topk):
+    made = config(**settings)
+    assert (made.distillation_mode, made.distillation_topk) == (mode, topk)
+    assert made.divergence.mode == mode and made.divergence.topk == topk
+
+
+@pytest.mark.parametrize(
+    "settings, kind, rate, steps",
+    [
+        ({}, None, 0.6, 512),
+        ({"sync_ref_model": True, "ref_model_mixup_alpha": 0.1, "ref_model_sync_steps": 3}, "ema", 0.1, 3),
+        ({"teacher_model_kind": "ema", "teacher_update_rate": 0.01, "teacher_sync_steps": 1}, "ema", 0.01, 1),
+        ({"teacher_model_kind": "base"}, "base", 0.6, 512),
+    ],
+)
+def test_teacher_in_old_and_new_names(settings, kind, rate, steps):
+    made = config(**settings)
+    assert (made.teacher_model_kind, made.teacher_update_rate, made.teacher_sync_steps) == (kind, rate, steps)
+    assert (made.ref_model_mixup_alpha, made.ref_model_sync_steps) == (rate, steps)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"distillation_topk": None}, "sampled token.*distillation_alpha=1"),
+        ({"distillation_mode": "sampled_token"}, "distillation_alpha=1"),
+        ({"distillation_mode": "topk_logits", "distillation_topk": None}, "needs distillation_topk"),
+        ({"distillation_mode": "full_logits", "distillation_topk": 5}, "distillation_topk=5 contradicts"),
+        ({"distillation_mode": "sampled_token", "full_logit_distillation": True, "distillation_alpha": 1.0},
+         "contradicts full_logit_distillation"),
+        ({"distillation_mode": "full_logits", "distillation_add_tail": True}, "distillation_add_tail.*no effect"),
+        ({"sync_ref_model": True, "teacher_model_kind": "base"}, "sync_ref_model.*contradicts"),
+        ({"teacher_update_rate": 0.1, "ref_model_mixup_alpha": 0.2}, "contradicts ref_model_mixup_alpha"),
+        ({"teacher_sync_steps": 4, "ref_model_sync_steps": 5}, "contradicts ref_model_sync_steps"),
+        ({"teacher_model_kind": "other"}, "teacher_model_kind must be one of"),
+        ({"distillation_alpha": 1.5}, "distillation_alpha must be in"),
+        ({"distillation_topk": 0}, "distillation_topk must be positive"),
+        ({"loss_type": "mean"}, "loss_type must be one of"),
+        ({"truncation": "cut"}, "truncation must be one of"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"num_generations": 0}, "num_generations must be at least 1"),
+        ({"teacher_prompt_template": "{prompt}"}, "lacks the placeholder {privileged_context}"),
+        ({"num_generations": 3}, "num_generations=3 does not divide"),
+        ({"generation_batch_size": 12}, "must be a multiple of the 8 rows"),
+        ({"generation_batch_size": 16, "steps_per_generation": 3}, "contradicts steps_per_generation=3"),
+        ({"eval_strategy": "steps", "eval_steps": 5, "num_generations_eval": 3}, "num_generations_eval=3"),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 6}, "straddle.*steps_per_generation=4 or 8"),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_iterations": 3}, "straddle"),
+    ],
+)  # fmt: skip
+def test_refusals_name_the_field_and_the_remedy(settings, words):
+    with pytest.raises(ValueError, match=words):
+        config(**settings)
+
+
+def test_dict_fields_are_accepted_as_json():
+    made = config(generation_kwargs='{"typical_p": 0.9}', chat_template_kwargs='{"enable_thinking": false}')
+    assert made.generation_options["typical_p"] == 0.9 and made.chat_template_kwargs == {"enable_thinking": False}
+
+
+def test_a_resolved_configuration_can_be_rebuilt():
+    made = config(gradient_accumulation_steps=2, teacher_update_rate=0.1, distillation_mode="full_logits")
+    again = dataclasses.replace(made, learning_rate=1.0)
+    assert again.divergence == made.divergence and again.generate_every == made.generate_every
+
+
+def test_steps_per_generation_from_the_generation_batch_size():
+    made = config(generation_batch_size=32, num_iterations=2)
+    assert made.steps_per_generation == 4 and made.generate_every == 8
