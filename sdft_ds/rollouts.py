@@ -67,13 +67,14 @@ class Sampler:
         model: PreTrainedModel,
         prompts: list[list[int]],
         keys: list[str],
-        weights: AbstractContextManager[dict[str, Any]],
+        weights: AbstractContextManager[bool],
         **overrides: Any,
     ) -> list[Completion]:
         """One completion for each prompt.
 
         keys: what makes a row's randomness its own, in addition to the run's seed. weights: the context in which the
-        model can generate (see zero.generation_weights). overrides: options for this call only.
+        model can generate; it says whether every rank goes on until the last is done (zero.generation_weights).
+        overrides: options for this call only.
         """
         options = {**self.options, **overrides}
         if not options["do_sample"]:
@@ -88,11 +89,14 @@ class Sampler:
             if generation_config.do_sample:
                 logits_processor.append(noise)
                 generation_config.do_sample = False
-            return model._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+            # `generate` does not hand synced_gpus on to a custom loop.
+            return model._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced, **kwargs
+            )
 
-        with torch.no_grad(), evaluating(model), _own_generation_config(model), weights as kwargs:
+        with torch.no_grad(), evaluating(model), _own_generation_config(model), weights as synced:
             output = model.generate(
-                input_ids, attention_mask=attention_mask, generation_config=config, custom_generate=decode, **kwargs
+                input_ids, attention_mask=attention_mask, generation_config=config, custom_generate=decode
             )
         completions = [self._completion(row) for row in output[:, input_ids.shape[1] :].tolist()]
         if len(completions) != len(prompts):

@@ -23,7 +23,7 @@ from transformers import (
     TrainerState,
 )
 
-from sdft_ds import completion_head, models, teacher, zero
+from sdft_ds import checkpoint, completion_head, models, teacher, zero
 from sdft_ds.aggregation import Shares, shares
 from sdft_ds.chunked_loss import LossTerms
 from sdft_ds.completion_head import DistillationLoss
@@ -223,6 +223,19 @@ class SDFTTrainer(Trainer):
         # A product, also by 1: at ZeRO stage 0 DeepSpeed divides the gradient of what its forward returned, if exactly
         # that tensor is given to its backward, by the accumulation steps once more.
         return loss * self.args.distillation_weight
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The teacher belongs to what a resume needs, as the optimizer does; all ranks come here."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        checkpoint.save_teacher(output_dir, self.teacher, self.args.process_index, self.args.world_size)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint_dir)
+        if checkpoint_dir is not None:
+            checkpoint.load_teacher(checkpoint_dir, self.teacher, self.args.process_index, self.args.world_size)
+            self.teacher_started = True
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 

@@ -113,19 +113,19 @@ def _coordinator(engine: nn.Module, coordinator: Any) -> Iterator[None]:
 
 
 @contextmanager
-def generation_weights(engine: nn.Module, gather: bool) -> Iterator[dict[str, Any]]:
-    """The model inside the engine can `generate` within; yields the keyword arguments that generate needs for it.
+def generation_weights(engine: nn.Module, gather: bool) -> Iterator[bool]:
+    """The model inside the engine can generate within; yields whether every rank must go on until the last is done.
 
     ZeRO-3 with `gather`: all weights are gathered once and its hooks idle, so ranks may differ in the number and the
     length of their calls. Without: each layer is gathered for each token, and all ranks go on until the last is done.
     """
     if stage(engine) < 3:
-        yield {}
+        yield False
     elif not gather:
-        yield {"synced_gpus": True}
+        yield torch.distributed.get_world_size() > 1
     else:
         with _gathered(list(engine.module.parameters())), _coordinator(engine, _Resident()):
-            yield {}
+            yield False
 
 
 @contextmanager

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "sdft_ds"
 # A module may import those before it. Packages count as one room.
 ORDER = [
     "module_state", "rows", "prompts", "paired_batch", "divergence", "zero", "config", "schedule", "rollouts",
-    "aggregation", "chunked_loss", "completion_head", "models", "teacher", "scoring", "metrics",
+    "aggregation", "chunked_loss", "completion_head", "models", "teacher", "checkpoint", "scoring", "metrics",
     "generation_batch", "progress", "trainer", "completions", "arguments", "sources", "demo", "train",
 ]  # fmt: skip
 PURE = [

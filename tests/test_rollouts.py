@@ -10,7 +10,7 @@ class AsItIs:
     """The context of weights where nothing has to be gathered."""
 
     def __enter__(self):
-        return {}
+        return False
 
     def __exit__(self, *error):
         return None

@@ -13,9 +13,11 @@ class Teacher(ABC):
 
     trainable: (name, parameter) of all that is trained, taken once: inside `disable_adapter` none requires a gradient.
     head_differs: whether its language-model head can differ from the student's within one optimizer step.
+    has_state: whether a resume needs what `state` gives.
     """
 
     head_differs = False
+    has_state = False
 
     def __init__(self, model: nn.Module, args: SDFTConfig):
         self.model = model

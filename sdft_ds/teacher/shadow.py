@@ -21,6 +21,8 @@ DRIFT_SAMPLE = 1 << 16
 class ShadowTeacher(Teacher):
     """A teacher whose trainable parameters are a shadow that starts as the student does."""
 
+    has_state = True
+
     def __init__(self, model: nn.Module, args: SDFTConfig):
         super().__init__(model, args)
         self.values: dict[str, Tensor] = {}  # name -> fp32, this rank's piece

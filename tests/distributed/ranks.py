@@ -22,7 +22,7 @@ class Ranks:
         self.world_size = world_size
         self.processes: list = []
 
-    def run(self, function: str, *args: Any, timeout: int = 300, **kwargs: Any) -> list[Any]:
+    def run(self, function: str, *args: Any, timeout: int = 120, **kwargs: Any) -> list[Any]:
         """Call `function` ("module:name", by default of tests.distributed.scenarios) on every rank; their results."""
         if not self.processes:
             self._start()
@@ -33,7 +33,8 @@ class Ranks:
             if not pipe.poll(timeout + 10):
                 stacks = "\n".join(open(log).read() for log in self.logs)
                 self.stop()
-                raise RankError(f"{function}: rank {rank} did not answer within {timeout} s.\n{stacks}")
+                raised = "\n".join(str(result) for ok, result in results if not ok)
+                raise RankError(f"{function}: rank {rank} did not answer within {timeout} s.\n{raised}\n{stacks}")
             try:
                 ok, result = pipe.recv()
             except EOFError:

@@ -33,12 +33,14 @@ class Recorder(TrainerCallback):
 
     def __init__(self):
         self.logs, self.completions, self.rollouts = [], [], []
+        self.trainer = None  # set it to record rollouts as well
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.logs.append(dict(logs))
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.rollouts.append([scored.batch.rollouts for scored in self.trainer.current_batch[1]])
+        if self.trainer is not None:
+            self.rollouts.append([scored.batch.rollouts for scored in self.trainer.current_batch[1]])
 
     def on_self_distillation_batch_prepared(self, args, state, control, completion_ids=None, **kwargs):
         self.completions.append(completion_ids.tolist())
@@ -131,3 +133,146 @@ def digest(tensors) -> str:
     for tensor in tensors:
         hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
+
+
+def swap_leaves_the_student_alone(stage, extra_pass: bool, **settings) -> str:
+    """Train, with or without one more swap before every step; the trained weights, bit by bit."""
+    trainer = make_trainer(stage, teacher_model_kind="ema", teacher_sync_steps=1, max_steps=3, **settings)
+    if extra_pass:
+        plain = trainer.get_batch_samples
+
+        def get_batch_samples(*args):
+            inputs = plain(*args)
+            before = state_of(trainer.model)
+            teacher_logits(trainer)
+            assert state_of(trainer.model) == before
+            return inputs
+
+        trainer.get_batch_samples = get_batch_samples
+    trainer.train()
+    return digest(zero.full_copies([param for _, param in trainer.teacher.trainable]))
+
+
+def state_of(model) -> list:
+    """What a teacher pass must leave as it was."""
+    return [
+        [(name, module.training, getattr(module, "p", None)) for name, module in model.named_modules()],
+        [(name, param.requires_grad, param.grad is None) for name, param in model.named_parameters()],
+        getattr(model, "active_adapters", None),
+    ]
+
+
+def average(stage, rate: float, **settings) -> dict[str, Any]:
+    """An EMA teacher's pieces after some steps, beside an average of the student's masters made independently."""
+    trainer = make_trainer(stage, teacher_model_kind="ema", teacher_update_rate=rate, teacher_sync_steps=1, **settings)
+    expected, start = {}, {}
+
+    class Follow(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            for piece in zero.pieces(trainer.model_wrapped, trainer.teacher.trainable):
+                start[piece.name] = expected[piece.name] = piece.values.float().clone().double()
+
+        def on_step_end(self, *args, **kwargs):
+            for piece in zero.pieces(trainer.model_wrapped, trainer.teacher.trainable):
+                expected[piece.name] = (1 - rate) * expected[piece.name] + rate * piece.values.double()
+
+    recorder = Recorder()
+    recorder.trainer = trainer
+    trainer.add_callback(Follow())
+    trainer.add_callback(recorder)
+    trainer.train()
+    off = moved = 0.0
+    for name, values in trainer.teacher.values.items():
+        off += (values.double() - expected[name]).square().sum().item()
+        moved += (expected[name] - start[name]).square().sum().item()
+    drift = [log["teacher/distance"] for log in recorder.logs if "teacher/distance" in log]
+    return {"off": off**0.5, "moved": moved**0.5, "drift": drift}
+
+
+def generate(stage, gather: bool, uneven: bool = False, warm: bool = False, **settings) -> list:
+    """Completions from an engine that was never used (cold), or that has trained a step (warm)."""
+    trainer = make_trainer(stage, ds3_gather_for_generation=gather, max_steps=1, **settings)
+    completions = []
+    rank = trainer.args.process_index
+    prompts = [[1, 2, 3], [4] * 9, [5, 6]]
+    if uneven:  # one rank has shorter prompts, and with them other lengths
+        prompts = prompts[rank:] + prompts[:rank]
+
+    def take() -> None:
+        made = trainer.generation_batches.generate(prompts, ["a", "b", "c"], max_new_tokens=4 + 4 * rank * uneven)
+        completions.append([completion.ids for completion in made])
+
+    class Cold(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            take()
+
+    if not warm:
+        trainer.add_callback(Cold())
+    trainer.train()
+    if warm:
+        take()
+    return completions
+
+
+def train_evaluate_train(stage, gather: bool) -> list[float]:
+    """Losses of a run that evaluates after every step."""
+    recorder = Recorder()
+    trainer = make_trainer(
+        stage, ds3_gather_for_generation=gather, callbacks=[recorder], eval_strategy="steps", eval_steps=1,
+        per_device_eval_batch_size=2,
+    )  # fmt: skip
+    recorder.trainer = trainer
+    trainer.train()
+    return [log.get("loss", log.get("eval_loss")) for log in recorder.logs if "loss" in log or "eval_loss" in log]
+
+
+def exception_inside_generation(stage, gather: bool) -> list[float]:
+    """Generation raises on every rank before training; the run goes on as if nothing had been."""
+    recorder = Recorder()
+    trainer = make_trainer(stage, ds3_gather_for_generation=gather, callbacks=[recorder])
+    recorder.trainer = trainer
+
+    class Stumble(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            def broken(*args, **kwargs):
+                raise KeyError("on purpose")
+
+            inner = trainer.model.model.layers[0]
+            whole, inner.forward = inner.forward, broken
+            try:
+                trainer.generation_batches.generate([[1, 2]], ["a"])
+            except KeyError:
+                pass
+            else:
+                raise AssertionError("nothing was raised")
+            finally:
+                inner.forward = whole
+            assert trainer.model.training or True
+
+    trainer.add_callback(Stumble())
+    trainer.train()
+    return [log["loss"] for log in recorder.logs if "loss" in log]
+
+
+def resume(stage, folder: str, **settings) -> dict[str, Any]:
+    """Six steps in one go, and three, a new trainer, three more; what both end with."""
+    settings = {"teacher_update_rate": 0.3, "teacher_sync_steps": 1, **settings}
+    ends = []
+    for steps, again in ((6, None), (3, None), (6, f"{folder}/parts/checkpoint-3")):
+        recorder = Recorder()
+        part = "whole" if len(ends) == 0 else "parts"
+        trainer = make_trainer(
+            stage, callbacks=[recorder], max_steps=steps, output_dir=f"{folder}/{part}", save_strategy="steps",
+            save_steps=3, **settings,
+        )  # fmt: skip
+        recorder.trainer = trainer
+        trainer.train(resume_from_checkpoint=again)
+        ends.append(
+            {
+                "losses": [log["loss"] for log in recorder.logs if "loss" in log],
+                "completions": recorder.completions,
+                "weights": digest(zero.full_copies([param for _, param in trainer.teacher.trainable])),
+                "teacher": digest(tensor for _, _, tensor in shadow_pieces(trainer)),
+            }
+        )
+    return {"whole": ends[0], "resumed": ends[2], "first": ends[1]}

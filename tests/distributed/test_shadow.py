@@ -1,0 +1,57 @@
+"""A shadow is exact, follows its formula, leaves the student alone, and survives a resume."""
+
+import pytest
+
+STAGES = [None, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_teacher_pass_leaves_the_student_bit_identical(two_ranks, stage, bf16):
+    lora = stage == 3 and bf16  # one cell with an adapter; the matrix has them all
+    with_pass = two_ranks.run("swap_leaves_the_student_alone", stage, True, bf16=bf16, lora=lora)
+    without = two_ranks.run("swap_leaves_the_student_alone", stage, False, bf16=bf16, lora=lora)
+    assert with_pass == without and len(set(with_pass)) == 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("lora", [False, True])
+def test_ema_is_the_average_of_the_masters_after_twenty_steps(two_ranks, stage, lora):
+    for rank in two_ranks.run("average", stage, 0.05, lora=lora, max_steps=20):
+        assert rank["off"] <= 5e-6 * rank["moved"] and rank["moved"] > 0
+        assert all(0 < ratio <= 1.1 for ratio in rank["drift"])
+
+
+def test_ema_of_bf16_weights_moves_as_far_as_that_of_their_masters(two_ranks):
+    for stage in (2, 3):
+        for rank in two_ranks.run("average", stage, 0.01, max_steps=20, bf16=True, learning_rate=1e-3):
+            assert rank["off"] <= 1e-3 * rank["moved"]  # kept in bf16 it is off by 0.8 and more
+
+
+def test_rate_one_copies_and_rate_zero_freezes(one_rank):
+    (copies,) = one_rank.run("average", 3, 1.0)
+    assert copies["off"] == 0.0 and copies["moved"] > 0 and max(copies["drift"]) < 1e-3
+    (frozen,) = one_rank.run("average", 3, 0.0)
+    assert frozen["off"] == frozen["moved"] == 0.0
+    assert frozen["drift"] == pytest.approx([1.0] * len(frozen["drift"]))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind, lora", [("ema", False), ("ema", True), ("base", False)])
+def test_a_resumed_run_is_the_run_that_was_interrupted(two_ranks, tmp_path, stage, kind, lora):
+    for rank in two_ranks.run("resume", stage, str(tmp_path), teacher_model_kind=kind, lora=lora):
+        assert rank["resumed"]["losses"] == rank["whole"]["losses"][3:]
+        assert rank["resumed"]["completions"] == rank["whole"]["completions"][3:]
+        assert rank["resumed"]["weights"] == rank["whole"]["weights"]
+        assert rank["resumed"]["teacher"] == rank["whole"]["teacher"] != rank["first"]["teacher"] or kind == "base"
+
+
+def test_a_missing_teacher_file_is_an_error(one_rank, tmp_path):
+    from tests.distributed import scenarios
+
+    scenarios.resume(None, str(tmp_path), teacher_model_kind="ema")
+    checkpoint = tmp_path / "parts" / "checkpoint-3"
+    (checkpoint / "teacher-rank-0-of-1.safetensors").rename(checkpoint / "teacher-rank-0-of-2.safetensors")
+    trainer = scenarios.make_trainer(teacher_model_kind="ema", output_dir=str(tmp_path / "parts"))
+    with pytest.raises(FileNotFoundError, match="teacher-rank-0-of-1.*those of 2 ranks.*Resume with the settings"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
