@@ -67,7 +67,7 @@ def test_equals_the_plain_reference(divergence, bias, own_head, is_clip):
         for chunk_tokens in (1, 5, N, None):
             got = loss_and_gradients(chunked_distillation_loss, hidden, head, terms, finish, chunk_tokens=chunk_tokens)
             for value, reference in zip(got, expected, strict=True):
-                assert (value - reference).norm() <= 3e-6 * reference.norm()
+                assert (value - reference).norm() <= 5e-6 * reference.norm()
 
 
 def test_without_tokens_a_zero_stays_attached():

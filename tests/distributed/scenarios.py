@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 
 from sdft_ds import SDFTConfig, SDFTTrainer, zero
 from sdft_ds.module_state import evaluating
+from sdft_ds.paired_batch import LossMask
+from sdft_ds.scoring import Scorer
 from tests import tiny
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -276,3 +278,67 @@ def resume(stage, folder: str, **settings) -> dict[str, Any]:
             }
         )
     return {"whole": ends[0], "resumed": ends[2], "first": ends[1]}
+
+
+def gathers(stage, **settings) -> dict[str, int]:
+    """All-gathers of the last optimizer step: those of the teacher's pass, and those of the student's step."""
+    import deepspeed.comm as comm
+
+    trainer = make_trainer(stage, **settings)
+    names = ["all_gather_into_tensor", "all_gather", "allgather_fn", "all_gather_coalesced"]
+    counts, phase = {"teacher": 0, "student": 0, "other": 0}, ["other"]
+
+    def counted(name, call):
+        def counting(*args, **kwargs):
+            counts[phase[0]] += 1
+            return call(*args, **kwargs)
+
+        return counting
+
+    plain = {name: getattr(comm.comm.cdb, name) for name in names if hasattr(comm.comm.cdb, name)}
+    score, step = Scorer.score, SDFTTrainer.training_step
+
+    def scoring(self, *args, **kwargs):
+        phase[0], counts["teacher"] = "teacher", 0
+        try:
+            return score(self, *args, **kwargs)
+        finally:
+            phase[0], counts["student"] = "other", 0
+
+    def training(self, *args, **kwargs):
+        phase[0] = "student"
+        try:
+            return step(self, *args, **kwargs)
+        finally:
+            phase[0] = "other"
+
+    Scorer.score, SDFTTrainer.training_step = scoring, training
+    for name, call in plain.items():
+        setattr(comm.comm.cdb, name, counted(name, call))
+    try:
+        trainer.train()
+    finally:
+        Scorer.score, SDFTTrainer.training_step = score, step
+        for name, call in plain.items():
+            setattr(comm.comm.cdb, name, call)
+    offload = trainer.model_wrapped.optimizer.parameter_offload
+    counts["trace is complete"] = offload.param_coordinator.is_complete_trace()
+    counts["teacher's trace is complete"] = offload.sdft_scoring_coordinator.is_complete_trace()
+    return counts
+
+
+def one_rank_without_loss(stage) -> dict[str, Any]:
+    """The first rank's rows are all skipped, the other's are not."""
+    trainer = make_trainer(stage, callbacks=[recorder := Recorder()])
+    whole = LossMask.first_token
+
+    def first_token(self, rollout):
+        return len(rollout.completion.ids) if trainer.args.process_index == 0 else whole(self, rollout)
+
+    LossMask.first_token = first_token
+    try:
+        trainer.train()
+    finally:
+        LossMask.first_token = whole
+    tokens = sum(len(scored.batch.tokens_N) for scored in trainer.current_batch[1])
+    return {"losses": [log["loss"] for log in recorder.logs if "loss" in log], "tokens": tokens}

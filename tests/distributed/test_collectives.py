@@ -1,0 +1,44 @@
+"""What the teacher costs in communication at ZeRO-3, counted on the calls themselves."""
+
+import pytest
+
+KINDS = pytest.mark.parametrize("kind, lora", [("live", False), ("base", False), ("ema", False), ("base", True)])
+
+
+@KINDS
+def test_teacher_and_student_gather_at_most_twice_what_the_student_does(two_ranks, kind, lora):
+    settings = {"lora": lora, "max_steps": 6, "gradient_accumulation_steps": 2}
+    student = two_ranks.run("gathers", 3, teacher_model_kind="live", **{**settings, "lora": lora})[0]
+    both = two_ranks.run("gathers", 3, teacher_model_kind=kind, **settings)[0]
+    assert both["trace is complete"] and both["teacher's trace is complete"]
+    assert 0 < both["student"] + both["teacher"] <= 2 * student["student"]
+
+
+def test_the_teachers_gathers_follow_its_own_batches(two_ranks):
+    """Eight rows in one scoring batch or in four, whatever the student's accumulation is."""
+    one = two_ranks.run("gathers", 3, teacher_model_kind="base", per_device_train_batch_size=4, max_steps=6)[0]
+    four = two_ranks.run(
+        "gathers",
+        3,
+        teacher_model_kind="base",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        max_steps=6,
+    )[0]
+    per_batch = one["teacher"]
+    assert per_batch <= four["teacher"] <= 4 * per_batch
+
+
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_rows_without_loss_on_one_rank_or_on_all_do_not_hang(two_ranks, stage):
+    """Every completion shorter than what is skipped: zeros that stay attached, on one rank and on both."""
+    for rank in two_ranks.run("train", stage, num_loss_tokens_to_skip=8, gradient_accumulation_steps=2):
+        assert rank["losses"] == [0.0, 0.0, 0.0]
+    lost = two_ranks.run("one_rank_without_loss", stage)
+    assert lost[0]["tokens"] == 0 < lost[1]["tokens"] and lost[0]["losses"] == lost[1]["losses"]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_fewer_rows_than_a_generation_batch_do_not_hang(two_ranks, rows):
+    for rank in two_ranks.run("train", 3, rows=rows, gradient_accumulation_steps=2, num_train_epochs=2, max_steps=-1):
+        assert len(rank["losses"]) == 2
