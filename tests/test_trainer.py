@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import TrainerCallback
 
 from sdft_ds import SDFTTrainer
@@ -310,3 +310,42 @@ def test_metrics_are_in_the_log():
                  "seconds/student", "sdft/distillation_loss"):  # fmt: skip
         assert name in train_log
     assert any("eval_completions/mean_length" in log for log in recorder.logs)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+)
+def test_an_adapted_head_is_refused_with_the_remedy(adapter):
+    model = get_peft_model(tiny.llama(tie_word_embeddings=False), LoraConfig(task_type="CAUSAL_LM", **adapter))
+    with pytest.raises(ValueError, match="leave `lm_head` out"):
+        make_trainer(model=model)
+
+
+@pytest.mark.parametrize("kind", ["live", "base", "ema"])
+def test_modules_to_save_beside_the_adapter_are_part_of_the_teacher(kind):
+    """A norm that is trained in full: off with the adapter for `base`, averaged for `ema`."""
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["norm"])
+    trainer = make_trainer(
+        model=get_peft_model(tiny.llama(), adapter), teacher_model_kind=kind, teacher_sync_steps=1, max_steps=4
+    )
+    start = reference.logits_of_completion(trainer.model.eval(), [1, 2], [3, 4], 1.0).detach()
+    trainer.train()
+    trainer.model.eval()
+    student = reference.logits_of_completion(trainer.model, [1, 2], [3, 4], 1.0).detach()
+    with trainer.teacher.weights(trainer.model):
+        teacher = reference.logits_of_completion(trainer.model, [1, 2], [3, 4], 1.0).detach()
+    assert not torch.allclose(student, start)
+    if kind == "base":
+        torch.testing.assert_close(teacher, start)
+    elif kind == "live":
+        torch.testing.assert_close(teacher, student)
+    else:
+        assert not torch.allclose(teacher, start) and not torch.allclose(teacher, student)
+        assert any("norm" in name for name in trainer.teacher.values)
+
+
+def test_prompt_tuning_is_refused():
+    model = get_peft_model(tiny.llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="PROMPT_TUNING.*use LoRA"):
+        make_trainer(model=model)

@@ -1,0 +1,118 @@
+"""Which settings train, and are right: every ZeRO stage x full/LoRA/QLoRA x teacher x checkpointing x ranks x dtype.
+
+    python -m benchmarks.matrix [--only STAGE] [--json FILE]        about half an hour on 2 CPU cores
+
+Each cell trains a tiny Llama for three steps on real engines. Its losses must be those of one process without
+DeepSpeed with the same adapter, teacher and dtype: within 1e-4 in fp32; in bf16, where a rounding can change a sampled
+token, the first one within 5 % and all of them finite. Prints the table of the README.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+STAGES = ["none", "zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer", "zero3_offload"]
+ADAPTERS = ["full", "LoRA", "QLoRA"]
+KINDS = ["live", "base", "ema"]
+
+
+def cell(stage: str, adapter: str, kind: str, checkpointing: bool, bf16: bool, folder: str) -> list[float]:
+    """Losses of three steps on this rank."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    from tests.distributed import scenarios
+
+    settings = {"teacher_model_kind": kind, "activation_checkpointing": checkpointing, "bf16": bf16}
+    settings |= {"teacher_sync_steps": 1, "per_device_train_batch_size": 4 // torch_world_size()}
+    if stage != "none":
+        settings["deepspeed"] = str(scenarios.DS_CONFIGS / f"{stage}.json")
+    if adapter == "QLoRA":
+        storage = torch.bfloat16 if bf16 else torch.float32
+        settings["model_init_kwargs"] = {
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=storage,
+                bnb_4bit_quant_storage=storage,
+            )
+        }
+    recorder = scenarios.Recorder()
+    trainer = scenarios.make_trainer(
+        None, lora=adapter != "full", model=folder if adapter == "QLoRA" else None, callbacks=[recorder], **settings
+    )
+    trainer.train()
+    return [log["loss"] for log in recorder.logs if "loss" in log]
+
+
+def torch_world_size() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def is_right(losses: list[float], reference: list[float], bf16: bool) -> bool:
+    if not all(map(math.isfinite, losses)):
+        return False
+    if bf16:
+        return abs(losses[0] - reference[0]) <= 0.05 * abs(reference[0]) + 1e-3
+    return all(abs(a - b) <= 1e-4 * abs(b) + 1e-6 for a, b in zip(losses, reference, strict=True))
+
+
+def main() -> None:
+    from tests import tiny
+    from tests.distributed.ranks import RankError, Ranks
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=STAGES, action="append", help="these stages only")
+    parser.add_argument("--json", type=Path, help="write every cell's outcome here")
+    args = parser.parse_args()
+
+    os.environ["PYTHONWARNINGS"] = "ignore"  # deprecations inside the libraries, once for each of 500 cells
+    folder = tempfile.mkdtemp()
+    tiny.llama().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    workers = {1: Ranks(1), 2: Ranks(2)}
+    started, outcomes, references = time.time(), [], {}
+
+    def run(world_size, *settings):
+        return workers[world_size].run("benchmarks.matrix:cell", *settings, folder, timeout=120)[0]
+
+    for stage, adapter in itertools.product(args.only or STAGES, ADAPTERS):
+        for kind, checkpointing, ranks, bf16 in itertools.product(KINDS, (False, True), (1, 2), (False, True)):
+            key = (adapter, kind, bf16)
+            if key not in references:
+                references[key] = run(1, "none", adapter, kind, False, bf16)
+            try:
+                losses = run(ranks, stage, adapter, kind, checkpointing, bf16)
+                right = is_right(losses, references[key], bf16)
+                error = None if right else f"losses {losses}, reference {references[key]}"
+            except RankError as raised:
+                right, error = False, str(raised)
+            outcome = dict(
+                stage=stage, adapter=adapter, kind=kind, checkpointing=checkpointing, ranks=ranks, bf16=bf16
+            )
+            outcomes.append({**outcome, "right": right, "error": error})
+            if not right:
+                print("not right:", outcome, error[-600:], file=sys.stderr)
+        print(f"{stage} {adapter}: {time.time() - started:.0f} s", file=sys.stderr, flush=True)
+    for ranks in workers.values():
+        ranks.stop()
+    if args.json:
+        args.json.write_text(json.dumps(outcomes, indent=1))
+
+    print("\nCells that are right, of 24 each (3 teachers x checkpointing off/on x 1/2 ranks x fp32/bf16)\n")
+    print("| | " + " | ".join(ADAPTERS) + " |")
+    print("|---|" + "---|" * len(ADAPTERS))
+    for stage in args.only or STAGES:
+        counts = [[o["right"] for o in outcomes if (o["stage"], o["adapter"]) == (stage, a)] for a in ADAPTERS]
+        print(f"| {stage} | " + " | ".join(f"{sum(c)}/{len(c)}" for c in counts) + " |")
+    print(f"\n{sum(o['right'] for o in outcomes)} of {len(outcomes)} in {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What a teacher costs in memory: peak per rank of a base and an EMA teacher above a live one, and TRL's beside it.
+
+    python -m benchmarks.smollm2 FOLDER
+    python -m benchmarks.memory --model FOLDER [--stages 2 3] [--json FILE]     the benchmark extra installs TRL 1.16
+
+Full fine-tuning on two CPU ranks in fp32, the same rows and lengths for both. The peak is the largest resident set of
+a rank over the second and third optimizer step: the kernel's high-water mark, reset after the first. The allocator is
+told to give large blocks back at once, so that what was freed does not count.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CONFIGS = Path(__file__).parents[1] / "ds_configs"
+KINDS = ["live", "base", "ema"]
+SETTINGS = {
+    "max_steps": 3, "per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 16,
+    "max_prompt_length": 96, "bf16": False, "save_strategy": "no", "report_to": "none", "use_cpu": True,
+    "disable_tqdm": True, "logging_steps": 1, "distillation_alpha": 0.0, "learning_rate": 1e-5,
+}  # fmt: skip
+
+
+def status(field: str) -> int:
+    """A field of this process's memory status, in MB."""
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) // 1024
+
+
+def cell(tool: str, stage: int, kind: str, model: str) -> None:
+    """One rank of one run; prints its peak as the last line."""
+    import deepspeed
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    if tool == "trl":
+        from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+    else:
+        from sdft_ds import SDFTConfig, SDFTTrainer
+
+    class Peak(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+
+    prompt = [{"role": "user", "content": "Name the capital of France, and say why it matters. " * 4}]
+    dataset = Dataset.from_list([{"prompt": prompt, "privileged_context": "The capital is Paris. " * 8}] * 8)
+    named = {"teacher_update_rate": 0.05, "teacher_sync_steps": 1} if kind == "ema" else {}
+    args = SDFTConfig(
+        output_dir=tempfile.mkdtemp(), deepspeed=str(CONFIGS / f"zero{stage}.json"), teacher_model_kind=kind,
+        activation_checkpointing=True, **SETTINGS, **named,
+    )  # fmt: skip
+    trainer = SDFTTrainer(
+        model=model, args=args, train_dataset=dataset, processing_class=AutoTokenizer.from_pretrained(model),
+        callbacks=[Peak()],
+    )  # fmt: skip
+    trainer.train()
+    print(json.dumps({"peak_mb": status("VmHWM")}), flush=True)
+
+
+def run(tool: str, stage: int, kind: str, model: str) -> int | str:
+    """The larger peak of two ranks in MB, or the last line of the error."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        environment = {
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu",
+            "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "benchmarks.memory", "--model", model, "--cell", tool, str(stage), kind]
+        ranks.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        outputs = [process.communicate(timeout=600) for process in ranks]
+    except subprocess.TimeoutExpired:
+        for process in ranks:
+            process.kill()
+        return "no end within 10 minutes"
+    for process, (_, errors) in zip(ranks, outputs, strict=True):
+        if process.returncode:
+            return next((line for line in reversed(errors.splitlines()) if "Error" in line), "failed")[:120]
+    return max(json.loads(out.splitlines()[-1])["peak_mb"] for out, _ in outputs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of the model")
+    parser.add_argument("--stages", type=int, nargs="+", default=[2, 3], help="ZeRO stages")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cell:
+        tool, stage, kind = args.cell
+        cell(tool, int(stage), kind, args.model)
+        return
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(args.model)
+    import torch
+
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(config)
+    parameters = sum(param.numel() for param in meta.parameters())
+    head = meta.get_output_embeddings().weight.numel()
+    allowed = 1.1 * (4 * parameters / 2 + 4 * head + 4 * 2 * 16 * config.hidden_size) / 1e6
+    figures = {}
+    print("| ZeRO | teacher | sdft_ds peak, MB | above live | allowed | TRL 1.16 peak, MB | above live |")
+    print("|---|---|---|---|---|---|---|")
+    for stage in args.stages:
+        for kind in KINDS:
+            for tool in ("ours", "trl"):
+                figures[tool, stage, kind] = run(tool, stage, kind, args.model)
+            row = [str(stage), kind]
+            for tool in ("ours", "trl"):
+                peak, live = figures[tool, stage, kind], figures[tool, stage, "live"]
+                both = isinstance(peak, int) and isinstance(live, int)
+                row += [str(peak), f"{peak - live:+d}" if both and kind != "live" else ""]
+                row += [f"{allowed:.0f}" if kind != "live" else ""] if tool == "ours" else []
+            print("| " + " | ".join(row) + " |", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"/".join(map(str, key)): value for key, value in figures.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
