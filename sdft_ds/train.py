@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
+        print(_learned(trainer.state.log_history))
         print(f"Saved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -86,5 +87,17 @@ def _quiet_unless_first_rank() -> None:
         datasets.disable_progress_bars()
 
 
-def _one_line(error: Exception) -> str:
-    return f"sdft_ds: {error}" if os.environ.get("RANK", "0") == "0" else "1"
+def _one_line(error: Exception) -> str | int:
+    """What to exit with: the message, said by the first rank only, and status 1 on every rank."""
+    return f"sdft_ds: {error}" if os.environ.get("RANK", "0") == "0" else 1
+
+
+def _learned(log_history: list[dict[str, float]]) -> str:
+    """One sentence about the run: how far the student is from its teacher, at first and at last."""
+    distances = [log["sdft/distillation_loss"] for log in log_history if "sdft/distillation_loss" in log]
+    if not distances:
+        return "No step was logged: lower logging_steps to see what was learned."
+    return (
+        f"The student's answers without the context were {distances[0]:.3g} nats per token from the teacher's at first "
+        f"and {distances[-1]:.3g} at last."
+    )
