@@ -98,6 +98,6 @@ def _learned(log_history: list[dict[str, float]]) -> str:
     if not distances:
         return "No step was logged: lower logging_steps to see what was learned."
     return (
-        f"The student's answers without the context were {distances[0]:.3g} nats per token from the teacher's at first "
-        f"and {distances[-1]:.3g} at last."
+        f"The student's answers without the context were {distances[0]:.3g} nats per token from the teacher's at "
+        f"first and {distances[-1]:.3g} at last."
     )

@@ -48,12 +48,12 @@ class Recorder(TrainerCallback):
         self.completions.append(completion_ids.tolist())
 
 
-def grown_student(lora: bool):
+def grown_student(lora: bool, tied: bool = True):
     """The tiny Llama; its adapter is one that was trained, so that a teacher without it is another model.
 
     Made on the rank that uses it: a tensor that is sent to two processes is shared memory, trained by both.
     """
-    model = tiny.llama()
+    model = tiny.llama(tie_word_embeddings=tied)
     if lora:
         torch.manual_seed(11)
         model = get_peft_model(model, ADAPTER)
@@ -67,6 +67,7 @@ def make_trainer(
     stage: int | None = None,
     lora: bool = False,
     grown: bool = False,
+    tied: bool = True,
     model: Any = None,
     callbacks=(),
     rows=6,
@@ -78,7 +79,7 @@ def make_trainer(
     args = SDFTConfig(**{**SETTINGS, "output_dir": tempfile.mkdtemp(), **settings})
     dataset = Dataset.from_list(tiny.rows(rows))
     return SDFTTrainer(
-        model=grown_student(lora) if grown else model or tiny.llama(),
+        model=grown_student(lora, tied) if grown else model or tiny.llama(),
         args=args,
         train_dataset=dataset,
         eval_dataset=dataset,

@@ -13,20 +13,21 @@ RUN = {"max_steps": 6, "distillation_alpha": 0.0, "distillation_mode": "full_log
 
 @pytest.fixture(scope="module")
 def literal():
-    """(losses, gradient norms, teacher's weights by name, teacher's logits) of the plain loop for (kind, lora)."""
+    """(losses, gradient norms, teacher's weights by name, teacher's logits, our plain run) for (kind, lora, tied)."""
     made = {}
 
-    def get(kind, lora):
-        if (kind, lora) not in made:
+    def get(kind, lora, tied=True):
+        key = (kind, lora, tied)
+        if key not in made:
             ours = scenarios.train(
-                grown=True, lora=lora, teacher_model_kind=kind, per_device_train_batch_size=4, **RUN
+                grown=True, lora=lora, tied=tied, teacher_model_kind=kind, per_device_train_batch_size=4, **RUN
             )
             losses, norms, teacher = reference.train(
-                scenarios.grown_student(lora), ours["rollouts"], kind, lora, rate=0.3, sync_steps=2, alpha=0.0
+                scenarios.grown_student(lora, tied), ours["rollouts"], kind, lora, rate=0.3, sync_steps=2, alpha=0.0
             )
             weights = dict(teacher.named_parameters())
-            made[kind, lora] = losses, norms, weights, teacher(scenarios.PROBE).logits.detach(), ours
-        return made[kind, lora]
+            made[key] = losses, norms, weights, teacher(scenarios.PROBE).logits.detach(), ours
+        return made[key]
 
     return get
 
@@ -63,3 +64,11 @@ def test_two_ranks_equal_a_literal_second_model(two_ranks, literal, stage, kind,
         held = sum(len(values) for got in results for _, _, values in got["shadow"])
         trained = sum(p.numel() for n, p in scenarios.grown_student(lora).named_parameters() if p.requires_grad)
         assert trained <= held <= 1.1 * trained + 64  # a shard on each rank, padding aside
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_of_its_own(two_ranks, literal, stage, kind):
+    """Embeddings that are not tied: the teacher's head is another matrix than its embedding, and is trained."""
+    for got in two_ranks.run("train", stage, grown=True, tied=False, teacher_model_kind=kind, **RUN):
+        assert_equal(got, literal(kind, False, tied=False), kind)
