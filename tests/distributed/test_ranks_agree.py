@@ -13,6 +13,10 @@ def assert_same(got, expected, tolerance=2e-6):
     torch.testing.assert_close(got["losses"], expected["losses"], rtol=tolerance, atol=1e-7)
     if got["grad_norms"][0] is not None:  # DeepSpeed reports none at stage 0
         torch.testing.assert_close(got["grad_norms"], expected["grad_norms"], rtol=1e-5, atol=1e-7)
+    for log, wanted in zip(got["logs"], expected["logs"], strict=True):
+        for name in ("completions/mean_length", "completions/max_length", "completions/loss_tokens"):
+            assert log[name] == wanted[name], name
+        assert log["sdft/distillation_loss"] == pytest.approx(wanted["sdft/distillation_loss"], rel=1e-5)
     for name, weight in expected["weights"].items():
         assert (got["weights"][name] - weight).norm() <= 2e-5 * weight.norm().clamp(min=1e-3), name
 

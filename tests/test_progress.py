@@ -1,0 +1,41 @@
+from sdft_ds.metrics import METRICS, Meters
+from sdft_ds.progress import summary
+from sdft_ds.train import _learned
+
+
+def test_a_line_says_loss_length_and_where_time_goes():
+    logs = {"loss": 0.02134, "completions/mean_length": 12.43, "seconds/rollout": 0.91, "seconds/teacher": 0.3,
+            "seconds/student": 0.62}  # fmt: skip
+    assert summary(logs) == "loss 0.0213 | 12.4 tokens | s/step: rollout 0.91 teacher 0.3 student 0.62"
+
+
+def test_the_end_says_how_far_the_student_came():
+    history = [{"sdft/distillation_loss": 1.25}, {"eval_loss": 1.0}, {"sdft/distillation_loss": 0.125}]
+    assert "1.25 nats per token from the teacher's at first and 0.125 at last" in _learned(history)
+    assert "lower logging_steps" in _learned([])
+
+
+def test_every_metric_says_its_unit_and_is_joined_by_a_known_reduction():
+    for name, metric in METRICS.items():
+        assert metric.unit and metric.meaning, name
+        assert metric.reduction in ("mean", "norm ratio", "max", "min", "sum", "slowest"), name
+
+
+def test_reductions_over_two_ranks():
+    """Each reduction, with a second rank that added the same to the sums and has other extremes."""
+    import torch
+
+    other = {"sum": lambda t: t * 2, "max": lambda t: torch.maximum(t, torch.full_like(t, 5.0))}
+    meters = Meters(lambda tensor, how: other[how](tensor), torch.device("cpu"))
+    for value in (2, 4):
+        meters.add("completions/mean_length", value)
+        meters.add("completions/min_length", value)
+        meters.add("completions/max_length", value)
+        meters.add("completions/loss_tokens", value)
+        meters.add("teacher/distance", value, 6.0)
+    values = meters.collect(steps=2)
+    assert values["completions/mean_length"] == 3 and values["completions/max_length"] == 5
+    assert values["completions/loss_tokens"] == 12 and values["teacher/distance"] == (6 / 12) ** 0.5
+    assert values["completions/min_length"] == -5  # the other rank's, which are kept as negatives
+    assert "sdft/distillation_loss" not in values  # nothing was counted
+    assert meters.collect(1)["completions/loss_tokens"] == 0
