@@ -83,6 +83,7 @@ class SDFTTrainer(Trainer):
         elif eval_dataset is not None:
             eval_dataset = usable_rows(eval_dataset, "eval_dataset", prompts)
         self.current_batch: tuple[int, list[Scored]] | None = None  # (number, micro-batches) of a generation batch
+        self.step_inputs: list[dict[str, Any]] = []  # what get_batch_samples gave out last
         self.teacher_started = False
 
         super().__init__(
@@ -160,9 +161,18 @@ class SDFTTrainer(Trainer):
         for _ in range(num_batches):
             item = next(epoch_iterator)
             if self.current_batch is None or self.current_batch[0] != item.generation_batch:
+                if not scored:
+                    self._forget_last_step()
                 self.current_batch = (item.generation_batch, self._make_generation_batch(item))
             scored.append(self.current_batch[1][item.number])
-        return self._with_shares(scored), None
+        self.step_inputs = self._with_shares(scored)
+        return self.step_inputs, None
+
+    def _forget_last_step(self) -> None:
+        """transformers' loop still holds the last step's inputs: empty them, or two teacher heads are in memory."""
+        self.current_batch = None
+        for inputs in self.step_inputs:
+            inputs.clear()
 
     def _make_generation_batch(self, item: MicroBatch) -> list[Scored]:
         scored = self.generation_batches.make(
