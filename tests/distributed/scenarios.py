@@ -1,6 +1,7 @@
 """What two-rank tests run on every rank; each function also runs alone, in one process without a launcher."""
 
 import hashlib
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sdft_ds import SDFTConfig, SDFTTrainer, zero
 from sdft_ds.module_state import evaluating
@@ -74,6 +76,9 @@ def make_trainer(
     **settings,
 ):
     """A trainer of the tiny Llama; stage None: without DeepSpeed."""
+    # What accelerate and transformers keep of the last trainer in this process would make DeepSpeed of the next one.
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    unset_hf_deepspeed_config()
     if stage is not None:
         settings["deepspeed"] = str(DS_CONFIGS / f"zero{stage}.json")
     args = SDFTConfig(**{**SETTINGS, "output_dir": tempfile.mkdtemp(), **settings})
