@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,8 +217,3 @@ def _unknown(tokens: list[str], parser: argparse.ArgumentParser) -> str:
         return f"unexpected value {tokens[0]!r}"
     close = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
     return f"unknown setting {flag}" + (f"; did you mean {close[0]}?" if close else "")
-
-
-def explicit(argv: Sequence[str] | None = None) -> Sequence[str]:
-    """The arguments of this process."""
-    return sys.argv[1:] if argv is None else argv

@@ -57,11 +57,6 @@ def stage(engine: nn.Module) -> int:
     return engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else 0
 
 
-def masters_are_kept(engine: nn.Module) -> bool:
-    """Whether the engine keeps fp32 masters of half-precision weights."""
-    return hasattr(engine, "zero_optimization_stage") and (engine.bfloat16_enabled() or engine.fp16_enabled())
-
-
 def full_shape(param: Tensor) -> torch.Size:
     """The shape of the whole parameter, of which a rank may hold a shard."""
     return getattr(param, "ds_shape", param.shape)
