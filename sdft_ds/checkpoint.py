@@ -1,5 +1,6 @@
 """What a resume needs beyond transformers' and DeepSpeed's own files: the teacher, one file for each rank."""
 
+import os
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ def save_teacher(folder: str, teacher: Teacher, rank: int, world_size: int) -> N
     """Write this rank's part of the teacher; nothing for a kind that has no state of its own."""
     state = {name: tensor.contiguous().cpu() for name, tensor in teacher.state().items()}
     if state:
+        os.makedirs(folder, exist_ok=True)  # rank 0 makes it, and may not have come to it yet
         save_file(state, teacher_file(folder, rank, world_size))
 
 

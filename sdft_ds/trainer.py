@@ -236,6 +236,11 @@ class SDFTTrainer(Trainer):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """No rank goes on, to read it for example, before the folder is whole."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The teacher belongs to what a resume needs, as the optimizer does; all ranks come here."""
         super()._save_optimizer_and_scheduler(output_dir)

@@ -32,6 +32,8 @@ class Ranks:
         for rank, pipe in enumerate(self.pipes):
             if not pipe.poll(timeout + 10):
                 stacks = "\n".join(open(log).read() for log in self.logs)
+                # The cause is often on a later rank: it raised, and this one waits for it.
+                results += [other.recv() for other in self.pipes[rank + 1 :] if other.poll()]
                 self.stop()
                 raised = "\n".join(str(result) for ok, result in results if not ok)
                 raise RankError(f"{function}: rank {rank} did not answer within {timeout} s.\n{raised}\n{stacks}")

@@ -3,13 +3,14 @@
 import hashlib
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sdft_ds import SDFTConfig, SDFTTrainer, zero
@@ -283,6 +284,26 @@ def resume(stage, folder: str, **settings) -> dict[str, Any]:
             }
         )
     return {"whole": ends[0], "resumed": ends[2], "first": ends[1]}
+
+
+def whole_at_on_save(stage, folder: str) -> bool:
+    """Whether this rank finds the last file of a checkpoint at on_save, though rank 0 is slow in writing it."""
+    found, write = [], TrainerState.save_to_json
+
+    def slowly(self, path):
+        time.sleep(1)
+        write(self, path)
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            found.append(os.path.exists(f"{folder}/checkpoint-1/trainer_state.json"))
+
+    TrainerState.save_to_json = slowly
+    try:
+        make_trainer(stage, callbacks=[Look()], max_steps=1, output_dir=folder, save_strategy="steps").train()
+    finally:
+        TrainerState.save_to_json = write
+    return found == [True]
 
 
 def gathers(stage, **settings) -> dict[str, int]:

@@ -55,3 +55,8 @@ def test_a_missing_teacher_file_is_an_error(one_rank, tmp_path):
     trainer = scenarios.make_trainer(teacher_model_kind="ema", output_dir=str(tmp_path / "parts"))
     with pytest.raises(FileNotFoundError, match="teacher-rank-0-of-1.*those of 2 ranks.*Resume with the settings"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("stage", [None, 2])
+def test_no_rank_goes_on_before_a_checkpoint_is_whole(two_ranks, tmp_path, stage):
+    assert two_ranks.run("whole_at_on_save", stage, str(tmp_path)) == [True, True]
