@@ -32,6 +32,12 @@ def status(field: str) -> int:
     return int(line.split()[1]) // 1024
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def cell(tool: str, stage: int, kind: str, model: str) -> None:
     """One rank of one run; prints its peak as the last line."""
     import deepspeed
@@ -66,9 +72,7 @@ def cell(tool: str, stage: int, kind: str, model: str) -> None:
 
 def run(tool: str, stage: int, kind: str, model: str) -> int | str:
     """The larger peak of two ranks in MB, or the last line of the error."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = []
     for rank in range(2):
         environment = {

@@ -23,7 +23,9 @@ from sdft_ds.chunked_loss import (
     LossTerms,
     chunked_distillation_loss,
     chunked_token_log_probs,
+    whole_logits,
 )
+from sdft_ds.head import tensors_of as head_tensors
 from sdft_ds.module_state import evaluating
 
 # Config attribute -> what the model does to its logits after the head. `check` refuses whatever is missing here.
@@ -78,7 +80,7 @@ class Logits:
     positions_N: Tensor
 
     def answer(self, hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -> Tensor:
-        return finish(nn.functional.linear(hidden_ND, head.weight_VD, head.bias_V))
+        return whole_logits(hidden_ND, head, finish)
 
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
@@ -86,14 +88,10 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def head_of(model: nn.Module) -> nn.Linear:
-    """The language-model head; raises ValueError where it is not a plain linear layer."""
+def head_of(model: nn.Module) -> nn.Module:
+    """The module that is the language-model head; raises ValueError where the loss cannot compute with it."""
     head = causal_lm_of(model).get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ValueError(
-            f"The language-model head of {type(causal_lm_of(model)).__name__} is a {type(head).__name__}, and the "
-            "loss needs a plain linear layer: leave `lm_head` out of the LoRA targets and of modules_to_save."
-        )
+    head_tensors(head)
     return head
 
 
@@ -118,19 +116,17 @@ def _with_signature_of(original: Callable, function: Callable) -> Callable:
 def _model_forward(causal_lm: PreTrainedModel, *args, request=None, **kwargs):
     if request is None:
         return causal_lm.sdft_plain_forward(*args, **kwargs)
-    hidden_RTD = causal_lm.base_model(
-        input_ids=kwargs["input_ids"], attention_mask=kwargs["attention_mask"], use_cache=False
-    ).last_hidden_state
+    hidden_RTD = causal_lm.base_model(**{"use_cache": False, **kwargs}).last_hidden_state
     hidden_ND = hidden_RTD.flatten(0, 1)[request.positions_N]
     if isinstance(request, HiddenStates):
         return hidden_ND
     return causal_lm.get_output_embeddings()(hidden_ND, request=request, finish=_logits_transform(causal_lm.config))
 
 
-def _head_forward(head: nn.Linear, hidden, request=None, finish=None):
+def _head_forward(head: nn.Module, hidden, request=None, finish=None):
     if request is None:
         return head.sdft_plain_forward(hidden)
-    return request.answer(hidden, HeadValues(head.weight, head.bias), finish)
+    return request.answer(hidden, head_tensors(head).values(), finish)
 
 
 def _logits_transform(config) -> LogitsTransform:

@@ -14,6 +14,8 @@ from sdft_ds.prompts import TRUNCATIONS, parse_template
 
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
 TEACHER_KINDS = ("live", "base", "ema")
+ROLLOUT_BACKENDS = ("generate", "continuous")
+DEVICES = ("device", "cpu")
 
 # Fields that the TRL interface inherits from its reinforcement-learning trainers and self-distillation never reads:
 # accepted at their default, refused elsewhere, because a setting that changes nothing misleads.
@@ -133,6 +135,12 @@ class SDFTConfig(TrainingArguments):
         "device",
         "Where a base or EMA teacher's values wait between scoring passes: with the weights, or in host memory.",
     )
+    teacher_states_device: Literal["device", "cpu"] = _field(
+        "device", "Where the teacher's hidden states of a generation batch wait for the loss."
+    )
+    scoring_batch_tokens: int = _field(
+        16384, "Most tokens, prompts and padding included, that the teacher's pass computes at once."
+    )
 
     # Prompts.
     max_prompt_length: int | None = _field(512, "Most tokens of a student's prompt. None: no limit.")
@@ -146,6 +154,11 @@ class SDFTConfig(TrainingArguments):
     )
     chat_template_kwargs: dict[str, Any] | str | None = _field(
         None, "Keyword arguments (JSON) of the chat template, for example to switch thinking off."
+    )
+    padding_free: bool | None = _field(
+        None,
+        "Compute the student's rows one after the other instead of padding them to the longest. Unset: with flash "
+        "attention, and elsewhere where it costs less.",
     )
     shuffle_dataset: bool = _field(True, "Shuffle the training rows anew in every epoch.")
 
@@ -165,7 +178,16 @@ class SDFTConfig(TrainingArguments):
     top_k: int = _field(0, "Top-k sampling; 0: off.")
     min_p: float | None = _field(None, "Smallest probability, relative to the likeliest token's.")
     repetition_penalty: float = _field(1.0, "Repetition penalty; 1: off.")
-    cache_implementation: str | None = _field(None, "KV cache of transformers' generate.")
+    cache_implementation: str | None = _field(
+        None,
+        "KV cache of transformers' generate. Unset: this project's own loop. static: transformers' loop, which "
+        "compiles the decode step on a GPU.",
+    )
+    rollout_backend: Literal["generate", "continuous"] = _field(
+        "generate",
+        "generate: rows together, with draws that depend on no batch or rank; continuous: transformers' continuous "
+        "batching, whose draws do.",
+    )
     generation_kwargs: dict[str, Any] | str | None = _field(
         None, "More fields (JSON) of transformers' GenerationConfig."
     )
@@ -208,6 +230,13 @@ class SDFTConfig(TrainingArguments):
         self._resolve_support()
         self._resolve_teacher()
         self._resolve_generation_batch()
+        self._refuse_contradictions()
+
+    @property
+    def reordered_batches(self) -> int:
+        """Micro-batches of one optimizer step among which rows may change places to cut padding: all that come from
+        one generation batch; none with bnpo, whose loss is defined by the micro-batch."""
+        return 1 if self.loss_type == "bnpo" else min(self.steps_per_generation, self.gradient_accumulation_steps)
 
     @property
     def generate_every(self) -> int:
@@ -237,7 +266,7 @@ class SDFTConfig(TrainingArguments):
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
             "cache_implementation": self.cache_implementation,
-            "disable_compile": True,
+            "disable_compile": self.cache_implementation is None,
             **(self.generation_kwargs or {}),
         }
 
@@ -268,6 +297,10 @@ class SDFTConfig(TrainingArguments):
             ("truncation", self.truncation in TRUNCATIONS, f"one of {', '.join(TRUNCATIONS)}"),
             ("num_loss_tokens_to_skip", self.num_loss_tokens_to_skip >= 0, "at least 0"),
             ("loss_chunk_tokens", self.loss_chunk_tokens is None or self.loss_chunk_tokens > 0, "positive or unset"),
+            ("scoring_batch_tokens", self.scoring_batch_tokens >= 1, "at least 1"),
+            ("teacher_shadow_device", self.teacher_shadow_device in DEVICES, "device or cpu"),
+            ("teacher_states_device", self.teacher_states_device in DEVICES, "device or cpu"),
+            ("rollout_backend", self.rollout_backend in ROLLOUT_BACKENDS, f"one of {', '.join(ROLLOUT_BACKENDS)}"),
             ("num_generations", self.num_generations >= 1, "at least 1"),
             (
                 "num_generations_eval",
@@ -346,8 +379,6 @@ class SDFTConfig(TrainingArguments):
             raise ValueError(
                 f"teacher_model_kind must be one of {', '.join(TEACHER_KINDS)}, not {self.teacher_model_kind!r}."
             )
-        if self.teacher_shadow_device not in ("device", "cpu"):
-            raise ValueError(f"teacher_shadow_device must be device or cpu, not {self.teacher_shadow_device!r}.")
         if self.sync_ref_model and self.teacher_model_kind not in (None, "ema"):
             raise ValueError(
                 f"sync_ref_model=True means an EMA teacher and contradicts "
@@ -355,6 +386,19 @@ class SDFTConfig(TrainingArguments):
             )
         if self.sync_ref_model:
             self.teacher_model_kind = "ema"
+
+    def _refuse_contradictions(self) -> None:
+        if self.rollout_backend == "continuous":
+            if not self.ds3_gather_for_generation:
+                raise ValueError(
+                    "rollout_backend='continuous' needs the whole weights on each rank: leave "
+                    "ds3_gather_for_generation=True, or use rollout_backend='generate'."
+                )
+            if self.cache_implementation is not None:
+                raise ValueError(
+                    "rollout_backend='continuous' has a paged cache of its own and contradicts "
+                    f"cache_implementation={self.cache_implementation!r}: leave it unset."
+                )
 
     def _resolve_generation_batch(self) -> None:
         """steps_per_generation and generation_batch_size from each other, and what they must divide."""

@@ -38,10 +38,20 @@ class Divergence:
             return sampled_token_surrogate(
                 token_log_probs(student_logits_NV, tokens_N), token_log_probs(teacher_logits_NV, tokens_N)
             )
-        if self.mode == "topk_logits" and self.topk < student_logits_NV.shape[-1]:
+        if self.has_support(student_logits_NV.shape[-1]):
             student, teacher = topk_log_probs(student_logits_NV, teacher_logits_NV, self.topk, self.add_tail)
         else:
             student, teacher = student_logits_NV.log_softmax(-1), teacher_logits_NV.log_softmax(-1)
+        return interpolated_divergence(student, teacher, self.alpha)
+
+    def has_support(self, vocabulary: int) -> bool:
+        """Whether the loss of a token looks at a part of the vocabulary."""
+        return self.mode == "topk_logits" and self.topk < vocabulary
+
+    def on_support(self, student_logits_NK: Tensor, teacher_logits_NK: Tensor) -> Tensor:
+        """Loss of each token from both sides' logits on the student's top-k alone, [N]; without a tail only."""
+        student = (student_logits_NK / self.temperature).log_softmax(-1)
+        teacher = (teacher_logits_NK / self.temperature).log_softmax(-1)
         return interpolated_divergence(student, teacher, self.alpha)
 
 

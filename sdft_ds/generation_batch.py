@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from sdft_ds import completion_head, zero
 from sdft_ds.config import SDFTConfig
+from sdft_ds.head import tensors_of as head_tensors
 from sdft_ds.metrics import Meters
-from sdft_ds.paired_batch import Completion, LossMask, PairedBatch, Rollout, pad_left, pad_right, pair
+from sdft_ds.packing import Packing
+from sdft_ds.paired_batch import Completion, LossMask, Rollout, by_length, pad_left, pad_right, pair
 from sdft_ds.prompts import PromptBuilder
 from sdft_ds.rollouts import Sampler
 from sdft_ds.rows import example_from_row
@@ -38,6 +40,7 @@ class GenerationBatches:
     prompts: PromptBuilder
     sampler: Sampler
     teacher: Teacher
+    packing: Packing
     dispatch: Callable[..., None]
     head_checked: bool = False
 
@@ -49,30 +52,43 @@ class GenerationBatches:
         key: str,
         meters: Meters,
         head_changes: bool,
+        batches_per_step: int = 1,
         keep_on: torch.device | None = None,
     ) -> list[Scored]:
         """Scored micro-batches of `batch_size` rows each. Every rank calls it with as many slots.
 
-        key: names the batch in its rows' randomness. head_changes, keep_on: see Scorer.
+        key: names the batch in its rows' randomness. head_changes, keep_on: see Scorer. batches_per_step: see
+        by_length.
         """
         self._check_head()
+        args, pad = self.args, self.tokenizer.pad_token_id
         with meters.phase("rollout"):
             rollouts = self._roll_out(dataset, slots, key, meters)
-        loss_mask = LossMask(self.args.num_loss_tokens_to_skip, self.args.mask_truncated_completions)
-        batches = [
-            pair(rollouts[start : start + batch_size], loss_mask, self.tokenizer.pad_token_id, self.args.device)
-            for start in range(0, len(rollouts), batch_size)
-        ]
+        loss_mask = LossMask(args.num_loss_tokens_to_skip, args.mask_truncated_completions)
         with meters.phase("teacher"):
             scorer = Scorer(
-                self.engine(),
-                self.teacher,
-                self._compute_dtype(),
-                keep_on or self.args.device,
-                self.args.temperature,
+                engine=self.engine(),
+                teacher=self.teacher,
+                loss_mask=loss_mask,
+                pad_token_id=pad,
+                dtype=self._compute_dtype(),
+                keep_on=keep_on or args.device,
+                temperature=args.temperature,
+                tokens_per_batch=args.scoring_batch_tokens,
+                packing=self.packing,
             )
-            old = self._old_log_probs(scorer, batches)
-            return scorer.score(batches, head_changes, old)
+            old = self._old_log_probs(scorer, rollouts)
+            states = scorer.score(rollouts, head_changes)
+        number = {rollout.row: i for i, rollout in enumerate(rollouts)}
+        scored = []
+        for rows in by_length(rollouts, batch_size, batches_per_step):
+            batch = pair(rows, loss_mask, pad, args.device, self.packing.lines_of)
+            at = [number[rollout.row] for rollout in rows]
+            first = [loss_mask.first_token(rollout) for rollout in rows]
+            old_N = torch.cat([old[i][start:] for i, start in zip(at, first, strict=True)]) if old else None
+            scored.append(Scored(batch, torch.cat([states.hidden[i] for i in at]), states.head, old_N))
+            meters.count_positions(batch)
+        return scored
 
     def generate(self, prompts: list[list[int]], keys: list[str], **options: Any) -> list[Completion]:
         """A completion of each prompt (token ids) from the student's current weights.
@@ -101,30 +117,26 @@ class GenerationBatches:
         meters.count_completions(rollouts)
         return rollouts
 
-    def _old_log_probs(self, scorer: Scorer, batches: list[PairedBatch]) -> list[Tensor | None]:
+    def _old_log_probs(self, scorer: Scorer, rollouts: list[Rollout]) -> list[Tensor] | None:
         """Where a rollout will be older than the weights, the student's log-probabilities of it now; else None."""
         args, pad = self.args, self.tokenizer.pad_token_id
         off_policy = not args.generate_from_teacher and args.gradient_accumulation_steps % args.generate_every != 0
-        by_batch = [scorer.student_log_probs(batch, pad) if off_policy else None for batch in batches]
-        rollouts = [rollout for batch in batches for rollout in batch.rollouts]
-        completion_ids = pad_right([rollout.completion.ids for rollout in rollouts], pad, args.device)
-        whole = None
-        if off_policy:
-            width = completion_ids.shape[1]
-            whole = torch.cat([nn.functional.pad(old, (0, width - old.shape[1])) for old in by_batch])
+        old = scorer.student_log_probs(rollouts) if off_policy else None
         self.dispatch(
             "on_self_distillation_batch_prepared",
             prompt_ids=pad_left([rollout.prompts.student.ids for rollout in rollouts], pad, args.device)[0],
-            completion_ids=completion_ids,
-            old_per_token_logps=whole,
+            completion_ids=pad_right([rollout.completion.ids for rollout in rollouts], pad, args.device),
+            old_per_token_logps=nn.utils.rnn.pad_sequence(old, batch_first=True) if off_policy else None,
         )
-        return by_batch
+        return old
 
     def _check_head(self) -> None:
         """Once, when the engine stands: is what we take for the model's logits what the model takes for them?"""
         if not self.head_checked:
-            with zero.scoring_pass(self.engine()):
-                completion_head.check(self.model, self.engine(), self.args.device)
+            head = completion_head.head_of(self.model)
+            zero.use_within(head, head_tensors(head).present())
+            with zero.scoring_pass(self.engine()) as forward:
+                completion_head.check(self.model, forward, self.args.device)
             self.head_checked = True
 
     def _compute_dtype(self) -> torch.dtype:

@@ -1,5 +1,7 @@
 """Every metric of a run: its name, its unit and how ranks and steps are joined, in one table."""
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdft_ds.paired_batch import Rollout
+from sdft_ds.paired_batch import PairedBatch, Rollout
 
 
 @dataclass(frozen=True)
 class Metric:
-    """reduction: mean (weighted by what was counted), norm ratio (the root of one), max, min, sum, or slowest (largest
-    rank's sum per step)."""
+    """reduction: mean (weighted by what was counted), norm ratio (the root of one), max, min, sum, rate (sum per
+    second of wall-clock), or slowest (largest rank's sum per step)."""
 
     unit: str
     reduction: str
@@ -34,9 +36,13 @@ METRICS = {
     "teacher/distance": Metric(
         "ratio", "norm ratio", "|teacher - student| / |student - start|, estimated on 65,536 values of each rank"
     ),
+    "tokens/per_second": Metric("tokens/s", "rate", "completion tokens made and trained on, over all ranks"),
+    "tokens/padding_share": Metric("share", "mean", "positions of the student's forwards that are padding"),
+    "memory/peak_gib": Metric("GiB", "max", "peak of the largest rank so far: device memory, or on a CPU resident"),
     "seconds/rollout": Metric("s/step", "slowest", "generation, per optimizer step, on the slowest rank"),
     "seconds/teacher": Metric("s/step", "slowest", "teacher scoring, swaps included"),
-    "seconds/student": Metric("s/step", "slowest", "student forward"),
+    "seconds/student": Metric("s/step", "slowest", "student forward, loss and backward"),
+    "seconds/optimizer": Metric("s/step", "slowest", "optimizer step"),
 }
 
 
@@ -49,9 +55,11 @@ class Meters:
     def __init__(self, reduce: Callable[[Tensor, str], Tensor], device: torch.device):
         self.reduce = reduce
         self.device = device
+        self.inner_seconds = 0.0  # of the phases inside the one that runs
         self.reset()
 
     def reset(self) -> None:
+        self.since = time.perf_counter()
         self.sums = {name: [0.0, 0.0] for name in METRICS}
         self.extremes = {name: float("-inf") for name in METRICS}
 
@@ -72,13 +80,21 @@ class Meters:
                     self.add(f"completions/{name}_length", len(rollout.completion.ids))
                 self.add("completions/clipped_ratio", rollout.completion.truncated)
                 self.add("completions/empty_ratio", rollout.empty)
+                self.add("tokens/per_second", len(rollout.completion.ids))
+
+    def count_positions(self, batch: PairedBatch) -> None:
+        """Add how much of a micro-batch is padding."""
+        self.add("tokens/padding_share", batch.padding, batch.student.input_ids_LT.numel())
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to `seconds/<name>`; waits for the device, where there is one."""
-        start = self._now()
+        """Add the seconds spent inside to `seconds/<name>`, those of a phase within it to that one alone; waits for
+        the device, where there is one."""
+        start, self.inner_seconds, outer = self._now(), 0.0, self.inner_seconds
         yield
-        self.add(f"seconds/{name}", self._now() - start, 0.0)
+        seconds = self._now() - start
+        self.add(f"seconds/{name}", seconds - self.inner_seconds, 0.0)
+        self.inner_seconds = outer + seconds
 
     def _now(self) -> float:
         if self.device.type != "cpu":
@@ -87,6 +103,8 @@ class Meters:
 
     def collect(self, steps: int) -> dict[str, float]:
         """The joined values since the last call; `steps` optimizer steps were made. Every rank must call it."""
+        elapsed = max(time.perf_counter() - self.since, 1e-9)
+        self.add("memory/peak_gib", _peak_bytes(self.device) / 2**30)
         sums = torch.tensor(
             [[float(total), float(count)] for total, count in self.sums.values()],
             dtype=torch.float64,
@@ -109,6 +127,15 @@ class Meters:
                     values[name] = total / count if metric.reduction == "mean" else (total / count) ** 0.5
             elif metric.reduction == "slowest":
                 values[name] = slowest[i] / max(1, steps)
+            elif metric.reduction == "rate":
+                values[name] = total / elapsed
             else:
                 values[name] = total
         return values
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """The largest amount of device memory so far; without a device, of this process's resident memory."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

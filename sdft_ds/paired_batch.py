@@ -1,12 +1,15 @@
-"""One completion, two sequences: pairs the student's and the teacher's view token by token and says what counts.
+"""One completion, two sequences: what the student sees, which of its tokens count, and in which order rows train.
 
-Shapes: R rows, T positions, C completion positions, N loss tokens.
+Shapes: R rows, L lines, T positions, C completion positions, N loss tokens.
 
-Sequences are padded on the right, so that causal attention never sees padding and positions count from 0. The logits
-that predict completion token j of a row whose prompt has p tokens stand at position p + j - 1, in either view. Only
-loss tokens are ever projected: skipped, masked and empty completions have none, but stay visible to attention.
+Sequences are padded on the right, so that causal attention never sees padding and positions count from 0: no attention
+mask is needed. Short ones may share a line of the batch, told apart by positions that start anew (packed). The
+logits that predict completion token j of a row whose prompt has p tokens stand at position p + j - 1 of the row, in
+the student's view as in the teacher's. Only loss tokens are ever projected: skipped, masked and empty completions have
+none, but stay visible to attention.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,65 +57,101 @@ class LossMask:
         masked = not rollout.counted or rollout.empty or (self.mask_truncated and rollout.completion.truncated)
         return length if masked else min(self.skip, length)
 
+    def count(self, rollout: Rollout) -> int:
+        return len(rollout.completion.ids) - self.first_token(rollout)
+
+
+Lines = list[list[int]]  # for each line of a batch, the numbers of the rows that stand on it
+
+
+def one_line_each(lengths: list[int]) -> Lines:
+    return [[row] for row in range(len(lengths))]
+
 
 @dataclass(frozen=True)
 class View:
-    """Prompt + completion of R rows as one side sees them; positions of the loss tokens in row-major order."""
+    """Prompt + completion of R rows as one side sees them, on L lines; positions of the loss tokens row by row.
 
-    input_ids_RT: Tensor
-    attention_mask_RT: Tensor
-    positions_N: Tensor  # flat: row x T + position
+    position_ids_LT: where rows share lines, each token's position in its own row.
+    """
+
+    input_ids_LT: Tensor
+    positions_N: Tensor  # flat: line x T + position
+    position_ids_LT: Tensor | None = None
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        return {"input_ids": self.input_ids_RT, "attention_mask": self.attention_mask_RT}
+        packed = {} if self.position_ids_LT is None else {"position_ids": self.position_ids_LT}
+        return {"input_ids": self.input_ids_LT, **packed}
+
+
+def lay_out(rows: list[list[int]], counts: list[int], lines: Lines, pad_token_id: int, device: torch.device) -> View:
+    """The view of rows on lines, padded to the longest line; the last counts[r] tokens of row r are loss tokens."""
+    tokens = [[token for r in line for token in rows[r]] for line in lines]
+    input_ids_LT = pad_right(tokens, pad_token_id, device)
+    width = input_ids_LT.shape[1]
+    positions: list[range] = [range(0)] * len(rows)
+    for number, line in enumerate(lines):
+        end = number * width
+        for r in line:
+            end += len(rows[r])
+            positions[r] = range(end - 1 - counts[r], end - 1)
+    position_ids_LT = None
+    if any(len(line) > 1 for line in lines):
+        # Padding is a row of its own: its positions start anew as well.
+        own = [[i for r in line for i in range(len(rows[r]))] for line in lines]
+        position_ids_LT = torch.tensor([line + list(range(width - len(line))) for line in own], device=device)
+    flat = [position for row in positions for position in row]
+    return View(input_ids_LT, torch.tensor(flat, dtype=torch.long, device=device), position_ids_LT)
 
 
 @dataclass(frozen=True)
 class PairedBatch:
-    """R rollouts in both views. tokens_N and rows_N give each loss token's id and its row of this batch."""
+    """R rollouts as the student sees them. tokens_N and rows_N give each loss token's id and its row of this batch.
+
+    padding: positions that are computed for nothing.
+    """
 
     student: View
-    teacher: View
     tokens_N: Tensor
     rows_N: Tensor
     rollouts: list[Rollout]
+    padding: int
 
 
-def pair(rollouts: list[Rollout], loss_mask: LossMask, pad_token_id: int, device: torch.device) -> PairedBatch:
-    """Both views of the rollouts, padded on the right."""
-    first = [loss_mask.first_token(rollout) for rollout in rollouts]
-    tokens = [
-        token for rollout, start in zip(rollouts, first, strict=True) for token in rollout.completion.ids[start:]
-    ]
-    counts = [len(rollout.completion.ids) - start for rollout, start in zip(rollouts, first, strict=True)]
+def pair(
+    rollouts: list[Rollout],
+    loss_mask: LossMask,
+    pad_token_id: int,
+    device: torch.device,
+    lines_of: Callable[[list[int]], Lines] = one_line_each,
+) -> PairedBatch:
+    """The batch of the given rollouts; lines_of(lengths of the rows): which rows share a line."""
+    rows = [rollout.prompts.student.ids + rollout.completion.ids for rollout in rollouts]
+    counts = [loss_mask.count(rollout) for rollout in rollouts]
+    tokens = [token for row, count in zip(rows, counts, strict=True) for token in row[len(row) - count :]]
+    lengths = [len(row) for row in rows]
+    student = lay_out(rows, counts, lines_of(lengths), pad_token_id, device)
     return PairedBatch(
-        student=view([r.prompts.student.ids for r in rollouts], rollouts, first, pad_token_id, device),
-        teacher=view([r.prompts.teacher.ids for r in rollouts], rollouts, first, pad_token_id, device),
+        student=student,
         tokens_N=torch.tensor(tokens, dtype=torch.long, device=device),
         rows_N=torch.repeat_interleave(torch.arange(len(rollouts)), torch.tensor(counts)).to(device),
         rollouts=rollouts,
+        padding=student.input_ids_LT.numel() - sum(lengths),
     )
 
 
-def view(
-    prompts: list[list[int]], rollouts: list[Rollout], first: list[int], pad_token_id: int, device: torch.device
-) -> View:
-    """The view under the given prompts; `first` is each row's first loss token."""
-    rows = [prompt + rollout.completion.ids for prompt, rollout in zip(prompts, rollouts, strict=True)]
-    width = max(map(len, rows))
-    input_ids_RT = torch.full((len(rows), width), pad_token_id)
-    attention_mask_RT = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = []
-    for r, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        input_ids_RT[r, : len(row)] = torch.tensor(row)
-        attention_mask_RT[r, : len(row)] = 1
-        positions.extend(range(r * width + len(prompt) + first[r] - 1, r * width + len(row) - 1))
-    return View(
-        input_ids_RT.to(device),
-        attention_mask_RT.to(device),
-        torch.tensor(positions, dtype=torch.long, device=device),
-    )
+def by_length(rollouts: list[Rollout], batch_size: int, batches_per_step: int) -> list[list[Rollout]]:
+    """Micro-batches of `batch_size` rows. Rows change places within their optimizer step only, so that those of like
+    length come together; with batches_per_step 1 the order stays as it is."""
+    ordered = []
+    rows_per_step = batch_size * batches_per_step
+    for start in range(0, len(rollouts), rows_per_step):
+        step = rollouts[start : start + rows_per_step]
+        if batches_per_step > 1:
+            step = sorted(step, key=lambda r: len(r.prompts.student.ids) + len(r.completion.ids), reverse=True)
+        ordered += step
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
 def pad_left(rows: list[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

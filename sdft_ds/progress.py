@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-PHASES = ("rollout", "teacher", "student")
+PHASES = ("rollout", "teacher", "student", "optimizer")
 
 
 class TrainingProgress(ProgressCallback):
@@ -27,3 +27,27 @@ def summary(logs: dict[str, float]) -> str:
     seconds = " ".join(f"{phase} {logs[f'seconds/{phase}']:.2g}" for phase in PHASES if f"seconds/{phase}" in logs)
     length = f" | {logs['completions/mean_length']:.1f} tokens" if "completions/mean_length" in logs else ""
     return f"loss {logs['loss']:.4f}{length} | s/step: {seconds}"
+
+
+class TimeReport(TrainerCallback):
+    """Says at the end of a run where its time went."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and (report := time_report(state.log_history)):
+            print(report, flush=True)
+
+
+def time_report(log_history: list[dict[str, float]]) -> str:
+    """`Time: rollout 52 %, teacher 11 %, student 30 %, optimizer 7 %.`, of what was logged; empty if nothing was."""
+    totals, last = dict.fromkeys(PHASES, 0.0), 0
+    for log in log_history:
+        if "seconds/rollout" in log:
+            for phase in PHASES:
+                totals[phase] += log[f"seconds/{phase}"] * (log["step"] - last)
+            last = log["step"]
+    whole = sum(totals.values())
+    if not whole:
+        return ""
+    return "Time: " + ", ".join(f"{phase} {100 * seconds / whole:.0f} %" for phase, seconds in totals.items()) + "."

@@ -1,21 +1,35 @@
 """The no-grad pass over a generation batch, before any forward of the student's step: the teacher's hidden states.
 
-Shapes: N loss tokens of a micro-batch, R rows, C completion positions, D hidden. What is kept is N x D in the compute
-dtype for each micro-batch, never logits; the loss projects them with the teacher's head, which is copied wherever its
-values will differ from the student's by then.
+Shapes: R rows, U different prompts, C completion positions, N loss tokens, D hidden. What is kept is n x D in the
+compute dtype for the n loss tokens of each rollout, never logits; the loss projects them with the teacher's head,
+which is copied wherever its values will differ from the student's by then.
+
+The pass has batches of its own, whatever the student's are: rows of like length together, up to a budget of tokens. A
+prompt that several completions share is computed once, and its keys and values are given to each of them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from sdft_ds import zero
+from sdft_ds import prefix, zero
 from sdft_ds.chunked_loss import HeadValues
-from sdft_ds.completion_head import HiddenStates, TokenLogProbs, head_of
+from sdft_ds.completion_head import HiddenStates, TokenLogProbs, causal_lm_of, head_of
+from sdft_ds.head import tensors_of as head_tensors
 from sdft_ds.module_state import evaluating
-from sdft_ds.paired_batch import PairedBatch, pad_right, view
+from sdft_ds.packing import Packing
+from sdft_ds.paired_batch import LossMask, PairedBatch, Rollout, View, lay_out, pad_left, pad_right
 from sdft_ds.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """hidden[i]: the states at the loss tokens of rollout i, [n, D]. head: None, the student's own when it is used."""
+
+    hidden: list[Tensor]
+    head: HeadValues | None
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,7 @@ class Scored:
 
     batch: PairedBatch
     teacher_hidden_ND: Tensor
-    teacher_head: HeadValues | None  # None: the student's own at the time of the loss
+    teacher_head: HeadValues | None
     old_log_probs_N: Tensor | None = None
 
 
@@ -32,64 +46,133 @@ class Scored:
 class Scorer:
     """dtype: the compute dtype, in which the head multiplies. keep_on: where hidden states wait for the loss.
 
-    temperature: that of the old log-probabilities.
+    temperature: that of the old log-probabilities. tokens_per_batch: the budget, padding included.
     """
 
     engine: nn.Module
     teacher: Teacher
+    loss_mask: LossMask
+    pad_token_id: int
     dtype: torch.dtype
     keep_on: torch.device
     temperature: float
+    tokens_per_batch: int
+    packing: Packing
 
     @torch.no_grad()
-    def score(self, batches: list[PairedBatch], head_changes: bool, old: list[Tensor | None]) -> list[Scored]:
-        """Score every micro-batch in one swap of weights. Every rank calls it with as many micro-batches.
+    def score(self, rollouts: list[Rollout], head_changes: bool) -> TeacherStates:
+        """The teacher's hidden states of all rollouts, in one swap of weights. Every rank calls it together.
 
-        head_changes: the student's head will have been trained before the last of the batches is used. old: what
-        `student_log_probs` gave for each micro-batch, where that is wanted.
+        head_changes: the student's head will have been trained before the last of the rollouts is used.
         """
         head = head_of(self.teacher.model)
-        with zero.scoring_pass(self.engine), evaluating(self.engine), self.teacher.weights(self.engine):
-            hidden = [
-                self.engine(**batch.teacher.inputs, request=HiddenStates(batch.teacher.positions_N))
-                .to(self.dtype)
-                .to(self.keep_on)
-                for batch in batches
-            ]
+        student_head = head_tensors(head)
+        trained = any(tensor.requires_grad for tensor in student_head.present())
+        with (
+            zero.scoring_pass(self.engine) as forward,
+            evaluating(self.engine),
+            self.teacher.weights(self.engine),
+        ):
+            hidden = self._hidden_states(forward, rollouts)
+            teacher_head = head_tensors(head)
+            other = any(
+                a is not b for a, b in zip(vars(teacher_head).values(), vars(student_head).values(), strict=True)
+            )
             values = None
-            if self.teacher.head_differs or (head_changes and head.weight.requires_grad):
-                copies = zero.full_copies([head.weight] if head.bias is None else [head.weight, head.bias])
-                values = HeadValues(*(copy.to(self.dtype) for copy in copies))
-        return [
-            Scored(batch, states, values, None if log_probs_RC is None else _of_loss_tokens(batch, log_probs_RC))
-            for batch, states, log_probs_RC in zip(batches, hidden, old, strict=True)
-        ]
+            if other or (trained and (self.teacher.head_differs or head_changes)):
+                zero.drop_prefetched(self.engine)
+                values = teacher_head.copied(student_head)
+                if values.weight_VD is not None:
+                    bias = None if values.bias_V is None else values.bias_V.to(self.dtype)
+                    values = replace(values, weight_VD=values.weight_VD.to(self.dtype), bias_V=bias)
+        return TeacherStates(hidden, values)
 
     @torch.no_grad()
-    def student_log_probs(self, batch: PairedBatch, pad_token_id: int) -> Tensor:
-        """The student's log-probability of every completion token of a micro-batch as of now, [R, C], 0 at padding."""
-        completions = [rollout.completion.ids for rollout in batch.rollouts]
-        device = batch.tokens_N.device
-        everything = view(
-            [rollout.prompts.student.ids for rollout in batch.rollouts],
-            batch.rollouts,
-            [0] * len(completions),
-            pad_token_id,
-            device,
-        )
-        tokens = torch.tensor([token for ids in completions for token in ids], device=device)
-        with zero.scoring_pass(self.engine), evaluating(self.engine):
-            log_probs = self.engine(
-                **everything.inputs, request=TokenLogProbs(everything.positions_N, tokens, self.temperature)
-            )
-        padded_RC = torch.zeros(pad_right(completions, pad_token_id, device).shape, device=device)
-        lengths_R1 = torch.tensor([[len(ids)] for ids in completions], device=device)
-        padded_RC[torch.arange(padded_RC.shape[1], device=device) < lengths_R1] = log_probs.float()
-        return padded_RC
+    def student_log_probs(self, rollouts: list[Rollout]) -> list[Tensor]:
+        """The student's log-probability as of now of every token of each completion."""
+        found: list[Tensor] = [torch.empty(0)] * len(rollouts)
+        rows = [rollout.prompts.student.ids + rollout.completion.ids for rollout in rollouts]
+        with zero.scoring_pass(self.engine) as forward, evaluating(self.engine):
+            for batch in self._batches([len(row) for row in rows]):
+                counts = [len(rollouts[i].completion.ids) for i in batch]
+                view = self._view([rows[i] for i in batch], counts)
+                tokens = torch.tensor([token for i in batch for token in rollouts[i].completion.ids])
+                request = TokenLogProbs(view.positions_N, tokens.to(self._device), self.temperature)
+                log_probs = forward(**view.inputs, request=request).float()
+                for i, values in zip(batch, log_probs.split(counts), strict=True):
+                    found[i] = values
+        return found
 
+    def _view(self, rows: list[list[int]], counts: list[int]) -> View:
+        return lay_out(rows, counts, self.packing.lines_of(list(map(len, rows))), self.pad_token_id, self._device)
 
-def _of_loss_tokens(batch: PairedBatch, values_RC: Tensor) -> Tensor:
-    """The values at the loss tokens of the batch, which are the last ones of each row's completion, [N]."""
-    counts = torch.bincount(batch.rows_N, minlength=len(batch.rollouts)).tolist()
-    lengths = [len(rollout.completion.ids) for rollout in batch.rollouts]
-    return torch.cat([values_RC[r, lengths[r] - count : lengths[r]] for r, count in enumerate(counts)])
+    @property
+    def _device(self) -> torch.device:
+        return self.teacher.args.device
+
+    def _hidden_states(self, forward: nn.Module, rollouts: list[Rollout]) -> list[Tensor]:
+        kept: list[Tensor] = [torch.empty(0)] * len(rollouts)
+        prompts = [rollout.prompts.teacher.ids for rollout in rollouts]
+        # Agreed upon by settings, not by what a rank's rows happen to share: all ranks make the same forwards.
+        shares = self.teacher.args.num_generations > 1 and prefix.supports_prefixes(causal_lm_of(self.teacher.model))
+        states_of = self._after_shared_prompts if shares else self._of_whole_rows
+        for batch in self._batches([len(r.prompts.teacher.ids) + len(r.completion.ids) for r in rollouts], prompts):
+            states = states_of(forward, [rollouts[i] for i in batch])
+            for i, states_ND in zip(batch, states, strict=True):
+                kept[i] = states_ND.to(self.dtype).to(self.keep_on)
+        return kept
+
+    def _batches(self, lengths: list[int], groups: list[list[int]] | None = None) -> Iterator[list[int]]:
+        """Numbers of rows, the longest first, in batches within the budget; rows of one group stay neighbours.
+
+        Where a forward is a collective, as many batches on every rank: a rank with fewer repeats its shortest row.
+        """
+        first, group_of = prefix.distinct(groups) if groups else ([], list(range(len(lengths))))
+        longest = [0] * (len(first) or len(lengths))
+        for row, group in enumerate(group_of):
+            longest[group] = max(longest[group], lengths[row])
+        order = sorted(range(len(lengths)), key=lambda row: (-longest[group_of[row]], group_of[row], -lengths[row]))
+        batches: list[list[int]] = []
+        width = 0
+        for row in order:
+            if not batches or width * (len(batches[-1]) + 1) > self.tokens_per_batch:
+                batches.append([])
+                width = longest[group_of[row]]
+            batches[-1].append(row)
+        yield from batches
+        for _ in range(zero.forwards_to_make(self.engine, len(batches)) - len(batches)):
+            yield order[-1:]
+
+    def _of_whole_rows(self, forward: nn.Module, rollouts: list[Rollout]) -> tuple[Tensor, ...]:
+        rows = [rollout.prompts.teacher.ids + rollout.completion.ids for rollout in rollouts]
+        counts = [self.loss_mask.count(rollout) for rollout in rollouts]
+        view = self._view(rows, counts)
+        return forward(**view.inputs, request=HiddenStates(view.positions_N)).split(counts)
+
+    def _after_shared_prompts(self, forward: nn.Module, rollouts: list[Rollout]) -> list[Tensor]:
+        """Two forwards: over the different prompts, whose last state predicts the first token, and over all but the
+        last token of each completion, with the prompts' keys and values."""
+        prompts = [rollout.prompts.teacher.ids for rollout in rollouts]
+        first, prompt_of_row = prefix.distinct(prompts)
+        input_ids_UT, mask_UT = pad_left([prompts[r] for r in first], self.pad_token_id, self._device)
+        cache = prefix.empty_cache(causal_lm_of(self.teacher.model))
+        width = input_ids_UT.shape[1]
+        ends_U = torch.arange(1, len(first) + 1, device=self._device) * width - 1
+        last_UD = forward(
+            **prefix.prompt_inputs(input_ids_UT, mask_UT),
+            request=HiddenStates(ends_U), past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        completions = [rollout.completion.ids for rollout in rollouts]
+        ids_RC = pad_right([ids[:-1] or ids for ids in completions], self.pad_token_id, self._device)
+        rows_R = torch.tensor(prompt_of_row, device=self._device)
+        prefix.fan_out(cache, rows_R, room=ids_RC.shape[1])
+        states_RCD = forward(
+            **prefix.next_inputs(ids_RC, mask_UT[rows_R], after=0),
+            request=HiddenStates(torch.arange(ids_RC.numel(), device=self._device)),
+            past_key_values=cache, use_cache=True,
+        ).view(*ids_RC.shape, -1)  # fmt: skip
+        found = []
+        for r, rollout in enumerate(rollouts):
+            whole = torch.cat([last_UD[prompt_of_row[r]].unsqueeze(0), states_RCD[r, : len(completions[r]) - 1]])
+            found.append(whole[self.loss_mask.first_token(rollout) :])
+        return found

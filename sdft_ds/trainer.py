@@ -5,6 +5,7 @@ share in the loss. Once per micro-batch: the student's forward, the loss in chun
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ from sdft_ds.completion_head import DistillationLoss
 from sdft_ds.config import SDFTConfig
 from sdft_ds.generation_batch import GenerationBatches
 from sdft_ds.metrics import Meters
-from sdft_ds.progress import TrainingProgress
+from sdft_ds.packing import packing_for
+from sdft_ds.progress import TimeReport, TrainingProgress
 from sdft_ds.prompts import PromptBuilder, usable_rows
 from sdft_ds.rollouts import Sampler
 from sdft_ds.schedule import MicroBatch, Schedule, data_loader, evaluation_batches
@@ -85,6 +87,7 @@ class SDFTTrainer(Trainer):
         self.current_batch: tuple[int, list[Scored]] | None = None  # (number, micro-batches) of a generation batch
         self.step_inputs: list[dict[str, Any]] = []  # what get_batch_samples gave out last
         self.teacher_started = False
+        self.timed_engine: nn.Module | None = None
 
         super().__init__(
             model=model,
@@ -102,6 +105,7 @@ class SDFTTrainer(Trainer):
         self.steps_at_last_log = 0
         self.teacher = teacher.make(model, args)
         self.add_callback(_AfterStep(self))
+        self.add_callback(TimeReport)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TrainingProgress)
         self.generation_batches = GenerationBatches(
@@ -116,8 +120,10 @@ class SDFTTrainer(Trainer):
                 models.stop_token_ids(model, tokenizer),
                 tokenizer.pad_token_id,
                 args.seed,
+                args.rollout_backend,
             ),
             teacher=self.teacher,
+            packing=packing_for(completion_head.causal_lm_of(model), args.padding_free),
             dispatch=self._dispatch,
         )
         if hasattr(self.model, "add_model_tags"):
@@ -157,6 +163,9 @@ class SDFTTrainer(Trainer):
         if not self.teacher_started:
             self.teacher.start(self.model_wrapped)
             self.teacher_started = True
+        if self.timed_engine is not self.model_wrapped:
+            zero.around_optimizer_step(self.model_wrapped, lambda: self.meters["train"].phase("optimizer"))
+            self.timed_engine = self.model_wrapped
         scored = []
         for _ in range(num_batches):
             item = next(epoch_iterator)
@@ -182,6 +191,8 @@ class SDFTTrainer(Trainer):
             f"train/{item.generation_batch}",
             self.meters["train"],
             head_changes=self.args.generate_every > self.args.gradient_accumulation_steps,
+            batches_per_step=self.args.reordered_batches,
+            keep_on=torch.device("cpu") if self.args.teacher_states_device == "cpu" else None,
         )
         self._dispatch(
             "on_generation_batch_built",
@@ -202,6 +213,10 @@ class SDFTTrainer(Trainer):
         return [
             {**s.batch.student.inputs, "scored": s, "shares": share} for s, share in zip(scored, of_step, strict=True)
         ]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self.meters["train"].phase("student"):
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -226,8 +241,7 @@ class SDFTTrainer(Trainer):
             chunk_tokens=self.args.loss_chunk_tokens,
         )
         meters = self.meters["train" if model.training else "eval"]
-        with meters.phase("student"):
-            loss = model(**scored.batch.student.inputs, request=request)
+        loss = model(**scored.batch.student.inputs, request=request)
         meters.add("sdft/distillation_loss", request.per_token_N.sum(), len(request.per_token_N))
         meters.add("completions/loss_tokens", len(request.per_token_N))
         # A product, also by 1: at ZeRO stage 0 DeepSpeed divides the gradient of what its forward returned, if exactly
@@ -290,8 +304,13 @@ class SDFTTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """The loss of one batch, scaled so that the mean over batches and ranks is the evaluation's loss."""
-        with torch.no_grad(), zero.scoring_pass(model), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs) * inputs["batches"]
+        with (
+            torch.no_grad(),
+            self.meters["eval"].phase("student"),
+            zero.scoring_pass(model) as forward,
+            self.compute_loss_context_manager(),
+        ):
+            loss = self.compute_loss(forward, inputs) * inputs["batches"]
         return loss.detach(), None, None
 
     # ---- reporting --------------------------------------------------------------------------------------------------
@@ -330,10 +349,17 @@ class SDFTTrainer(Trainer):
 
 
 class _AfterStep(TrainerCallback):
-    """Lets the teacher follow the student after each optimizer step that was made."""
+    """Lets the teacher follow the student after each optimizer step that was made, and takes the step's time."""
 
     def __init__(self, trainer: SDFTTrainer):
         self.trainer = trainer
+        self.timing = ExitStack()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.timing.enter_context(self.trainer.meters["train"].phase("optimizer"))
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.timing.close()
 
     def on_step_end(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.trainer.accelerator.optimizer_step_was_skipped:

@@ -7,8 +7,8 @@ deepspeed is imported where it is used: it is slow to import, and nobody needs i
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -124,19 +124,59 @@ def generation_weights(engine: nn.Module, gather: bool) -> Iterator[bool]:
 
 
 @contextmanager
-def scoring_pass(engine: nn.Module) -> Iterator[None]:
-    """Forwards that no backward follows: ZeRO-3 must not mix them up with the order of a training step.
+def scoring_pass(engine: nn.Module) -> Iterator[nn.Module]:
+    """Forwards that no backward follows, of the module that is yielded.
 
-    Its coordinator learns the order of modules over one forward and backward, and prefetches by it. A second
-    coordinator, with the same settings, learns the order of these forwards; the training step's stays valid.
+    DDP is left out: it would exchange buffers with the other ranks in each forward. ZeRO-3 must not mix them up with
+    the order of a training step: its coordinator learns the order of modules over one forward and backward, and
+    prefetches by it. A second coordinator, with the same settings, learns the order of these forwards.
     """
     if stage(engine) < 3:
-        yield
+        yield engine.module if isinstance(engine, nn.parallel.DistributedDataParallel) else engine
         return
     coordinator = _scoring_coordinator(_offload(engine))
     with _coordinator(engine, coordinator):
-        yield
-        coordinator._clean_inflight_param_registry()  # what it prefetched for a forward that does not come
+        yield engine
+        drop_prefetched(engine)
+
+
+def drop_prefetched(engine: nn.Module) -> None:
+    """Let go of what ZeRO-3 has begun to gather for a forward that does not come; it could not be gathered by hand."""
+    if stage(engine) == 3:
+        _offload(engine).param_coordinator._clean_inflight_param_registry()
+
+
+def forwards_to_make(engine: nn.Module, count: int) -> int:
+    """`count`, or where a forward is a collective the largest count of any rank. Every rank calls it."""
+    if stage(engine) < 3 or torch.distributed.get_world_size() == 1:
+        return count
+    largest = torch.tensor(count, device=next(engine.module.parameters()).device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
+def use_within(module: nn.Module, params: list[Tensor]) -> None:
+    """Let the module's own forward compute with parameters of modules inside it: ZeRO-3 gathers them for it."""
+    inside = {id(param) for param in module.parameters(recurse=False)}
+    for param in params:
+        if hasattr(param, "ds_id") and id(param) not in inside:
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(module, param)
+
+
+def around_optimizer_step(engine: nn.Module, context: Callable[[], AbstractContextManager]) -> None:
+    """Run every optimizer step inside a context. DeepSpeed's is a part of its backward; for other engines, which leave
+    it to their caller, nothing happens."""
+    if not hasattr(engine, "zero_optimization_stage"):
+        return
+    plain = engine.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return plain(*args, **kwargs)
+
+    engine.step = step
 
 
 def _offload(engine: nn.Module) -> Any:

@@ -61,12 +61,26 @@ def step_loss(
     return sum(sum(s) / max(sum(n), 1) for s, n in zip(sums, counts, strict=True)) / len(sums)
 
 
+class WithoutAdapter:
+    """A PEFT model as it is with its adapters off."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, *args, **kwargs):
+        with self.model.disable_adapter():
+            return self.model(*args, **kwargs)
+
+    def named_parameters(self):
+        return self.model.named_parameters()
+
+
 def train(student, rollouts_by_step, kind, lora=False, rate=0.6, sync_steps=512, lr=1e-2, eps=1e-3, clip=1.0, **loss):
     """Train with a literal second model as the teacher; (losses, gradient norms, teacher) over the given rollouts."""
     student.eval()
     teacher = copy.deepcopy(student).requires_grad_(False)
     if lora and kind == "base":
-        teacher = teacher.unload()
+        teacher = WithoutAdapter(teacher)
     trained = {name: param for name, param in student.named_parameters() if param.requires_grad}
     decay = [p for n, p in trained.items() if p.ndim > 1]
     rest = [p for n, p in trained.items() if p.ndim <= 1]

@@ -102,5 +102,5 @@ def test_generation_still_knows_the_models_inputs():
 def test_a_head_that_is_not_linear_is_refused():
     model = tiny.llama()
     model.set_output_embeddings(torch.nn.Sequential(torch.nn.Linear(32, 264)))
-    with pytest.raises(ValueError, match="is a Sequential"):
+    with pytest.raises(ValueError, match="head is a Sequential"):
         head_of(model)

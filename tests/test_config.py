@@ -136,3 +136,17 @@ def test_a_resolved_configuration_can_be_rebuilt():
 def test_steps_per_generation_from_the_generation_batch_size():
     made = config(generation_batch_size=32, num_iterations=2)
     assert made.steps_per_generation == 4 and made.generate_every == 8
+
+
+def test_continuous_batching_needs_whole_weights_and_its_own_cache():
+    with pytest.raises(ValueError, match="leave ds3_gather_for_generation=True"):
+        config(rollout_backend="continuous", ds3_gather_for_generation=False)
+    with pytest.raises(ValueError, match="contradicts cache_implementation='static'"):
+        config(rollout_backend="continuous", cache_implementation="static")
+
+
+def test_rows_may_change_places_within_an_optimizer_step_only():
+    assert config(gradient_accumulation_steps=4).reordered_batches == 4
+    assert config(gradient_accumulation_steps=2, steps_per_generation=4).reordered_batches == 2
+    assert config(gradient_accumulation_steps=4, steps_per_generation=2).reordered_batches == 2
+    assert config(gradient_accumulation_steps=4, loss_type="bnpo").reordered_batches == 1

@@ -9,15 +9,18 @@ PACKAGE = Path(__file__).parent.parent / "sdft_ds"
 
 # A module may import those before it. Packages count as one room.
 ORDER = [
-    "module_state", "rows", "prompts", "paired_batch", "divergence", "zero", "config", "schedule", "rollouts",
-    "aggregation", "chunked_loss", "completion_head", "models", "teacher", "checkpoint", "scoring", "metrics",
-    "generation_batch", "progress", "trainer", "completions", "arguments", "sources", "demo", "train",
+    "module_state", "thin_products", "rows", "prompts", "paired_batch", "prefix", "divergence", "zero", "packing",
+    "config", "schedule", "rollouts", "aggregation", "chunked_loss", "head", "completion_head", "models", "teacher",
+    "checkpoint", "scoring", "metrics", "generation_batch", "progress", "trainer", "completions", "arguments",
+    "sources", "demo", "train",
 ]  # fmt: skip
 PURE = [
     "module_state",
+    "thin_products",
     "rows",
     "prompts",
     "paired_batch",
+    "prefix",
     "divergence",
     "schedule",
     "aggregation",

@@ -1,6 +1,6 @@
 import torch
 
-from sdft_ds.paired_batch import Completion, LossMask, Rollout, pad_left, pad_right, pair
+from sdft_ds.paired_batch import Completion, LossMask, Rollout, by_length, pad_left, pad_right, pair
 from sdft_ds.prompts import PromptPair, RenderedPrompt
 
 PAD, CPU = 0, torch.device("cpu")
@@ -13,18 +13,27 @@ def rollout(student, teacher, completion, truncated=False, counted=True, row=0):
 
 def predicted(view, tokens):
     """The token that stands right after each position: what the logits there predict."""
-    flat = view.input_ids_RT.flatten()
+    flat = view.input_ids_LT.flatten()
     return flat[view.positions_N + 1].tolist() == tokens
 
 
-def test_student_and_teacher_align_token_by_token():
-    rollouts = [rollout([1, 2], [1, 2, 3, 4], [11, 12, 13]), rollout([5, 6, 7], [5], [14])]
+def test_positions_are_those_that_predict_the_completion():
+    rollouts = [rollout([1, 2], [9], [11, 12, 13]), rollout([5, 6, 7], [9], [14])]
     batch = pair(rollouts, LossMask(), PAD, CPU)
     # A completion of one token that ended by itself is empty, and has no loss.
     assert batch.tokens_N.tolist() == [11, 12, 13] and batch.rows_N.tolist() == [0, 0, 0]
-    assert predicted(batch.student, [11, 12, 13]) and predicted(batch.teacher, [11, 12, 13])
-    assert batch.student.input_ids_RT.tolist() == [[1, 2, 11, 12, 13], [5, 6, 7, 14, PAD]]
-    assert batch.student.attention_mask_RT.tolist() == [[1] * 5, [1, 1, 1, 1, 0]]
+    assert predicted(batch.student, [11, 12, 13])
+    assert batch.student.input_ids_LT.tolist() == [[1, 2, 11, 12, 13], [5, 6, 7, 14, PAD]] and batch.padding == 1
+
+
+def test_rows_on_one_line_hold_the_same():
+    rollouts = [rollout([1, 2], [9], [11, 12, 13]), rollout([5], [9], [14, 15]), rollout([6, 7, 8], [9], [16, 17])]
+    plain = pair(rollouts, LossMask(skip=1), PAD, CPU)
+    packed = pair(rollouts, LossMask(skip=1), PAD, CPU, lambda lengths: [[2], [1, 0]])
+    assert packed.student.input_ids_LT.tolist() == [[6, 7, 8, 16, 17, 0, 0, 0], [5, 14, 15, 1, 2, 11, 12, 13]]
+    assert packed.student.position_ids_LT.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 0, 1, 2, 3, 4]]
+    assert predicted(packed.student, [12, 13, 15, 17]) and packed.padding == 3
+    assert torch.equal(packed.tokens_N, plain.tokens_N) and torch.equal(packed.rows_N, plain.rows_N)
 
 
 def test_skip_takes_tokens_out_of_the_loss_and_leaves_them_visible():
@@ -35,10 +44,16 @@ def test_skip_takes_tokens_out_of_the_loss_and_leaves_them_visible():
     ]
     batch = pair(rollouts, LossMask(skip=2), PAD, CPU)
     assert batch.tokens_N.tolist() == [13, 16, 17] and batch.rows_N.tolist() == [0, 1, 1]
-    assert predicted(batch.student, [13, 16, 17]) and predicted(batch.teacher, [13, 16, 17])
-    whole = pair(rollouts, LossMask(), PAD, CPU)
-    assert torch.equal(batch.student.attention_mask_RT, whole.student.attention_mask_RT)
-    assert torch.equal(batch.teacher.attention_mask_RT, whole.teacher.attention_mask_RT)
+    assert predicted(batch.student, [13, 16, 17])
+    assert torch.equal(batch.student.input_ids_LT, pair(rollouts, LossMask(), PAD, CPU).student.input_ids_LT)
+
+
+def test_rows_of_like_length_come_together_within_their_optimizer_step():
+    rollouts = [rollout([1] * n, [2], [3, 4], row=i) for i, n in enumerate((1, 9, 2, 8, 5, 3, 4, 6))]
+    lengths = lambda batches: [[len(r.prompts.student.ids) for r in batch] for batch in batches]  # noqa: E731
+    assert lengths(by_length(rollouts, 2, 2)) == [[9, 8], [2, 1], [6, 5], [4, 3]]
+    assert lengths(by_length(rollouts, 2, 4)) == [[9, 8], [6, 5], [4, 3], [2, 1]]
+    assert lengths(by_length(rollouts, 2, 1)) == [[1, 9], [2, 8], [5, 3], [4, 6]]
 
 
 def test_truncated_completions_can_be_masked():

@@ -1,12 +1,42 @@
+import torch
+
 from sdft_ds.metrics import METRICS, Meters
-from sdft_ds.progress import summary
+from sdft_ds.progress import summary, time_report
 from sdft_ds.train import _learned
 
 
 def test_a_line_says_loss_length_and_where_time_goes():
     logs = {"loss": 0.02134, "completions/mean_length": 12.43, "seconds/rollout": 0.91, "seconds/teacher": 0.3,
-            "seconds/student": 0.62}  # fmt: skip
-    assert summary(logs) == "loss 0.0213 | 12.4 tokens | s/step: rollout 0.91 teacher 0.3 student 0.62"
+            "seconds/student": 0.62, "seconds/optimizer": 0.05}  # fmt: skip
+    assert summary(logs) == "loss 0.0213 | 12.4 tokens | s/step: rollout 0.91 teacher 0.3 student 0.62 optimizer 0.05"
+
+
+def test_the_end_says_where_time_went():
+    def log(step, rollout):
+        return {"step": step, "seconds/rollout": rollout, "seconds/teacher": 1.0, "seconds/student": 2.0,
+                "seconds/optimizer": 1.0}  # fmt: skip
+
+    # Two steps of 4 + 4 seconds and one of 12 + 4: rollouts took 20 of 32.
+    history = [log(2, 4.0), {"step": 2, "eval_loss": 1.0}, log(3, 12.0), {"step": 3, "train_loss": 1.0}]
+    assert time_report(history) == "Time: rollout 62 %, teacher 9 %, student 19 %, optimizer 9 %."
+    assert time_report([]) == ""
+
+
+def test_a_phase_within_a_phase_has_its_own_time(monkeypatch):
+    now = iter([0.0, 10.0, 11.0, 14.0, 16.0, 20.0, 21.0, 23.0, 30.0, 40.0])
+    meters = Meters(lambda tensor, how: tensor, torch.device("cpu"))
+    monkeypatch.setattr(meters, "_now", lambda: next(now))
+    with meters.phase("student"):  # 0 ... 14
+        with meters.phase("optimizer"):  # 10 ... 11
+            pass
+    with meters.phase("rollout"):  # 16 ... 20
+        pass
+    with meters.phase("student"):  # 21 ... 40
+        with meters.phase("optimizer"):  # 23 ... 30
+            pass
+    sums = {name: total for name, (total, _) in meters.sums.items()}
+    assert sums["seconds/optimizer"] == 1.0 + 7.0 and sums["seconds/rollout"] == 4.0
+    assert sums["seconds/student"] == 13.0 + 12.0
 
 
 def test_the_end_says_how_far_the_student_came():
@@ -18,13 +48,11 @@ def test_the_end_says_how_far_the_student_came():
 def test_every_metric_says_its_unit_and_is_joined_by_a_known_reduction():
     for name, metric in METRICS.items():
         assert metric.unit and metric.meaning, name
-        assert metric.reduction in ("mean", "norm ratio", "max", "min", "sum", "slowest"), name
+        assert metric.reduction in ("mean", "norm ratio", "max", "min", "sum", "slowest", "rate"), name
 
 
 def test_reductions_over_two_ranks():
     """Each reduction, with a second rank that added the same to the sums and has other extremes."""
-    import torch
-
     other = {"sum": lambda t: t * 2, "max": lambda t: torch.maximum(t, torch.full_like(t, 5.0))}
     meters = Meters(lambda tensor, how: other[how](tensor), torch.device("cpu"))
     for value in (2, 4):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from sdft_ds.rollouts import RaceNoise, Sampler
+from sdft_ds.rollouts import Draws, Sampler
 from tests import tiny
 
 
@@ -69,12 +69,20 @@ def test_samples_follow_the_distribution_that_generate_samples_from(options):
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5 + 10
 
 
-def test_noise_is_a_function_of_key_and_position_only():
-    scores = torch.zeros(2, 50)
-    at = lambda keys, position: RaceNoise(keys, 3, scores.device)(torch.zeros(2, 3 + position), scores)  # noqa: E731
-    torch.testing.assert_close(at(["a", "b"], 4)[0], at(["x", "a"], 4)[1])
-    assert not torch.equal(at(["a", "b"], 4), at(["a", "b"], 5))
-    assert at(["a", "b"], 0).isfinite().all()
+def test_draws_are_a_function_of_key_and_position_only():
+    device = torch.device("cpu")
+    assert torch.equal(Draws(["a", "b"], 9, device).table_RC[0], Draws(["x", "a"], 20, device).table_RC[1, :9])
+    table = Draws(["a", "b"], 5, device).table_RC
+    assert len(set(table.flatten().tolist())) == 10 and 0 <= table.min() and table.max() < 1
+
+
+def test_a_token_without_probability_is_never_chosen():
+    scores = torch.full((1, 6), float("-inf"))
+    scores[0, [1, 4]] = 0.0
+    draws = Draws(["a"], 1, scores.device)
+    for number, token in ((0.0, 1), (0.499, 1), (0.501, 4), (1 - 2.0**-53, 4)):
+        draws.table_RC[0, 0] = number
+        assert draws.choose(scores, torch.tensor([0]), 0).tolist() == [token]
 
 
 def test_the_models_own_sampling_settings_do_not_leak_in():
@@ -105,3 +113,49 @@ def test_too_few_outputs_are_an_error():
 def test_beams_are_refused():
     with pytest.raises(ValueError, match="num_beams"):
         Sampler({**OPTIONS, "num_beams": 2}, [EOS], PAD, seed=1)
+
+
+def test_continuous_batching_is_greedy_where_generate_is():
+    model = tiny.llama()
+    prompts = [[1, 2, 3], [4] * 9, [5, 6], [1, 2, 3]]
+    continuous = Sampler({**OPTIONS, "do_sample": False}, [EOS], PAD, 1, "continuous")
+    got = continuous.sample(model, prompts, list("abcd"), AsItIs())
+    assert got == sample(model, prompts, list("abcd"), do_sample=False)
+
+
+def test_continuous_batching_samples_from_the_same_distribution():
+    model, prompt, n = tiny.llama(seed=2).eval(), [1, 2, 3], 2000
+    options = {**OPTIONS, "max_new_tokens": 1, "top_k": 8, "temperature": 0.8}
+    sampler = Sampler(options, [EOS], PAD, 1, "continuous")
+    tokens = torch.tensor([c.ids[0] for c in sampler.sample(model, [prompt] * n, ["a"] * n, AsItIs())])
+    top = (model(torch.tensor([prompt])).logits[0, -1] / 0.8).topk(8)
+    expected = torch.zeros(264, dtype=torch.float64).scatter(0, top.indices, top.values.double().softmax(-1)) * n
+    counts = torch.bincount(tokens, minlength=264).double()
+    assert counts[expected == 0].sum() == 0
+    statistic = ((counts - expected)[top.indices] ** 2 / expected[top.indices]).sum()
+    assert statistic < 7 + 5 * 14**0.5 + 10
+
+
+def test_continuous_batching_leaves_the_model_and_the_generators_as_they_were():
+    model = tiny.llama().train()
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    attention = model.config._attn_implementation
+    Sampler(OPTIONS, [EOS], PAD, 1, "continuous").sample(model, [[1, 2]], ["a"], AsItIs())
+    assert torch.equal(torch.rand(1), expected)
+    assert model.training and model.config._attn_implementation == attention
+
+
+def test_a_row_that_is_finished_leaves_the_batch(monkeypatch):
+    model = tiny.llama()
+    widths, inner = [], model.model.forward
+    monkeypatch.setattr(
+        model.model, "forward", lambda *a, **k: (widths.append(len(k["input_ids"])), inner(*a, **k))[1]
+    )
+    prompts = [[1, 2, 3]] * 6 + [[4, 5]] * 2
+    made = sample(model, prompts, list("abcdefgh"), max_new_tokens=200)
+    lengths = sorted((len(completion.ids) for completion in made), reverse=True)
+    assert widths[0] == 2  # each prompt once
+    assert widths[1:] == [sum(length > position for length in lengths) for position in range(1, lengths[0])]
+    assert widths[1] == 8 > widths[-1]

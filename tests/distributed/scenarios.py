@@ -29,7 +29,11 @@ SETTINGS = {
 }  # fmt: skip
 
 
-ADAPTER = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_dropout=0.0)
+ADAPTERS = {
+    True: LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_dropout=0.0),
+    "on the head": LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj", "lm_head"], r=4),
+    "head saved": LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, modules_to_save=["lm_head"]),
+}
 PROBE = torch.arange(20).view(2, 10) * 7 % 250
 
 
@@ -51,7 +55,7 @@ class Recorder(TrainerCallback):
         self.completions.append(completion_ids.tolist())
 
 
-def grown_student(lora: bool, tied: bool = True):
+def grown_student(lora: bool | str, tied: bool = True):
     """The tiny Llama; its adapter is one that was trained, so that a teacher without it is another model.
 
     Made on the rank that uses it: a tensor that is sent to two processes is shared memory, trained by both.
@@ -59,16 +63,16 @@ def grown_student(lora: bool, tied: bool = True):
     model = tiny.llama(tie_word_embeddings=tied)
     if lora:
         torch.manual_seed(11)
-        model = get_peft_model(model, ADAPTER)
+        model = get_peft_model(model, ADAPTERS[lora])
         for name, param in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "modules_to_save" in name:
                 torch.nn.init.normal_(param, std=0.1)
     return model
 
 
 def make_trainer(
     stage: int | None = None,
-    lora: bool = False,
+    lora: bool | str = False,
     grown: bool = False,
     tied: bool = True,
     model: Any = None,
@@ -91,7 +95,7 @@ def make_trainer(
         eval_dataset=dataset,
         processing_class=tiny.tokenizer(),
         callbacks=list(callbacks),
-        peft_config=ADAPTER if lora and not grown else None,
+        peft_config=ADAPTERS[lora] if lora and not grown else None,
     )
 
 

@@ -60,3 +60,21 @@ def test_evaluation_before_training(two_ranks, stage):
     expected = scenarios.evaluate(per_device_eval_batch_size=4, num_generations_eval=2)
     got = two_ranks.run("evaluate", stage, per_device_eval_batch_size=2, num_generations_eval=2)
     assert got[0] == got[1] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_teachers_batches_may_be_other_on_each_rank(two_ranks, stage):
+    """A budget of tokens that one rank's rows need more batches for than the other's; with prompts of their own."""
+    settings = {"num_generations": 1, "gradient_accumulation_steps": 3, "max_steps": 2}
+    expected = scenarios.train(**settings, **ONE)
+    for got in two_ranks.run("train", stage, scoring_batch_tokens=130, **settings):
+        assert_same(got, expected)
+
+
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_continuous_batching_on_two_ranks(two_ranks, stage):
+    """ZeRO-3's weights are gathered for it; greedy, its completions are those of the other backend."""
+    settings = {"generation_kwargs": {"do_sample": False}}
+    expected = scenarios.train(**settings, **ONE)
+    for got in two_ranks.run("train", stage, rollout_backend="continuous", **settings):
+        assert_same(got, expected, tolerance=1e-5)

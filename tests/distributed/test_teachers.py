@@ -72,3 +72,12 @@ def test_a_head_of_its_own(two_ranks, literal, stage, kind):
     """Embeddings that are not tied: the teacher's head is another matrix than its embedding, and is trained."""
     for got in two_ranks.run("train", stage, grown=True, tied=False, teacher_model_kind=kind, **RUN):
         assert_equal(got, literal(kind, False, tied=False), kind)
+
+
+@pytest.mark.parametrize("stage", [None, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lora", ["on the head", "head saved"])
+def test_an_adapted_head(two_ranks, literal, stage, kind, lora):
+    """LoRA on the head, and a head that is trained in full beside the adapter, as the teacher's kind sees them."""
+    for got in two_ranks.run("train", stage, grown=True, lora=lora, tied=False, teacher_model_kind=kind, **RUN):
+        assert_equal(got, literal(kind, lora, tied=False), kind)

@@ -1,0 +1,102 @@
+"""A prompt that several completions share is computed once: its keys and values are copied to each completion's row.
+
+Shapes: U different prompts, R rows, T positions. Prompts are padded on the left, so that what follows them stands at
+the same columns in every row and at the right distance for sliding windows.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+def supports_prefixes(model: PreTrainedModel) -> bool:
+    """Whether all that the model remembers of a prompt is keys and values; not so with recurrent layers."""
+    accepted = inspect.signature(type(model).forward).parameters
+    return (
+        not model._is_stateful
+        and {"position_ids", "past_key_values"} <= set(accepted)
+        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in empty_cache(model).layers)
+    )
+
+
+def empty_cache(model: PreTrainedModel) -> DynamicCache:
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """(the first row of each different prompt, [U]; for each row the number of its prompt among those, [R])."""
+    number: dict[tuple[int, ...], int] = {}
+    first, rows = [], []
+    for r, prompt in enumerate(map(tuple, prompts)):
+        if prompt not in number:
+            number[prompt] = len(first)
+            first.append(r)
+        rows.append(number[prompt])
+    return first, rows
+
+
+def prompt_inputs(input_ids_UT: Tensor, attention_mask_UT: Tensor) -> dict[str, Any]:
+    """Inputs of the forward over left-padded prompts; without padding the mask is left out, which is faster."""
+    if bool(attention_mask_UT.all()):
+        return {"input_ids": input_ids_UT}
+    positions_UT = (attention_mask_UT.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": input_ids_UT, "attention_mask": attention_mask_UT, "position_ids": positions_UT}
+
+
+def next_inputs(ids_RC: Tensor, prompt_mask_RT: Tensor, after: int) -> dict[str, Any]:
+    """Inputs of the forward over C tokens that follow prompts and `after` more tokens, all of which are cached."""
+    if bool(prompt_mask_RT.all()):
+        return {"input_ids": ids_RC}
+    rows, width = ids_RC.shape
+    offsets_C = torch.arange(after, after + width, device=ids_RC.device)
+    return {
+        "input_ids": ids_RC,
+        "attention_mask": torch.nn.functional.pad(prompt_mask_RT, (0, after + width), value=1),
+        "position_ids": prompt_mask_RT.sum(-1, keepdim=True) + offsets_C.expand(rows, -1),
+    }
+
+
+def fan_out(cache: DynamicCache, rows_R: Tensor, room: int) -> None:
+    """Give each of R rows a copy of its prompt's keys and values, and room for as many tokens more."""
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = RoomyLayer(layer, rows_R, room)
+        else:
+            layer.batch_select_indices(rows_R)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room at the end: a new token is written there, where DynamicLayer copies all it has."""
+
+    def __init__(self, filled: DynamicLayer, rows_R: Tensor, room: int):
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = filled.dtype, filled.device, True
+        self._take(filled.keys, filled.values, rows_R, room)
+
+    def _take(self, keys: Tensor, values: Tensor, rows: Tensor, room: int) -> None:
+        length = keys.shape[2]
+        self.room_keys, self.room_values = (
+            old.new_empty(len(rows), old.shape[1], length + room, old.shape[3]) for old in (keys, values)
+        )
+        torch.index_select(keys, 0, rows, out=self.room_keys[:, :, :length])
+        torch.index_select(values, 0, rows, out=self.room_values[:, :, :length])
+        self._show(length)
+
+    def _show(self, length: int) -> None:
+        self.keys, self.values = self.room_keys[:, :, :length], self.room_values[:, :, :length]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        self.room_keys[:, :, start:end] = key_states
+        self.room_values[:, :, start:end] = value_states
+        self._show(end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._take(self.keys, self.values, indices, self.room_keys.shape[2] - self.keys.shape[2])

@@ -1,0 +1,47 @@
+"""On a CPU, a linear layer over a handful of tokens in the order that MKL is fast in: W x^T instead of x W^T.
+
+A decode step multiplies 2 to 16 rows with every weight. With SmolLM2-135M in fp32 on two cores of an AMD EPYC it takes
+79 ms this way and 116 ms the usual way at 8 rows, 75 and 115 ms at 4, 112 and 132 ms at 16 (measured); with one row
+both are the same product. Nothing changes for other devices and dtypes.
+"""
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROWS = range(2, 17)
+
+
+def _forward(linear: nn.Linear, x: Tensor) -> Tensor:
+    rows = x.numel() // x.shape[-1]
+    weight = linear.weight
+    if rows not in ROWS or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, linear.bias)
+    product = torch.mm(weight, x.reshape(rows, -1).t()).t().contiguous()
+    return (product if linear.bias is None else product + linear.bias).view(*x.shape[:-1], -1)
+
+
+@contextmanager
+def thin_products(model: nn.Module) -> Iterator[None]:
+    """Inside, the plain linear layers of a model on a CPU are fast at few rows."""
+    changed: list[tuple[nn.Linear, str, Any]] = []
+    if next(model.parameters()).device.type == "cpu":
+        for module in model.modules():
+            # The head has a forward of its own (completion_head), which calls the plain one.
+            name = "sdft_plain_forward" if hasattr(module, "sdft_plain_forward") else "forward"
+            if type(module) is nn.Linear and (name != "forward" or name not in vars(module)):
+                changed.append((module, name, vars(module).get(name)))
+    for module, name, _ in changed:
+        setattr(module, name, types.MethodType(_forward, module))
+    try:
+        yield
+    finally:
+        for module, name, before in changed:
+            delattr(module, name)
+            if before is not None:
+                setattr(module, name, before)
