@@ -33,6 +33,9 @@ class ScriptArguments:
     )
     dataset_train_split: str = _field("train", "The split to train on.")
     dataset_test_split: str = _field("test", "The split to evaluate on, where eval_strategy asks for it.")
+    dataset_streaming: bool = _field(
+        False, "Read the training split as a stream, in its order, without loading it; needs --max_steps."
+    )
     prompt_column: str = _field("prompt", "Column that holds the prompt: text, or a conversation.")
     system_column: str | None = _field(
         None, "Column that holds a system message; the prompt's text then becomes the user's turn of a conversation."

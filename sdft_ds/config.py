@@ -162,6 +162,18 @@ class SDFTConfig(TrainingArguments):
     )
     shuffle_dataset: bool = _field(True, "Shuffle the training rows anew in every epoch.")
 
+    # Faults.
+    logging_nan_inf_filter: bool = _field(False, "Hide losses that are not finite from the log.")
+    max_nonfinite_steps: int = _field(
+        5, "Optimizer steps in a row whose gradient is not finite, each of them left out, after which the run ends."
+    )
+    preemption_exit_code: int = _field(
+        99, "Exit code after a SIGTERM or SIGUSR1 was obeyed: saved, and marked by the file PREEMPTED in output_dir."
+    )
+    preemption_deadline_seconds: float = _field(
+        300.0, "Seconds from such a signal after which the process ends, saved or not."
+    )
+
     # Rollouts.
     num_generations: int = _field(8, "Completions sampled for each prompt.")
     num_generations_eval: int | None = _field(None, "The same for evaluation. Unset: num_generations.")
@@ -297,6 +309,9 @@ class SDFTConfig(TrainingArguments):
             ("truncation", self.truncation in TRUNCATIONS, f"one of {', '.join(TRUNCATIONS)}"),
             ("num_loss_tokens_to_skip", self.num_loss_tokens_to_skip >= 0, "at least 0"),
             ("loss_chunk_tokens", self.loss_chunk_tokens is None or self.loss_chunk_tokens > 0, "positive or unset"),
+            ("max_nonfinite_steps", self.max_nonfinite_steps >= 1, "at least 1"),
+            ("preemption_exit_code", 0 < self.preemption_exit_code < 256, "in 1 ... 255"),
+            ("preemption_deadline_seconds", self.preemption_deadline_seconds > 0, "positive"),
             ("scoring_batch_tokens", self.scoring_batch_tokens >= 1, "at least 1"),
             ("teacher_shadow_device", self.teacher_shadow_device in DEVICES, "device or cpu"),
             ("teacher_states_device", self.teacher_states_device in DEVICES, "device or cpu"),

@@ -34,11 +34,12 @@ METRICS = {
     "prompts/student_cut": Metric("rows", "sum", "student prompts cut to max_prompt_length since the last log"),
     "prompts/teacher_cut": Metric("rows", "sum", "teacher prompts cut to max_teacher_prompt_length"),
     "teacher/distance": Metric(
-        "ratio", "norm ratio", "|teacher - student| / |student - start|, estimated on 65,536 values of each rank"
+        "ratio", "norm ratio", "|teacher - student| / |student - start|, estimated on 65,536 values"
     ),
     "tokens/per_second": Metric("tokens/s", "rate", "completion tokens made and trained on, over all ranks"),
     "tokens/padding_share": Metric("share", "mean", "positions of the student's forwards that are padding"),
     "memory/peak_gib": Metric("GiB", "max", "peak of the largest rank so far: device memory, or on a CPU resident"),
+    "steps/nonfinite": Metric("steps", "sum", "steps left out since the last log: their gradient was not finite"),
     "seconds/rollout": Metric("s/step", "slowest", "generation, per optimizer step, on the slowest rank"),
     "seconds/teacher": Metric("s/step", "slowest", "teacher scoring, swaps included"),
     "seconds/student": Metric("s/step", "slowest", "student forward, loss and backward"),

@@ -177,7 +177,7 @@ def usable_rows(dataset: Dataset, name: str, builder: PromptBuilder) -> Dataset:
     Raises RowError or PromptTooLong for a row that cannot be used, ValueError for a data set without any that can.
     """
     if isinstance(dataset, IterableDataset):
-        raise NotImplementedError(f"{name} is an IterableDataset; only data sets with a length are supported.")
+        raise ValueError(f"{name} is an IterableDataset: only train_dataset can be a stream.")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty.")
     check_columns(list(dataset[0]))

@@ -8,6 +8,7 @@ rows however they are spread over ranks and accumulation.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -82,6 +83,12 @@ class Schedule:
         starts = ((m * self.world_size + self.rank) * self.batch_size for m in range(self.steps_per_generation))
         rows = (start + i for start in starts for i in range(self.batch_size))
         return tuple(Slot(indices[row // self.num_generations], row) for row in rows)
+
+
+def for_generation_batches(count: int, **shape: Any) -> Schedule:
+    """An epoch of `count` generation batches over rows in their order: for a stream, which has no length."""
+    prompts = Schedule(0, **shape).prompts_per_generation_batch
+    return Schedule(count * prompts, shuffle=False, **shape)
 
 
 def evaluation_batches(

@@ -4,7 +4,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 
 from sdft_ds.arguments import ScriptArguments
 from sdft_ds.rows import check_columns, message_text
@@ -12,7 +12,7 @@ from sdft_ds.rows import check_columns, message_text
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def load_splits(args: ScriptArguments) -> DatasetDict:
+def load_splits(args: ScriptArguments) -> DatasetDict | IterableDatasetDict:
     """The splits that the arguments name, as they are stored.
 
     A single file is the training split; in a folder of files, a file's name says which split it belongs to where it
@@ -21,11 +21,13 @@ def load_splits(args: ScriptArguments) -> DatasetDict:
     if args.dataset_path is not None and args.dataset_name is not None:
         raise ValueError("--dataset_path and --dataset_name are both set: give one of them.")
     if args.dataset_path is None:
-        splits = load_dataset(args.dataset_name, name=args.dataset_config)
+        splits = load_dataset(args.dataset_name, name=args.dataset_config, streaming=args.dataset_streaming)
     else:
         splits = _load_path(Path(args.dataset_path), args)
     if isinstance(splits, Dataset):
         splits = DatasetDict({args.dataset_train_split: splits})
+    if args.dataset_streaming and isinstance(splits, DatasetDict):  # a save_to_disk folder
+        splits = IterableDatasetDict({name: split.to_iterable_dataset() for name, split in splits.items()})
     if args.dataset_train_split not in splits:
         raise ValueError(
             f"The data set has the splits {', '.join(splits)}, not {args.dataset_train_split!r}: set "
@@ -38,7 +40,7 @@ def _load_path(path: Path, args: ScriptArguments) -> Dataset | DatasetDict:
     if not path.exists():
         raise FileNotFoundError(f"--dataset_path {path} does not exist.")
     if path.is_file():
-        return _load_files({args.dataset_train_split: [path]}, path)
+        return _load_files({args.dataset_train_split: [path]}, path, args.dataset_streaming)
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return load_from_disk(str(path))
     files = sorted(file for file in path.iterdir() if file.suffix in LOADERS)
@@ -46,10 +48,11 @@ def _load_path(path: Path, args: ScriptArguments) -> Dataset | DatasetDict:
         raise ValueError(f"--dataset_path {path} holds no {', '.join(LOADERS)} file and is no save_to_disk folder.")
     test = [file for file in files if args.dataset_test_split in file.stem]
     train = [file for file in files if file not in test]
-    return _load_files({args.dataset_train_split: train, args.dataset_test_split: test}, path)
+    by_split = {args.dataset_train_split: train, args.dataset_test_split: test}
+    return _load_files(by_split, path, args.dataset_streaming)
 
 
-def _load_files(files: dict[str, list[Path]], path: Path) -> DatasetDict:
+def _load_files(files: dict[str, list[Path]], path: Path, streaming: bool) -> DatasetDict | IterableDatasetDict:
     files = {split: paths for split, paths in files.items() if paths}
     suffixes = {file.suffix for paths in files.values() for file in paths}
     if len(suffixes) > 1 or not suffixes <= set(LOADERS):
@@ -58,15 +61,15 @@ def _load_files(files: dict[str, list[Path]], path: Path) -> DatasetDict:
             f"{', '.join(sorted(suffixes))}."
         )
     paths = {split: [str(file) for file in paths] for split, paths in files.items()}
-    return load_dataset(LOADERS[suffixes.pop()], data_files=paths)
+    return load_dataset(LOADERS[suffixes.pop()], data_files=paths, streaming=streaming)
 
 
-def map_columns(dataset: Dataset, args: ScriptArguments) -> Dataset:
+def map_columns(dataset: Dataset | IterableDataset, args: ScriptArguments) -> Dataset | IterableDataset:
     """The data set with the columns `prompt` and `privileged_context` only.
 
     The context is the row's own; where it has none, the demonstration template around its golden response.
     """
-    columns = dataset.column_names
+    columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know them before it is read
     for flag in ("prompt_column", "system_column"):
         name = getattr(args, flag)
         if name is not None and name not in columns:
@@ -87,6 +90,8 @@ def map_columns(dataset: Dataset, args: ScriptArguments) -> Dataset:
             prompt = [system, {"role": "user", "content": prompt}] if isinstance(prompt, str) else [system, *prompt]
         return {"prompt": prompt, "privileged_context": context}
 
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(convert, remove_columns=columns)
     return dataset.map(convert, remove_columns=columns, desc="Mapping columns")
 
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -18,13 +18,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
 )
 
-from sdft_ds import checkpoint, completion_head, models, teacher, zero
+from sdft_ds import completion_head, models, run_state, teacher, zero
 from sdft_ds.aggregation import Shares, shares
 from sdft_ds.chunked_loss import LossTerms
 from sdft_ds.completion_head import DistillationLoss
@@ -34,12 +33,16 @@ from sdft_ds.metrics import Meters
 from sdft_ds.packing import packing_for
 from sdft_ds.progress import TimeReport, TrainingProgress
 from sdft_ds.prompts import PromptBuilder, usable_rows
+from sdft_ds.resumable import ResumableTrainer
 from sdft_ds.rollouts import Sampler
-from sdft_ds.schedule import MicroBatch, Schedule, data_loader, evaluation_batches
+from sdft_ds.run_state import GenerationBatch
+from sdft_ds.schedule import MicroBatch, Schedule, data_loader, evaluation_batches, for_generation_batches
 from sdft_ds.scoring import Scored
+from sdft_ds.step_guard import StepGuard
+from sdft_ds.streams import Stream
 
 
-class SDFTTrainer(Trainer):
+class SDFTTrainer(ResumableTrainer):
     """Trains a model to answer without its privileged context as it answers with it.
 
     Arguments are those of TRL's SDFTTrainer: a model by name or as an object (plain or PEFT), an SDFTConfig, data sets
@@ -52,7 +55,7 @@ class SDFTTrainer(Trainer):
         self,
         model: str | PreTrainedModel | nn.Module,
         args: SDFTConfig | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -78,13 +81,15 @@ class SDFTTrainer(Trainer):
             args.truncation,
             args.chat_template_kwargs,
         )
-        if train_dataset is not None:
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = Stream(train_dataset, prompts)
+        elif train_dataset is not None:
             train_dataset = usable_rows(train_dataset, "train_dataset", prompts)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: usable_rows(rows, name, prompts) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = usable_rows(eval_dataset, "eval_dataset", prompts)
-        self.current_batch: tuple[int, list[Scored]] | None = None  # (number, micro-batches) of a generation batch
+        self.current_batch: GenerationBatch | None = None
         self.step_inputs: list[dict[str, Any]] = []  # what get_batch_samples gave out last
         self.teacher_started = False
         self.timed_engine: nn.Module | None = None
@@ -104,6 +109,8 @@ class SDFTTrainer(Trainer):
         self.meters = {mode: Meters(self._reduce, args.device) for mode in ("train", "eval")}
         self.steps_at_last_log = 0
         self.teacher = teacher.make(model, args)
+        self.guard = StepGuard(self.meters["train"], args.max_nonfinite_steps)
+        self.add_callback(self.guard)
         self.add_callback(_AfterStep(self))
         self.add_callback(TimeReport)
         if self.pop_callback(ProgressCallback) is not None:
@@ -136,20 +143,22 @@ class SDFTTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("Training needs a train_dataset.")
         args = self.args
-        return data_loader(
-            Schedule(
-                dataset_length=len(self.train_dataset),
-                batch_size=self._train_batch_size,
-                rank=args.process_index,
-                world_size=args.world_size,
-                num_generations=args.num_generations,
-                steps_per_generation=args.steps_per_generation,
-                num_iterations=args.num_iterations,
-                shuffle=args.shuffle_dataset,
-                drop_last=args.dataloader_drop_last,
-                seed=args.seed if args.data_seed is None else args.data_seed,
-            )
-        )
+        shape = {
+            "batch_size": self._train_batch_size,
+            "rank": args.process_index,
+            "world_size": args.world_size,
+            "num_generations": args.num_generations,
+            "steps_per_generation": args.steps_per_generation,
+            "num_iterations": args.num_iterations,
+            "drop_last": args.dataloader_drop_last,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+        }
+        if isinstance(self.train_dataset, Stream):  # one epoch of as many rows as the steps need, as they come
+            micro_batches = args.max_steps * args.gradient_accumulation_steps
+            schedule = for_generation_batches(-(-micro_batches // args.generate_every), **shape)
+        else:
+            schedule = Schedule(len(self.train_dataset), shuffle=args.shuffle_dataset, **shape)
+        return data_loader(schedule)
 
     # ---- the optimizer step -----------------------------------------------------------------------------------------
 
@@ -169,11 +178,14 @@ class SDFTTrainer(Trainer):
         scored = []
         for _ in range(num_batches):
             item = next(epoch_iterator)
-            if self.current_batch is None or self.current_batch[0] != item.generation_batch:
+            if self.current_batch is None or self.current_batch.number != item.generation_batch:
                 if not scored:
                     self._forget_last_step()
-                self.current_batch = (item.generation_batch, self._make_generation_batch(item))
-            scored.append(self.current_batch[1][item.number])
+                self.current_batch = GenerationBatch(item.generation_batch, self._make_generation_batch(item))
+                if not scored:
+                    self.leave_if_preempted()
+            scored.append(self.current_batch.scored[item.number])
+            self.current_batch.uses += 1
         self.step_inputs = self._with_shares(scored)
         return self.step_inputs, None
 
@@ -192,7 +204,7 @@ class SDFTTrainer(Trainer):
             self.meters["train"],
             head_changes=self.args.generate_every > self.args.gradient_accumulation_steps,
             batches_per_step=self.args.reordered_batches,
-            keep_on=torch.device("cpu") if self.args.teacher_states_device == "cpu" else None,
+            keep_on=self._keep_states_on,
         )
         self._dispatch(
             "on_generation_batch_built",
@@ -217,6 +229,11 @@ class SDFTTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.meters["train"].phase("student"):
             return super().training_step(*args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.before_step(model, None if norm is None else float(norm))
+        return norm
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -250,21 +267,22 @@ class SDFTTrainer(Trainer):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """No rank goes on, to read it for example, before the folder is whole."""
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+    def save_own_state(self, folder: str) -> None:
+        run_state.save_teacher(folder, self.teacher, self.model_wrapped)
+        batch = self.current_batch
+        if batch is not None and batch.uses < self.args.generate_every:
+            run_state.save_generation_batch(folder, batch)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The teacher belongs to what a resume needs, as the optimizer does; all ranks come here."""
-        super()._save_optimizer_and_scheduler(output_dir)
-        checkpoint.save_teacher(output_dir, self.teacher, self.args.process_index, self.args.world_size)
+    def load_own_state(self, folder: str) -> None:
+        run_state.load_teacher(folder, self.teacher, self.model_wrapped)
+        self.teacher_started = True
+        self.current_batch = run_state.load_generation_batch(
+            folder, self.generation_batches.pair, self.args.device, self._keep_states_on
+        )
 
-    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint_dir)
-        if checkpoint_dir is not None:
-            checkpoint.load_teacher(checkpoint_dir, self.teacher, self.args.process_index, self.args.world_size)
-            self.teacher_started = True
+    @property
+    def _keep_states_on(self) -> torch.device:
+        return torch.device("cpu") if self.args.teacher_states_device == "cpu" else self.args.device
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -318,6 +336,7 @@ class SDFTTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Join the metrics of all ranks into each line about losses."""
         if "loss" in logs:
+            self._tr_loss.zero_()  # transformers subtracts it from itself, which leaves nan where it was nan
             steps = self.state.global_step - self.steps_at_last_log
             self.steps_at_last_log = self.state.global_step
             drift = self.teacher.drift(self.model_wrapped)
@@ -362,7 +381,7 @@ class _AfterStep(TrainerCallback):
         self.timing.close()
 
     def on_step_end(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.trainer.accelerator.optimizer_step_was_skipped:
+        if not self.trainer.guard.skipped:
             self.trainer.teacher.after_step(self.trainer.model_wrapped, state.global_step)
 
 

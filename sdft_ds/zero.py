@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -171,12 +171,41 @@ def around_optimizer_step(engine: nn.Module, context: Callable[[], AbstractConte
     if not hasattr(engine, "zero_optimization_stage"):
         return
     plain = engine.step
+    unchecked = stage(engine) == 0 and not (engine.bfloat16_enabled() or engine.fp16_enabled())
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        with context():
+        with context(), _checked(engine) if unchecked else nullcontext():
             return plain(*args, **kwargs)
 
     engine.step = step
+
+
+@contextmanager
+def _checked(engine: nn.Module) -> Iterator[None]:
+    """Inside, the engine's optimizer leaves a step out whose gradient is not finite, and says so in `overflow`: stage
+    0 in fp32 is the one case in which DeepSpeed takes any gradient."""
+    optimizer = engine.optimizer
+    grads = [param.grad for param in engine.parameters() if param.grad is not None]
+    boundary = engine.is_gradient_accumulation_boundary()
+    optimizer.overflow = boundary and not bool(torch.nn.utils.get_total_norm(grads).isfinite())
+    own = optimizer.step
+    if optimizer.overflow:
+        optimizer.step = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        optimizer.step = own
+
+
+def step_was_skipped(engine: nn.Module) -> bool:
+    """Whether DeepSpeed left the last optimizer step out, because its gradient was not finite."""
+    return bool(getattr(getattr(engine, "optimizer", None), "overflow", False))
+
+
+def drop_gradients(engine: nn.Module) -> None:
+    """Leave no gradients, so that an optimizer step that follows changes nothing, momentum and decay included."""
+    for param in engine.parameters():
+        param.grad = None
 
 
 def _offload(engine: nn.Module) -> Any:

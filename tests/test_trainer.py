@@ -3,11 +3,13 @@ import dataclasses
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from sdft_ds import SDFTTrainer
 from sdft_ds.completion_head import causal_lm_of
+from sdft_ds.step_guard import StepGuard
 from tests import reference, tiny
 from tests.distributed.scenarios import Recorder, make_trainer, train
 
@@ -148,7 +150,7 @@ def test_old_log_probs_are_there_exactly_where_rollouts_get_older_than_the_weigh
     if present:
         assert old.shape == payload["prepared"]["completion_ids"].shape
         trainer.model.eval()
-        rollouts = [r for one in trainer.current_batch[1] for r in one.batch.rollouts]
+        rollouts = [r for one in trainer.current_batch.scored for r in one.batch.rollouts]
         for row, rollout in zip(old, rollouts, strict=True):
             ids = rollout.completion.ids
             logits = reference.logits_of_completion(trainer.model, rollout.prompts.student.ids, ids, 0.7)
@@ -165,7 +167,7 @@ def test_a_reused_generation_batch_keeps_its_teacher_and_is_weighted():
     optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.5)
     trainer.compute_loss(trainer.model, inputs[0]).backward()
     optimizer.step()
-    second = trainer._with_shares([trainer.current_batch[1][1]])[0]
+    second = trainer._with_shares([trainer.current_batch.scored[1]])[0]
     assert second["scored"].teacher_head is not None
     loss = trainer.compute_loss(trainer.model, second).item()
     expected = reference.step_loss(
@@ -402,3 +404,47 @@ def test_prompt_tuning_is_refused():
     model = get_peft_model(tiny.llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="PROMPT_TUNING.*use LoRA"):
         make_trainer(model=model)
+
+
+def test_no_token_is_saved(tmp_path):
+    trainer = make_trainer(output_dir=str(tmp_path), max_steps=1, save_strategy="steps", hub_token="hf_secret123")
+    trainer.train()
+    trainer.save_model()
+    assert trainer.args.hub_token == "hf_secret123"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in files)
+    assert not [path for path in files if b"hf_secret123" in path.read_bytes()]
+
+
+def test_a_metric_that_runs_away_is_warned_about_by_name():
+    guard, state = StepGuard(meters=None, limit=5), TrainerState(global_step=60)
+    for value in (0.2, 0.3, 0.2, 0.3, 0.25, 0.9, 1.0):
+        guard.on_log(None, state, None, logs={"sdft/distillation_loss": value})
+    with pytest.warns(UserWarning, match="sdft/distillation_loss is 4 at step 60"):
+        guard.on_log(None, state, None, logs={"sdft/distillation_loss": 4.0})
+
+
+def test_a_stream_trains_on_its_rows_in_order_and_starts_again():
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_generation_prompts_selected(self, *args, generation_prompts=None, **kwargs):
+            seen.extend(prompt[-1]["content"].split(":")[0] for prompt in generation_prompts)
+
+    make_trainer(stream=True, rows=3, num_generations=1, max_steps=4, callbacks=[Look()]).train()
+    assert seen == [f"Question {i % 3}" for i in range(8)]
+
+
+def test_a_stream_needs_max_steps_and_usable_rows():
+    with pytest.raises(ValueError, match="max_steps"):
+        make_trainer(stream=True, max_steps=-1)
+    with pytest.raises(ValueError, match="over max_prompt_length|without a row"):
+        make_trainer(stream=True, truncation="drop", max_prompt_length=3).train()
+
+
+def test_an_evaluation_stream_is_refused():
+    dataset = Dataset.from_list(tiny.rows(2)).to_iterable_dataset()
+    with pytest.raises(ValueError, match="only train_dataset can be a stream"):
+        SDFTTrainer(
+            model=tiny.llama(), args=make_trainer().args, eval_dataset=dataset, processing_class=tiny.tokenizer()
+        )

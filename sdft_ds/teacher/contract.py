@@ -1,6 +1,7 @@
 """What a teacher is: a context in which the engine's forward is the teacher's, and what keeps it up to date."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
@@ -38,9 +39,9 @@ class Teacher(ABC):
         """This rank's part of (|teacher - student|^2, |student - start|^2), or None where the teacher cannot drift."""
         return None
 
-    def state(self) -> dict[str, Tensor]:
-        """What this rank must save to go on as it was; empty where the model's own checkpoint is enough."""
-        return {}
+    def state(self, engine: nn.Module) -> Iterator[tuple[str, int, Tensor]]:
+        """What this rank must save to go on as it was: pieces of flat vectors, as (vector, offset, values)."""
+        return iter(())
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take up what `state` gave."""
+    def load(self, engine: nn.Module, read: Callable[[str, int, int], Tensor]) -> None:
+        """Take up what `state` gave, on as many ranks or others: read(vector, offset, numel) gives fp32 values."""

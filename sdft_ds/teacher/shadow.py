@@ -4,7 +4,7 @@ It is what makes a teacher out of the student's own network: written into the en
 the student is written back from its fp32 masters. There is no second module, and no copy of the student.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from sdft_ds import zero
 from sdft_ds.config import SDFTConfig
 from sdft_ds.teacher.contract import Teacher
 
-# Drift is estimated on this many values of each rank, drawn once: exact norms would need a second shard, the start's.
+# Drift is estimated on this many of all values, drawn once: exact norms would need a second shard, the start's.
 DRIFT_SAMPLE = 1 << 16
 
 
@@ -26,22 +26,29 @@ class ShadowTeacher(Teacher):
     def __init__(self, model: nn.Module, args: SDFTConfig):
         super().__init__(model, args)
         self.values: dict[str, Tensor] = {}  # name -> fp32, this rank's piece
-        self.sample: dict[str, Tensor] = {}  # name -> positions in it that drift is estimated on
-        self.sample_start: dict[str, Tensor] = {}  # name -> the student's values there at the start
+        self.sample = self._draw_sample()  # name -> positions in the whole parameter that drift is estimated on
+        self.sample_start: dict[str, Tensor] = {}  # name -> the student's values at those of this rank's piece
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         self.head_differs = head is not None and any(param.requires_grad for param in head.parameters())
 
+    def _draw_sample(self) -> dict[str, Tensor]:
+        sizes = {name: zero.full_shape(param).numel() for name, param in self.trainable}
+        generator = torch.Generator().manual_seed(self.args.seed)
+        return {
+            name: torch.randint(
+                size, (max(1, DRIFT_SAMPLE * size // sum(sizes.values())),), generator=generator
+            ).sort()[0]
+            for name, size in sizes.items()
+        }
+
     @torch.no_grad()
     def start(self, engine: nn.Module) -> None:
-        pieces = zero.pieces(engine, self.trainable)
-        local = sum(len(piece.weights) for piece in pieces)
-        generator = torch.Generator().manual_seed(self.args.seed)
-        for piece in pieces:
-            device = "cpu" if self.args.teacher_shadow_device == "cpu" else piece.weights.device
-            self.values[piece.name] = piece.values.to(device, torch.float32, copy=True)
-            share = max(1, DRIFT_SAMPLE * len(piece.weights) // max(1, local))
-            self.sample[piece.name] = torch.randint(len(piece.weights), (share,), generator=generator)
-            self.sample_start[piece.name] = self._sampled(piece.name, piece.values)
+        for piece in zero.pieces(engine, self.trainable):
+            self.values[piece.name] = piece.values.to(self._device(piece), torch.float32, copy=True)
+            self.sample_start[piece.name] = self._sampled(piece, piece.values)
+
+    def _device(self, piece: zero.Piece) -> torch.device:
+        return torch.device("cpu") if self.args.teacher_shadow_device == "cpu" else piece.weights.device
 
     @contextmanager
     @torch.no_grad()
@@ -81,24 +88,34 @@ class ShadowTeacher(Teacher):
         if not self.values:
             return None
         apart, moved = 0.0, 0.0
+        shapes = {name: zero.full_shape(param).numel() for name, param in self.trainable}
         for piece in zero.pieces(engine, self.trainable):
-            student = self._sampled(piece.name, piece.values)
-            scale = len(piece.weights) / len(student)
-            teacher = self._sampled(piece.name, self.values[piece.name])
+            student = self._sampled(piece, piece.values)
+            scale = shapes[piece.name] / len(self.sample[piece.name])
+            teacher = self._sampled(piece, self.values[piece.name])
             apart += scale * (teacher - student).square().sum().item()
             moved += scale * (student - self.sample_start[piece.name]).square().sum().item()
         return apart, moved
 
-    def _sampled(self, name: str, values: Tensor) -> Tensor:
-        return values[self.sample[name].to(values.device)].float().cpu()
+    def _part_of_sample(self, piece: zero.Piece) -> tuple[int, int]:
+        """The sampled positions that lie in the piece, first and last + 1: they are sorted."""
+        ends = torch.tensor([piece.offset, piece.offset + len(piece.weights)])
+        first, last = torch.searchsorted(self.sample[piece.name], ends).tolist()
+        return first, last
 
-    def state(self) -> dict[str, Tensor]:
-        groups = {"values": self.values, "sample": self.sample, "sample_start": self.sample_start}
-        return {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
+    def _sampled(self, piece: zero.Piece, values: Tensor) -> Tensor:
+        first, last = self._part_of_sample(piece)
+        positions = self.sample[piece.name][first:last] - piece.offset
+        return values[positions.to(values.device)].float().cpu()
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        for key, tensor in state.items():
-            group, _, name = key.partition("/")
-            getattr(self, group)[name] = tensor
-        if self.args.teacher_shadow_device == "device":
-            self.values = {name: tensor.to(self.args.device) for name, tensor in self.values.items()}
+    def state(self, engine: nn.Module) -> Iterator[tuple[str, int, Tensor]]:
+        for piece in zero.pieces(engine, self.trainable):
+            yield f"values/{piece.name}", piece.offset, self.values[piece.name]
+            yield f"start/{piece.name}", self._part_of_sample(piece)[0], self.sample_start[piece.name]
+
+    def load(self, engine: nn.Module, read: Callable[[str, int, int], Tensor]) -> None:
+        for piece in zero.pieces(engine, self.trainable):
+            values = read(f"values/{piece.name}", piece.offset, len(piece.weights))
+            self.values[piece.name] = values.to(self._device(piece))
+            first, last = self._part_of_sample(piece)
+            self.sample_start[piece.name] = read(f"start/{piece.name}", first, last - first)

@@ -49,7 +49,7 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer is not None:
-            self.rollouts.append([scored.batch.rollouts for scored in self.trainer.current_batch[1]])
+            self.rollouts.append([scored.batch.rollouts for scored in self.trainer.current_batch.scored])
 
     def on_self_distillation_batch_prepared(self, args, state, control, completion_ids=None, **kwargs):
         self.completions.append(completion_ids.tolist())
@@ -78,6 +78,7 @@ def make_trainer(
     model: Any = None,
     callbacks=(),
     rows=6,
+    stream=False,
     **settings,
 ):
     """A trainer of the tiny Llama; stage None: without DeepSpeed."""
@@ -91,7 +92,7 @@ def make_trainer(
     return SDFTTrainer(
         model=grown_student(lora, tied) if grown else model or tiny.llama(),
         args=args,
-        train_dataset=dataset,
+        train_dataset=dataset.to_iterable_dataset() if stream else dataset,
         eval_dataset=dataset,
         processing_class=tiny.tokenizer(),
         callbacks=list(callbacks),
@@ -268,7 +269,8 @@ def exception_inside_generation(stage, gather: bool) -> list[float]:
 
 def resume(stage, folder: str, **settings) -> dict[str, Any]:
     """Six steps in one go, and three, a new trainer, three more; what both end with."""
-    settings = {"teacher_update_rate": 0.3, "teacher_sync_steps": 1, **settings}
+    warmup = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 6}  # another rate at every step
+    settings = {"teacher_update_rate": 0.3, "teacher_sync_steps": 1, **warmup, **settings}
     ends = []
     for steps, again in ((6, None), (3, None), (6, f"{folder}/parts/checkpoint-3")):
         recorder = Recorder()
@@ -282,12 +284,37 @@ def resume(stage, folder: str, **settings) -> dict[str, Any]:
         ends.append(
             {
                 "losses": [log["loss"] for log in recorder.logs if "loss" in log],
+                "rates": [log["learning_rate"] for log in recorder.logs if "loss" in log],
                 "completions": recorder.completions,
                 "weights": digest(zero.full_copies([param for _, param in trainer.teacher.trainable])),
                 "teacher": digest(tensor for _, _, tensor in shadow_pieces(trainer)),
             }
         )
     return {"whole": ends[0], "resumed": ends[2], "first": ends[1]}
+
+
+def one_bad_step(stage, poisoned: list[int], **settings) -> dict[str, Any]:
+    """Weights and teacher after each step; at the given ones rank 0's loss is not a number."""
+    settings = {"teacher_model_kind": "ema", "teacher_sync_steps": 1, "max_steps": 4, "weight_decay": 0.1, **settings}
+    recorder = Recorder()
+    trainer = make_trainer(stage, callbacks=[recorder], **settings)
+    after, plain = [], trainer.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        loss = plain(*args, **kwargs)
+        bad = trainer.state.global_step + 1 in poisoned and trainer.args.process_index == 0
+        return loss * float("nan") if bad else loss
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            weights = digest(zero.full_copies([param for _, param in trainer.teacher.trainable]))
+            after.append((weights, digest(tensor for _, _, tensor in shadow_pieces(trainer))))
+
+    trainer.compute_loss = compute_loss
+    trainer.add_callback(Look())
+    trainer.train()
+    logs = [log for log in recorder.logs if "loss" in log]
+    return {"after": after, "losses": [log["loss"] for log in logs], "bad": [log["steps/nonfinite"] for log in logs]}
 
 
 def whole_at_on_save(stage, folder: str) -> bool:
@@ -370,5 +397,5 @@ def one_rank_without_loss(stage) -> dict[str, Any]:
         trainer.train()
     finally:
         LossMask.first_token = whole
-    tokens = sum(len(scored.batch.tokens_N) for scored in trainer.current_batch[1])
+    tokens = sum(len(scored.batch.tokens_N) for scored in trainer.current_batch.scored)
     return {"losses": [log["loss"] for log in recorder.logs if "loss" in log], "tokens": tokens}

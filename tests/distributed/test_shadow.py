@@ -36,27 +36,6 @@ def test_rate_one_copies_and_rate_zero_freezes(one_rank):
     assert frozen["drift"] == pytest.approx([1.0] * len(frozen["drift"]))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind, lora", [("ema", False), ("ema", True), ("base", False)])
-def test_a_resumed_run_is_the_run_that_was_interrupted(two_ranks, tmp_path, stage, kind, lora):
-    for rank in two_ranks.run("resume", stage, str(tmp_path), teacher_model_kind=kind, lora=lora):
-        assert rank["resumed"]["losses"] == rank["whole"]["losses"][3:]
-        assert rank["resumed"]["completions"] == rank["whole"]["completions"][3:]
-        assert rank["resumed"]["weights"] == rank["whole"]["weights"]
-        assert rank["resumed"]["teacher"] == rank["whole"]["teacher"] != rank["first"]["teacher"] or kind == "base"
-
-
-def test_a_missing_teacher_file_is_an_error(one_rank, tmp_path):
-    from tests.distributed import scenarios
-
-    scenarios.resume(None, str(tmp_path), teacher_model_kind="ema")
-    checkpoint = tmp_path / "parts" / "checkpoint-3"
-    (checkpoint / "teacher-rank-0-of-1.safetensors").rename(checkpoint / "teacher-rank-0-of-2.safetensors")
-    trainer = scenarios.make_trainer(teacher_model_kind="ema", output_dir=str(tmp_path / "parts"))
-    with pytest.raises(FileNotFoundError, match="teacher-rank-0-of-1.*those of 2 ranks.*Resume with the settings"):
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-
-
 @pytest.mark.parametrize("stage", [None, 2])
 def test_no_rank_goes_on_before_a_checkpoint_is_whole(two_ranks, tmp_path, stage):
     assert two_ranks.run("whole_at_on_save", stage, str(tmp_path)) == [True, True]

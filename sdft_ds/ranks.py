@@ -1,0 +1,42 @@
+"""This process among the others: where it stands, and what they agree on. Every function here is called by all ranks;
+with one process, or none started together, it answers for that one."""
+
+from typing import Any
+
+import torch
+from torch import distributed
+
+
+def started() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def index() -> int:
+    return distributed.get_rank() if started() else 0
+
+
+def count() -> int:
+    return distributed.get_world_size() if started() else 1
+
+
+def barrier() -> None:
+    if count() > 1:
+        distributed.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, on every rank; a value is anything that pickles."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def largest(value: float, device: torch.device) -> float:
+    """The largest value of any rank."""
+    if count() == 1:
+        return value
+    tensor = torch.tensor(float(value), device=device)
+    distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    return tensor.item()

@@ -1,0 +1,169 @@
+"""transformers' Trainer with checkpoints that are complete or absent, resumes that are exact, and preemption."""
+
+import os
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
+
+from sdft_ds import checkpoint, ranks, run_state
+from sdft_ds.config import SDFTConfig
+from sdft_ds.output_folder import locked
+from sdft_ds.preemption import Preemption
+
+
+class ResumableTrainer(Trainer):
+    """What a run needs to be killed anywhere and to go on as if it had not been."""
+
+    args: SDFTConfig
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.saved_step: int | None = None  # of the last checkpoint that this process wrote or resumed from
+        self.preemption = Preemption(
+            self.args.output_dir,
+            self.args.preemption_exit_code,
+            self.args.preemption_deadline_seconds,
+            self.args.device,
+        )
+        self.add_callback(_LeaveAfterStep(self))
+
+    @abstractmethod
+    def save_own_state(self, folder: str) -> None:
+        """Write what a resume needs beside transformers' and DeepSpeed's files. Every rank is called."""
+
+    @abstractmethod
+    def load_own_state(self, folder: str) -> None:
+        """Read it back; the engine stands, its weights and optimizer are loaded."""
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """Train as transformers does. resume_from_checkpoint: True, from the newest complete checkpoint in output_dir,
+        or from the start if there is none; or a folder, which must be complete.
+
+        Raises DamagedCheckpoint, OutputFolderInUse, ValueError (the checkpoint is of another run), and Preempted,
+        which leaves the program, after a signal was obeyed.
+        """
+        with locked(self.args.output_dir), self.preemption:
+            folder = self._checkpoint_to_resume(resume_from_checkpoint)
+            if folder is not None:
+                self._check_settings(folder)
+                self.saved_step = int(checkpoint.NAME.fullmatch(folder.name)[1])
+            result = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+            if self.preemption.agreed:
+                self.preemption.leave(self.state.global_step)
+        return result
+
+    def leave_if_preempted(self) -> None:
+        """Save and go now, between two optimizer steps, if any rank was asked to. Every rank calls it."""
+        if self.preemption.agree():
+            if self.state.global_step not in (0, self.saved_step):
+                self._save_checkpoint(self.model_wrapped, None)
+            self.preemption.leave(self.state.global_step)
+
+    def _tell(self, text: str) -> None:
+        if ranks.index() == 0:
+            print(f"sdft_ds: {text}", flush=True)
+
+    # ---- resuming ---------------------------------------------------------------------------------------------------
+
+    def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
+        if not wanted:
+            return None
+        if wanted is not True:
+            checkpoint.require_complete(wanted)
+            return Path(os.path.abspath(wanted))
+        folder, skipped = checkpoint.newest_complete(self.args.output_dir)
+        for wrong in skipped:
+            self._tell(f"Skipped a checkpoint: {wrong}.")
+        self._tell(f"Resuming from {folder}." if folder else f"No complete checkpoint in {self.args.output_dir}: "
+                   "starting from the beginning.")  # fmt: skip
+        return folder
+
+    def _check_settings(self, folder: Path) -> None:
+        if not (folder / run_state.SETTINGS).exists():
+            raise checkpoint.DamagedCheckpoint(
+                f"{folder} holds a model and nothing to resume from: it was saved with save_only_model."
+            )
+        saved = run_state.load_settings(folder)
+        if saved["world_size"] != self.args.world_size:
+            raise ValueError(
+                f"{folder} was made by {saved['world_size']} ranks, and this run has {self.args.world_size}: resume "
+                f"with {saved['world_size']}."
+            )
+        run_state.compare_settings(saved, self._settings(), self._tell)
+
+    def _settings(self) -> dict[str, Any]:
+        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        return run_state.settings_of(self.args, rows)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint_dir)
+        if checkpoint_dir is not None:
+            self.load_own_state(checkpoint_dir)
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """In place of transformers': it rotates old checkpoints inside, before the new one is complete."""
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        run_folder, step = self._get_output_dir(trial=trial), self.state.global_step
+        best = self.state.best_global_step
+        if best and (best == step or Path(run_folder, f"checkpoint-{best}").exists()):
+            self.state.best_model_checkpoint = os.path.join(run_folder, f"checkpoint-{best}")
+        with checkpoint.writing(run_folder, step) as folder:
+            self.save_model(folder, _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(folder)
+                self._save_scaler(folder)
+                self._save_rng_state(folder)
+                self.save_own_state(folder)
+                run_state.save_settings(folder, self._settings())
+            if self.args.should_save:
+                self._export_callbacks()
+                self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
+        self.saved_step = step
+        final = os.path.join(run_folder, f"checkpoint-{step}")
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)
+        if self.args.should_save:
+            rotate_checkpoints(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        checkpoint.reached("rotated")
+
+    def _export_callbacks(self) -> None:
+        """The states of callbacks that have one, as transformers keeps them."""
+        kept = self.state.stateful_callbacks
+        for each in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(each, ExportableState):
+                name = type(each).__name__
+                if isinstance(kept[name], list):
+                    kept[name].append(each.state())
+                else:
+                    kept[name] = each.state()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Without secrets: transformers pickles the arguments as they are, tokens included."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+
+
+class _LeaveAfterStep(TrainerCallback):
+    """Asks after each optimizer step whether to go; if so the loop saves this step, once, and ends."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.preemption.agree():
+            control.should_save = True
+            control.should_training_stop = True

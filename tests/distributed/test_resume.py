@@ -1,0 +1,43 @@
+"""N steps are k steps, a resume, and N - k: bit by bit, wherever in a generation batch and from whatever data."""
+
+import pytest
+
+STAGES = [None, 0, 1, 2, 3]
+# Four micro-batches of one generation batch, one for each step: step 3 is inside it.
+INSIDE = {"steps_per_generation": 2, "num_iterations": 2}
+
+
+def assert_exact(results):
+    for rank in results:
+        whole, first, resumed = rank["whole"], rank["first"], rank["resumed"]
+        assert first["losses"] == whole["losses"][:3] and len(set(whole["rates"])) > 3
+        for what in ("losses", "rates"):
+            assert resumed[what] == whole[what][3:], what
+        assert resumed["completions"] == whole["completions"][-len(resumed["completions"]) :]
+        assert resumed["weights"] == whole["weights"] and resumed["teacher"] == whole["teacher"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind, lora", [("ema", False), ("ema", True), ("base", False), ("base", True)])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_resumed_run_is_the_run_that_was_interrupted(two_ranks, tmp_path, stage, kind, lora, inside):
+    settings = INSIDE if inside else {}
+    results = two_ranks.run("resume", stage, str(tmp_path), teacher_model_kind=kind, lora=lora, **settings)
+    assert_exact(results)
+    # Inside a generation batch the resumed run makes the second one only.
+    assert len(results[0]["resumed"]["completions"]) == (1 if inside else 3)
+
+
+@pytest.mark.parametrize("settings", [{}, INSIDE, {"gradient_accumulation_steps": 2}])
+def test_a_stream_goes_on_with_the_rows_that_follow(two_ranks, tmp_path, settings):
+    assert_exact(two_ranks.run("resume", 2, str(tmp_path), teacher_model_kind="base", stream=True, **settings))
+
+
+def test_a_half_used_batch_of_bf16_states_and_an_adapted_head(two_ranks, tmp_path):
+    assert_exact(
+        two_ranks.run("resume", 3, str(tmp_path), teacher_model_kind="ema", lora="on the head", bf16=True, **INSIDE)
+    )
+
+
+def test_continuous_batching_inside_a_generation_batch(two_ranks, tmp_path):
+    assert_exact(two_ranks.run("resume", 2, str(tmp_path), rollout_backend="continuous", **INSIDE))

@@ -1,0 +1,78 @@
+"""A small run for tests to kill, preempt and resume; one rank of it, as its environment says.
+
+python -m tests.faults.program OUTPUT_DIR SETTINGS_AS_JSON
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+
+import torch
+
+torch.set_num_threads(1)
+
+from transformers import TrainerCallback  # noqa: E402
+
+from sdft_ds import checkpoint, zero  # noqa: E402
+from tests.distributed.scenarios import Recorder, digest, make_trainer, shadow_pieces  # noqa: E402
+
+
+def me(rank: int) -> bool:
+    return int(os.environ.get("RANK", "0")) == rank
+
+
+class Fault(TrainerCallback):
+    """Does something to this rank: at a point of a save (point, step), at a rollout (step), or after a step."""
+
+    def __init__(self, what: str, when: str, step: int, rank: int, trainer):
+        self.what, self.when, self.step, self.rank, self.trainer = what, when, step, rank, trainer
+        checkpoint.reached = lambda point: self.at(point)
+
+    def at(self, when: str) -> None:
+        if when == self.when and self.trainer.state.global_step == self.step and me(self.rank):
+            {
+                "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+                "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+                "usr1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+                "stop file": lambda: open(f"{self.trainer.args.output_dir}/STOP", "w").close(),
+                "raise": self._raise,
+                "small files": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
+                "hang": lambda: time.sleep(1000),
+            }[self.what]()
+
+    def _raise(self):
+        raise KeyError("on purpose")
+
+    def on_generation_prompts_selected(self, *args, **kwargs):
+        self.at("rollout")
+
+    def on_generation_batch_built(self, *args, **kwargs):
+        self.at("rolled out")
+
+    def on_step_end(self, *args, **kwargs):
+        self.at("step")
+
+
+def main(output_dir: str, settings: dict) -> None:
+    resume, faults, stage = (settings.pop(name, None) for name in ("resume", "faults", "stage"))
+    recorder = Recorder()
+    trainer = make_trainer(stage, output_dir=output_dir, callbacks=[recorder], **settings)
+    for fault in faults or []:
+        trainer.add_callback(Fault(**fault, trainer=trainer))
+    trainer.train(resume_from_checkpoint=resume)
+    end = {
+        "step": trainer.state.global_step,
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+        "rates": [log["learning_rate"] for log in trainer.state.log_history if "loss" in log],
+        "weights": digest(zero.full_copies([param for _, param in trainer.teacher.trainable])),
+        "teacher": digest(tensor for _, _, tensor in shadow_pieces(trainer)),
+    }
+    with open(f"{output_dir}/end-of-rank-{os.environ.get('RANK', '0')}.json", "w") as file:
+        json.dump(end, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

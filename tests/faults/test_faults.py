@@ -1,0 +1,153 @@
+"""Kills, full disks, damage, signals and bad numbers, on real processes with a time limit."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from sdft_ds import checkpoint
+from tests.faults.runs import end, finish, run, start
+
+SAVED = 99
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("checkpoint"))
+
+
+def succeeded(ended):
+    assert [code for code, _ in ended] == [0] * len(ended), "\n".join(output for _, output in ended)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The end of a run that nothing happened to, for each (ranks, stage)."""
+    made = {}
+
+    def get(ranks, stage=None, **settings):
+        key = (ranks, stage, *settings.items())
+        if key not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            succeeded(run(folder, ranks, stage=stage, **settings))
+            made[key] = [end(folder, rank) for rank in range(ranks)]
+        return made[key]
+
+    return get
+
+
+POINTS = ["begun", "written", "checked", "listed", "renamed", "rotated"]
+
+
+@pytest.mark.parametrize(
+    "point", [pytest.param(point, marks=[] if point == "listed" else pytest.mark.full) for point in POINTS]
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_save_costs_the_steps_since_the_last_one(tmp_path, whole, point, rank):
+    """SIGKILL to one rank at each point of the save of step 4, then a resume: the end is that of an unbroken run."""
+    if point == "listed" and rank == 1:
+        pytest.skip("rank 1 lists nothing")
+    ended = run(tmp_path, 2, faults=[("kill", point, 4, rank)])
+    assert all(code != 0 for code, _ in ended)
+    complete, _ = checkpoint.newest_complete(tmp_path)
+    assert complete is not None and complete.name in ("checkpoint-2", "checkpoint-4")
+    succeeded(run(tmp_path, 2, resume=True))
+    assert [end(tmp_path, rank) for rank in (0, 1)] == whole(2)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
+    """Files may not grow beyond 9 kB from the second save on; nothing is rotated away."""
+    ended = run(tmp_path, 2, faults=[("small files", "begun", 4, 0)], save_total_limit=1)
+    assert all(code != 0 for code, _ in ended)
+    assert names(tmp_path) == ["checkpoint-2"] and checkpoint.problem(tmp_path / "checkpoint-2") is None
+
+
+@pytest.mark.parametrize("pattern", ["model.safetensors", "optimizer.pt", "teacher-rank-0.safetensors",
+                                     "rng_state.pth"])  # fmt: skip
+def test_a_damaged_file_is_named_and_the_one_before_is_resumed_from(tmp_path, whole, pattern):
+    succeeded(run(tmp_path, max_steps=4))
+    path = next((tmp_path / "checkpoint-4").glob(pattern))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+    ((code, output),) = run(tmp_path, resume=str(tmp_path / "checkpoint-4"))
+    assert code != 0 and f"{path} is damaged" in output
+    path.unlink()
+    ((code, output),) = run(tmp_path, resume=True)
+    assert code == 0 and f"Skipped a checkpoint: {path} is missing" in output and "Resuming from" in output
+    assert end(tmp_path) == whole(1)[0]
+
+
+@pytest.mark.parametrize("stage", [None, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.parametrize("what", ["term", pytest.param("usr1", marks=pytest.mark.full),
+                                  pytest.param("stop file", marks=pytest.mark.full)])  # fmt: skip
+def test_a_signal_to_one_rank_saves_the_same_step_on_all(tmp_path, whole, stage, what):
+    faulty = 0 if what == "stop file" else 1
+    ended = run(tmp_path, 2, stage=stage, faults=[(what, "step", 3, faulty)])
+    assert [code for code, _ in ended] == [SAVED, SAVED], "\n".join(output for _, output in ended)
+    marker = json.loads((tmp_path / "PREEMPTED").read_text())
+    assert marker["step"] == 3 and names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+    succeeded(run(tmp_path, 2, stage=stage, resume=True))
+    assert not (tmp_path / "PREEMPTED").exists() and not (tmp_path / "STOP").exists()
+    assert [end(tmp_path, rank) for rank in (0, 1)] == whole(2, stage)
+
+
+def test_a_signal_during_a_rollout_is_obeyed_before_the_training_that_follows(tmp_path, whole):
+    """What was rolled out is saved with the weights, and used after the resume."""
+    ((code, output),) = run(tmp_path, faults=[("term", "rollout", 3, 0)], save_steps=10)
+    assert code == SAVED, output
+    assert json.loads((tmp_path / "PREEMPTED").read_text())["step"] == 3
+    assert (tmp_path / "checkpoint-3" / "generation-batch-rank-0.json").exists()
+    succeeded(run(tmp_path, resume=True, save_steps=10))
+    assert end(tmp_path) == whole(1, save_steps=10)[0]
+
+
+def test_a_second_signal_during_the_save_changes_nothing(tmp_path):
+    ((code, output),) = run(tmp_path, faults=[("term", "step", 3, 0), ("term", "written", 3, 0)])
+    assert code == SAVED, output
+    assert checkpoint.problem(tmp_path / "checkpoint-3") is None
+
+
+def test_the_deadline_ends_a_save_that_hangs(tmp_path):
+    settings = {"preemption_deadline_seconds": 3.0, "preemption_exit_code": 77}
+    ((code, output),) = run(
+        tmp_path, faults=[("term", "step", 3, 0), ("hang", "written", 3, 0)], timeout=60, **settings
+    )
+    assert code == 77, output
+    assert json.loads((tmp_path / "PREEMPTED").read_text())["step"] is None
+    assert checkpoint.newest_complete(tmp_path)[0].name == "checkpoint-2"
+
+
+def test_one_rank_that_raises_ends_all(tmp_path):
+    ended = run(tmp_path, 2, faults=[("raise", "rollout", 3, 1)], ddp_timeout=20, timeout=90)
+    assert all(code not in (0, SAVED) for code, _ in ended) and "on purpose" in ended[1][1]
+
+
+def test_a_second_job_in_the_same_folder_is_refused(tmp_path):
+    first = start(tmp_path, faults=[("hang", "rotated", 2, 0)])
+    given_up = time.monotonic() + 60
+    while not (tmp_path / "checkpoint-2").exists():
+        assert first[0].poll() is None and time.monotonic() < given_up
+        time.sleep(0.2)
+    ((code, output),) = run(tmp_path)
+    assert code != 0 and f"in use by another job (host {os.uname().nodename}, pid {first[0].pid})" in output
+    first[0].send_signal(signal.SIGKILL)
+    finish(first)
+    ((code, output),) = run(tmp_path, resume=True)  # the lock of a dead process is free
+    assert code == 0, output
+
+
+def test_another_runs_checkpoint_is_refused_and_a_change_is_told(tmp_path):
+    succeeded(run(tmp_path, max_steps=2))
+    ((code, output),) = run(tmp_path, resume=True, seed=6, num_generations=1)
+    assert code != 0 and "num_generations is 1 and was 2" in output and "seed is 6 and was 5" in output
+    ended = run(tmp_path, 2, resume=True, per_device_train_batch_size=1)
+    assert all(code != 0 and "was made by 1 ranks" in output for code, output in ended)
+    ((code, output),) = run(tmp_path, resume=True, learning_rate=0.02)
+    assert code == 0 and "learning_rate = 0.02; the checkpoint was made with 0.01" in output
+
+
+def test_without_a_complete_checkpoint_a_resume_starts_from_the_beginning(tmp_path, whole):
+    ((code, output),) = run(tmp_path, resume=True)
+    assert code == 0 and "No complete checkpoint" in output and end(tmp_path) == whole(1)[0]
