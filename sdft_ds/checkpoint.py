@@ -2,13 +2,19 @@
 
 A checkpoint is written aside, synced to the disk, listed with sizes and checksums in a manifest, and renamed into
 place. What a kill, a full disk or a broken file leaves is recognised and named; the newest complete one is found.
+
+python -m sdft_ds.checkpoint verify FOLDER         say what is wrong with a checkpoint
+python -m sdft_ds.checkpoint universal FOLDER      let DeepSpeed resume it on another number of ranks
 """
 
+import argparse
 import hashlib
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +22,7 @@ from pathlib import Path
 from sdft_ds import ranks
 
 MANIFEST = "manifest.json"
+LATEST, UNIVERSAL = "latest", "latest_universal"  # DeepSpeed's: the name of the folder with the ranks' shards
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -139,3 +146,44 @@ def require_complete(folder: str | Path) -> None:
             f"{wrong}. Resume from another checkpoint, or with --resume_from_checkpoint true from the newest complete "
             "one."
         )
+
+
+def make_universal(folder: Path) -> None:
+    """Add DeepSpeed's universal form of the shards to a complete checkpoint: it can be read by any number of ranks.
+
+    Raises DamagedCheckpoint, and ValueError for one without shards, which any number of ranks can read as it is.
+    """
+    require_complete(folder)
+    if not (folder / LATEST).exists():
+        raise ValueError(f"{folder} was made without DeepSpeed: any number of ranks can resume it as it is.")
+    tag = (folder / LATEST).read_text().strip()
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(folder / tag), "--output_folder", str(folder / f"{tag}_universal")]
+    subprocess.run(command, check=True)
+    _write_synced(folder / UNIVERSAL, f"{tag}_universal")
+    listed = json.loads((folder / MANIFEST).read_text())
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+    listed["files"] |= {
+        name: _synced_entry(path) for path in files if (name := str(path.relative_to(folder))) not in listed["files"]
+    }
+    _write_synced(folder / f".{MANIFEST}", json.dumps(listed, indent=1, sort_keys=True))
+    os.replace(folder / f".{MANIFEST}", folder / MANIFEST)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["verify", "universal"])
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    try:
+        if args.what == "universal":
+            make_universal(args.folder)
+        else:
+            require_complete(args.folder)
+    except ValueError as error:
+        sys.exit(f"sdft_ds: {error}")
+    print(f"{args.folder} is complete.")
+
+
+if __name__ == "__main__":
+    main()

@@ -18,12 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdft_ds.divergence import Divergence, importance_weight, token_log_probs
+from sdft_ds.divergence import (
+    Divergence,
+    importance_weight,
+    interpolated_divergence_and_gradient,
+    token_log_probs,
+)
 
-LogitsTransform = Callable[[Tensor], Tensor]
+LogitsTransform = Callable[[Tensor], Tensor] | None
 
-# Elements of one chunk's logits; 16 Mi fp32 elements are 64 MB, and a loss holds about six tensors of that size.
-CHUNK_ELEMENTS = 1 << 24
+# Elements of one chunk's logits; 8 Mi fp32 elements are 32 MB, and a full-vocabulary loss holds about seven such.
+CHUNK_ELEMENTS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,26 @@ class LossTerms:
         log_probs_C = token_log_probs(student_logits_CV.detach() / self.divergence.temperature, self.tokens_N[chunk])
         return loss_C * importance_weight(log_probs_C, self.old_log_probs_N[chunk], self.is_clip)
 
+    def full_with_gradient(
+        self, student_logits_CV: Tensor, teacher_logits_CV: Tensor, chunk: slice
+    ) -> tuple[Tensor, Tensor]:
+        """`per_token` over the whole vocabulary [C], and the gradient of the sum of weight x loss in the student's
+        logits [C, V]. Both sides' logits are overwritten."""
+        temperature = self.divergence.temperature
+        for logits_CV in (student_logits_CV, teacher_logits_CV):
+            logits_CV.div_(temperature)
+            logits_CV.sub_(logits_CV.amax(-1, keepdim=True))  # first, or large logits cost the last digits
+            logits_CV.sub_(logits_CV.logsumexp(-1, keepdim=True))
+        factor_C = torch.ones_like(self.weights_N[chunk])
+        if self.old_log_probs_N is not None and self.is_clip is not None:
+            log_probs_C = student_logits_CV.gather(-1, self.tokens_N[chunk].unsqueeze(-1)).squeeze(-1)
+            factor_C = importance_weight(log_probs_C, self.old_log_probs_N[chunk], self.is_clip)
+        loss_C, grad_CV = interpolated_divergence_and_gradient(
+            student_logits_CV, teacher_logits_CV, self.divergence.alpha
+        )
+        grad_CV.mul_((factor_C * self.weights_N[chunk] / temperature).unsqueeze(-1))
+        return loss_C * factor_C, grad_CV
+
 
 def chunked_distillation_loss(
     hidden_ND: Tensor,
@@ -97,7 +122,7 @@ def chunked_distillation_loss(
 ) -> tuple[Tensor, Tensor]:
     """(scale x sum of weight x divergence, attached to the graph also when N is 0; the divergence of each token [N]).
 
-    finish: what the model does to its logits after the head (scale, softcap).
+    finish: what the model does to its logits after the head (scale, softcap); None: nothing.
     chunk_tokens: tokens per chunk; by default as many as CHUNK_ELEMENTS logits hold.
     """
     adapter = (None, None, 0.0) if head.adapter is None else tuple(vars(head.adapter).values())
@@ -108,12 +133,17 @@ def reference_distillation_loss(
     hidden_ND: Tensor, head: HeadValues, terms: LossTerms, scale: Tensor, finish: LogitsTransform
 ) -> tuple[Tensor, Tensor]:
     """The same, written plainly with whole [N, V] logits and autograd: what the chunked loss is tested against."""
+    finish = finish or _as_it_is
     student_NV = finish(_plain_logits(hidden_ND, head))
     with torch.no_grad():
         teacher_head = head if terms.teacher_head is None else terms.teacher_head.beside(head)
         teacher_NV = finish(_plain_logits(terms.teacher_hidden_ND, teacher_head))
     loss_N = terms.per_token(student_NV, teacher_NV, slice(None))
     return scale * (loss_N * terms.weights_N).sum(), loss_N.detach()
+
+
+def _as_it_is(logits: Tensor) -> Tensor:
+    return logits
 
 
 def _plain_logits(hidden_ND: Tensor, head: HeadValues) -> Tensor:
@@ -165,7 +195,7 @@ class _Projection:
             # As PEFT multiplies: in autocast's dtype, else in that of the adapter.
             down_QD, up_VQ = (f.detach().to(self.dtype) if autocast else f.detach() for f in factors)
             self.adapter = Adapter(down_QD, up_VQ, self.adapter.scale)
-        self.finish = finish
+        self.finish = finish or _as_it_is
 
     def raw_logits(self, hidden_CD: Tensor) -> Tensor:
         with torch.autocast(self.device_type, enabled=False):
@@ -198,7 +228,6 @@ class _Gradients:
             torch.zeros_like(tensor, dtype=tensor.dtype if tensor is hidden_ND else torch.float32) if need else None
             for tensor, need in zip((hidden_ND, head.weight_VD, head.bias_V, *adapter), needed, strict=True)
         )
-        self.any = any(needed)
 
     def add(self, grad_CV: Tensor, chunk: slice) -> None:
         """From the gradient of the raw logits of a chunk."""
@@ -239,6 +268,50 @@ class _Gradients:
             self.weight.index_add_(0, flat, outer_CKD.flatten(0, 1))
 
 
+def _full_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: "_Gradients", chunk: slice) -> Tensor:
+    """The whole vocabulary, with the gradient in closed form."""
+    raw_CV = student.raw_logits(hidden_CD)
+    teacher_CV = teacher.logits(terms.teacher_hidden_ND[chunk])
+    if student.finish is _as_it_is:
+        loss_C, grad_CV = terms.full_with_gradient(raw_CV, teacher_CV, chunk)
+    else:
+        with torch.enable_grad():
+            finished_CV = student.finish(raw_CV.requires_grad_())
+        loss_C, grad_CV = terms.full_with_gradient(finished_CV.detach().clone(), teacher_CV, chunk)
+        (grad_CV,) = torch.autograd.grad(finished_CV, raw_CV, grad_CV)
+    del raw_CV, teacher_CV  # before the products need room
+    gradients.add(grad_CV, chunk)
+    return loss_C
+
+
+def _sparse_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: "_Gradients", chunk: slice) -> Tensor:
+    """A top-k support without a tail: K logits of the teacher and K gradients for each token."""
+    raw_CV = student.raw_logits(hidden_CD)
+    finished_CV = student.finish(raw_CV)
+    indices_CK = finished_CV.topk(terms.divergence.topk, dim=-1).indices
+    teacher_CK = teacher.logits_at(terms.teacher_hidden_ND[chunk], indices_CK)
+    raw_CK = raw_CV.gather(-1, indices_CK).requires_grad_()
+    with torch.enable_grad(), torch.autocast(student.device_type, enabled=False):
+        loss_C = terms.per_token_on_support(student.finish(raw_CK), teacher_CK, finished_CV, chunk)
+        (grad_CK,) = torch.autograd.grad((loss_C * terms.weights_N[chunk]).sum(), raw_CK)
+    del raw_CV, finished_CV
+    gradients.add_at(grad_CK, indices_CK, chunk)
+    return loss_C.detach()
+
+
+def _other_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: "_Gradients", chunk: slice) -> Tensor:
+    """Any divergence, with the gradient by autograd."""
+    teacher_CV = teacher.logits(terms.teacher_hidden_ND[chunk])
+    raw_CV = student.raw_logits(hidden_CD).requires_grad_()
+    with torch.enable_grad(), torch.autocast(student.device_type, enabled=False):
+        loss_C = terms.per_token(student.finish(raw_CV), teacher_CV, chunk)
+        (grad_CV,) = torch.autograd.grad((loss_C * terms.weights_N[chunk]).sum(), raw_CV)
+    loss_C = loss_C.detach()
+    del raw_CV, teacher_CV
+    gradients.add(grad_CV, chunk)
+    return loss_C
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, down_QD, up_VQ, adapter_scale, terms, scale, finish, chunk_tokens):
@@ -257,31 +330,14 @@ class _ChunkedLoss(torch.autograd.Function):
         elements = max(vocabulary, divergence.topk * weight_VD.shape[1]) if sparse else vocabulary
 
         for chunk in _chunks(len(hidden_ND), elements, chunk_tokens):
-            student_CV = student.raw_logits(hidden_ND[chunk])
             if sparse:
-                finished_CV = finish(student_CV)
-                indices_CK = finished_CV.topk(divergence.topk, dim=-1).indices
-                teacher_CK = teacher.logits_at(terms.teacher_hidden_ND[chunk], indices_CK)
-                raw = student_CV.gather(-1, indices_CK).requires_grad_()
+                loss_C = _sparse_chunk(student, teacher, hidden_ND[chunk], terms, gradients, chunk)
+            elif divergence.is_full(vocabulary):
+                loss_C = _full_chunk(student, teacher, hidden_ND[chunk], terms, gradients, chunk)
             else:
-                teacher_CV = teacher.logits(terms.teacher_hidden_ND[chunk])
-                raw = student_CV.requires_grad_()
-            with torch.enable_grad(), torch.autocast(student.device_type, enabled=False):
-                if sparse:
-                    loss_C = terms.per_token_on_support(finish(raw), teacher_CK, finished_CV, chunk)
-                else:
-                    loss_C = terms.per_token(finish(raw), teacher_CV, chunk)
-                weighted = (loss_C * terms.weights_N[chunk]).sum()
-            total += weighted.detach()
-            per_token_N[chunk] = loss_C.detach()
-            if not gradients.any:
-                continue
-            (grad,) = torch.autograd.grad(weighted, raw)
-            teacher_CV = student_CV = finished_CV = raw = loss_C = weighted = None  # before the products need room
-            if sparse:
-                gradients.add_at(grad, indices_CK, chunk)
-            else:
-                gradients.add(grad, chunk)
+                loss_C = _other_chunk(student, teacher, hidden_ND[chunk], terms, gradients, chunk)
+            per_token_N[chunk] = loss_C
+            total += (loss_C * terms.weights_N[chunk]).sum()
 
         found = (gradients.hidden, gradients.weight, gradients.bias, gradients.down, gradients.up)
         ctx.save_for_backward(*found, scale)
@@ -293,5 +349,6 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, _grad_per_token):
         *grads, scale = ctx.saved_tensors
         factor = grad_loss * scale
-        scaled = [None if g is None else (g * factor).to(t) for g, t in zip(grads, ctx.dtypes, strict=True)]
+        # In place: they are this function's own, and a second backward is not possible anyhow.
+        scaled = [None if g is None else g.mul_(factor).to(t) for g, t in zip(grads, ctx.dtypes, strict=True)]
         return *scaled, None, None, None, None, None

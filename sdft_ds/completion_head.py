@@ -138,6 +138,9 @@ def _logits_transform(config) -> LogitsTransform:
         if getattr(text_config, name, None) is not None
     ]
 
+    if not steps:
+        return None
+
     def finish(logits: Tensor) -> Tensor:
         for step in steps:
             logits = step(logits)

@@ -135,6 +135,9 @@ class SDFTConfig(TrainingArguments):
         "device",
         "Where a base or EMA teacher's values wait between scoring passes: with the weights, or in host memory.",
     )
+    save_teacher: bool = _field(
+        False, "At the end save a base or EMA teacher as a model of its own, in output_dir/teacher."
+    )
     teacher_states_device: Literal["device", "cpu"] = _field(
         "device", "Where the teacher's hidden states of a generation batch wait for the loss."
     )

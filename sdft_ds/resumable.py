@@ -11,7 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
-from sdft_ds import checkpoint, ranks, run_state
+from sdft_ds import checkpoint, ranks, run_state, zero
 from sdft_ds.config import SDFTConfig
 from sdft_ds.output_folder import locked
 from sdft_ds.preemption import Preemption
@@ -25,6 +25,7 @@ class ResumableTrainer(Trainer):
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.saved_step: int | None = None  # of the last checkpoint that this process wrote or resumed from
+        self.same_ranks = True
         self.preemption = Preemption(
             self.args.output_dir,
             self.args.preemption_exit_code,
@@ -38,8 +39,8 @@ class ResumableTrainer(Trainer):
         """Write what a resume needs beside transformers' and DeepSpeed's files. Every rank is called."""
 
     @abstractmethod
-    def load_own_state(self, folder: str) -> None:
-        """Read it back; the engine stands, its weights and optimizer are loaded."""
+    def load_own_state(self, folder: str, same_ranks: bool) -> None:
+        """Read it back; the engine stands, its weights and optimizer are loaded. same_ranks: as many as saved it."""
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -92,12 +93,17 @@ class ResumableTrainer(Trainer):
                 f"{folder} holds a model and nothing to resume from: it was saved with save_only_model."
             )
         saved = run_state.load_settings(folder)
-        if saved["world_size"] != self.args.world_size:
-            raise ValueError(
-                f"{folder} was made by {saved['world_size']} ranks, and this run has {self.args.world_size}: resume "
-                f"with {saved['world_size']}."
-            )
         run_state.compare_settings(saved, self._settings(), self._tell)
+        self.same_ranks = saved["world_size"] == self.args.world_size
+        if not self.same_ranks:
+            ranks_then = f"{folder} was made by {saved['world_size']} ranks, and this run has {self.args.world_size}"
+            if (folder / checkpoint.LATEST).exists():
+                if not (folder / checkpoint.UNIVERSAL).exists():
+                    raise ValueError(
+                        f"{ranks_then}. Convert it first: python -m sdft_ds.checkpoint universal {folder}"
+                    )
+                zero.load_universal(self.accelerator)
+            self._tell(f"{ranks_then}: going on with the same rows in each step, up to rounding.")
 
     def _settings(self) -> dict[str, Any]:
         rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
@@ -106,7 +112,7 @@ class ResumableTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint_dir)
         if checkpoint_dir is not None:
-            self.load_own_state(checkpoint_dir)
+            self.load_own_state(checkpoint_dir, self.same_ranks)
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 

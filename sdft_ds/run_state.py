@@ -196,5 +196,6 @@ def compare_settings(saved: dict[str, Any], now: dict[str, Any], tell: Callable[
     if different:
         raise ValueError(
             f"The checkpoint was made by another run: {'; '.join(different)}. Resume with its settings, or start "
-            "anew in another output_dir."
+            "anew in another output_dir. (On another number of ranks change gradient_accumulation_steps so that the "
+            "rows of an optimizer step stay the same.)"
         )

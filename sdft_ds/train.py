@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(_one_line(error))
     trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
     trainer.save_model()
+    if args.save_teacher:
+        trainer.save_teacher(os.path.join(args.output_dir, "teacher"))
     if args.eval_strategy != "no":
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)

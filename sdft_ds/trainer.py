@@ -109,6 +109,8 @@ class SDFTTrainer(ResumableTrainer):
         self.meters = {mode: Meters(self._reduce, args.device) for mode in ("train", "eval")}
         self.steps_at_last_log = 0
         self.teacher = teacher.make(model, args)
+        if args.save_teacher and not self.teacher.has_state:
+            raise ValueError(f"save_teacher: a {args.teacher_model_kind} teacher has no weights of its own here.")
         self.guard = StepGuard(self.meters["train"], args.max_nonfinite_steps)
         self.add_callback(self.guard)
         self.add_callback(_AfterStep(self))
@@ -273,12 +275,26 @@ class SDFTTrainer(ResumableTrainer):
         if batch is not None and batch.uses < self.args.generate_every:
             run_state.save_generation_batch(folder, batch)
 
-    def load_own_state(self, folder: str) -> None:
+    def load_own_state(self, folder: str, same_ranks: bool) -> None:
         run_state.load_teacher(folder, self.teacher, self.model_wrapped)
         self.teacher_started = True
-        self.current_batch = run_state.load_generation_batch(
-            folder, self.generation_batches.pair, self.args.device, self._keep_states_on
-        )
+        if same_ranks:  # else each rank has other rows, and rolls the batch out anew
+            self.current_batch = run_state.load_generation_batch(
+                folder, self.generation_batches.pair, self.args.device, self._keep_states_on
+            )
+
+    def save_teacher(self, output_dir: str) -> None:
+        """Save the teacher as `save_model` saves the student: a model, or an adapter. Every rank calls it.
+
+        Raises ValueError for a teacher that is the student (live), or the model under its adapters (base with PEFT).
+        """
+        if not self.teacher.has_state:
+            raise ValueError(
+                f"A {self.args.teacher_model_kind} teacher without weights of its own cannot be saved: it is "
+                f"{'the student' if self.args.teacher_model_kind == 'live' else 'the model without its adapter'}."
+            )
+        with self.teacher.weights(self.model_wrapped):
+            self.save_model(output_dir, _internal_call=True)
 
     @property
     def _keep_states_on(self) -> torch.device:

@@ -155,6 +155,12 @@ def forwards_to_make(engine: nn.Module, count: int) -> int:
     return int(largest)
 
 
+def load_universal(accelerator: Any) -> None:
+    """Let the engine that is going to be made read a universal checkpoint."""
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config.setdefault("checkpoint", {})["load_universal"] = True
+
+
 def use_within(module: nn.Module, params: list[Tensor]) -> None:
     """Let the module's own forward compute with parameters of modules inside it: ZeRO-3 gathers them for it."""
     inside = {id(param) for param in module.parameters(recurse=False)}

@@ -62,7 +62,7 @@ def loss_and_gradients(function, hidden, head, terms, finish, **kwargs):
 @pytest.mark.parametrize("bias, own_head, is_clip", itertools.product([False, True], [False, True], [None, 1.5]))
 def test_equals_the_plain_reference(divergence, bias, own_head, is_clip):
     hidden, head, terms = problem(divergence, bias=bias, own_head=own_head, is_clip=is_clip)
-    for finish in (lambda x: x, softcap):
+    for finish in (None, softcap):
         expected = loss_and_gradients(reference_distillation_loss, hidden, head, terms, finish)
         for chunk_tokens in (1, 5, N, None):
             got = loss_and_gradients(chunked_distillation_loss, hidden, head, terms, finish, chunk_tokens=chunk_tokens)
@@ -72,7 +72,7 @@ def test_equals_the_plain_reference(divergence, bias, own_head, is_clip):
 
 def test_without_tokens_a_zero_stays_attached():
     hidden, head, terms = problem(DIVERGENCES["forward"], n=0)
-    loss, per_token = chunked_distillation_loss(hidden, head, terms, torch.tensor(1.0), lambda x: x)
+    loss, per_token = chunked_distillation_loss(hidden, head, terms, torch.tensor(1.0), None)
     loss.backward()
     assert loss.item() == 0.0 and per_token.shape == (0,)
     assert hidden.grad.shape == (0, D) and head.weight_VD.grad.abs().sum() == 0
@@ -81,25 +81,25 @@ def test_without_tokens_a_zero_stays_attached():
 def test_a_frozen_head_gets_no_gradient():
     hidden, head, terms = problem(DIVERGENCES["forward"])
     frozen = HeadValues(head.weight_VD.detach())
-    loss, _ = chunked_distillation_loss(hidden, frozen, terms, torch.tensor(1.0), lambda x: x)
+    loss, _ = chunked_distillation_loss(hidden, frozen, terms, torch.tensor(1.0), None)
     loss.backward()
     assert hidden.grad.abs().sum() > 0 and frozen.weight_VD.grad is None
 
 
 def test_half_precision_gradients_survive_a_tiny_scale():
     hidden, head, terms = problem(DIVERGENCES["forward"])
-    exact = loss_and_gradients(chunked_distillation_loss, hidden, head, terms, lambda x: x)
+    exact = loss_and_gradients(chunked_distillation_loss, hidden, head, terms, None)
     hidden, head, terms = problem(DIVERGENCES["forward"], dtype=torch.bfloat16)
-    got = loss_and_gradients(chunked_distillation_loss, hidden, head, terms, lambda x: x, chunk_tokens=4)
+    got = loss_and_gradients(chunked_distillation_loss, hidden, head, terms, None, chunk_tokens=4)
     for value, reference in zip(got[2:4], exact[2:4], strict=True):
         assert (value.float() - reference).norm() / reference.norm() < 0.02
 
 
 def test_autocast_multiplies_in_its_own_dtype_and_returns_full_precision_gradients():
     hidden, head, terms = problem(DIVERGENCES["jsd"])
-    exact = loss_and_gradients(reference_distillation_loss, hidden, head, terms, lambda x: x)
+    exact = loss_and_gradients(reference_distillation_loss, hidden, head, terms, None)
     with torch.autocast("cpu", torch.bfloat16):
-        got = loss_and_gradients(chunked_distillation_loss, hidden, head, terms, lambda x: x)
+        got = loss_and_gradients(chunked_distillation_loss, hidden, head, terms, None)
     assert got[2].dtype == got[3].dtype == torch.float32
     for value, reference in zip(got[2:4], exact[2:4], strict=True):
         assert (value - reference).norm() / reference.norm() < 0.05
@@ -108,5 +108,5 @@ def test_autocast_multiplies_in_its_own_dtype_and_returns_full_precision_gradien
 def test_token_log_probs():
     hidden, head, terms = problem(DIVERGENCES["forward"])
     expected = (hidden @ head.weight_VD.T / 0.5).log_softmax(-1).gather(-1, terms.tokens_N[:, None])[:, 0]
-    got = chunked_token_log_probs(hidden, head, terms.tokens_N, 0.5, lambda x: x, chunk_tokens=4)
+    got = chunked_token_log_probs(hidden, head, terms.tokens_N, 0.5, None, chunk_tokens=4)
     torch.testing.assert_close(got, expected.detach())

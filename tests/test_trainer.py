@@ -448,3 +448,11 @@ def test_an_evaluation_stream_is_refused():
         SDFTTrainer(
             model=tiny.llama(), args=make_trainer().args, eval_dataset=dataset, processing_class=tiny.tokenizer()
         )
+
+
+@pytest.mark.parametrize("settings", [{"teacher_model_kind": "live"}, {"teacher_model_kind": "base", "lora": True}])
+def test_a_teacher_without_weights_of_its_own_is_not_saved(settings):
+    with pytest.raises(ValueError, match="no weights of its own"):
+        make_trainer(save_teacher=True, **settings)
+    with pytest.raises(ValueError, match="cannot be saved: it is the"):
+        make_trainer(**settings).save_teacher("nowhere")

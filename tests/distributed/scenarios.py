@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -291,6 +291,29 @@ def resume(stage, folder: str, **settings) -> dict[str, Any]:
             }
         )
     return {"whole": ends[0], "resumed": ends[2], "first": ends[1]}
+
+
+def exports(stage, folder: str, **settings) -> dict[str, Any]:
+    """A saved teacher, loaded, beside the teacher itself; DeepSpeed's fp32 weights of the checkpoint, and ours."""
+    settings = {"teacher_model_kind": "ema", "teacher_sync_steps": 1, "teacher_update_rate": 0.3, **settings}
+    trainer = make_trainer(stage, output_dir=folder, save_strategy="steps", save_steps=3, **settings)
+    trainer.train()
+    ours = teacher_logits(trainer)
+    names = [name for name, _ in trainer.teacher.trainable]
+    copies = dict(zip(names, zero.full_copies([p for _, p in trainer.teacher.trainable]), strict=True))
+    trainer.save_teacher(f"{folder}/teacher")
+    trainer.accelerator.wait_for_everyone()
+    base = tiny.llama() if settings.get("lora") else None
+    loaded = PeftModel.from_pretrained(base, f"{folder}/teacher") if base else type(tiny.llama()).from_pretrained(
+        f"{folder}/teacher", dtype=torch.float32
+    )  # fmt: skip
+    with torch.no_grad():
+        saved = loaded.eval()(PROBE).logits
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    fp32 = get_fp32_state_dict_from_zero_checkpoint(f"{folder}/checkpoint-3")
+    worst = max((fp32[name] - copies[name]).abs().max().item() for name in names)
+    return {"teacher": (saved - ours).abs().max().item(), "fp32": worst}
 
 
 def one_bad_step(stage, poisoned: list[int], **settings) -> dict[str, Any]:

@@ -41,3 +41,10 @@ def test_a_half_used_batch_of_bf16_states_and_an_adapted_head(two_ranks, tmp_pat
 
 def test_continuous_batching_inside_a_generation_batch(two_ranks, tmp_path):
     assert_exact(two_ranks.run("resume", 2, str(tmp_path), rollout_backend="continuous", **INSIDE))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_teacher_and_the_fp32_weights_can_be_exported(two_ranks, tmp_path, stage, lora):
+    for rank in two_ranks.run("exports", stage, str(tmp_path), lora=lora):
+        assert rank["teacher"] < 1e-4 and rank["fp32"] == 0.0

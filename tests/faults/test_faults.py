@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from sdft_ds import checkpoint
-from tests.faults.runs import end, finish, run, start
+from tests.faults.runs import ROOT, end, finish, run, start
 
 SAVED = 99
 
@@ -63,8 +65,10 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
     assert names(tmp_path) == ["checkpoint-2"] and checkpoint.problem(tmp_path / "checkpoint-2") is None
 
 
-@pytest.mark.parametrize("pattern", ["model.safetensors", "optimizer.pt", "teacher-rank-0.safetensors",
-                                     "rng_state.pth"])  # fmt: skip
+FILES = ["teacher-rank-0.safetensors", "model.safetensors", "optimizer.pt", "rng_state.pth"]
+
+
+@pytest.mark.parametrize("pattern", [FILES[0], *(pytest.param(name, marks=pytest.mark.full) for name in FILES[1:])])
 def test_a_damaged_file_is_named_and_the_one_before_is_resumed_from(tmp_path, whole, pattern):
     succeeded(run(tmp_path, max_steps=4))
     path = next((tmp_path / "checkpoint-4").glob(pattern))
@@ -142,10 +146,32 @@ def test_another_runs_checkpoint_is_refused_and_a_change_is_told(tmp_path):
     succeeded(run(tmp_path, max_steps=2))
     ((code, output),) = run(tmp_path, resume=True, seed=6, num_generations=1)
     assert code != 0 and "num_generations is 1 and was 2" in output and "seed is 6 and was 5" in output
-    ended = run(tmp_path, 2, resume=True, per_device_train_batch_size=1)
-    assert all(code != 0 and "was made by 1 ranks" in output for code, output in ended)
     ((code, output),) = run(tmp_path, resume=True, learning_rate=0.02)
     assert code == 0 and "learning_rate = 0.02; the checkpoint was made with 0.01" in output
+
+
+@pytest.mark.parametrize(
+    "stage, before, after",
+    [
+        (2, 2, 1),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in [(3, 2, 1), (1, 1, 2), (3, 1, 2), (None, 2, 1)]),
+    ],
+)
+def test_a_resume_on_another_number_of_ranks(tmp_path, whole, stage, before, after):
+    """With as many rows in a step: the run that was not interrupted, up to rounding, its teacher included."""
+    batches = {1: {"gradient_accumulation_steps": 2}, 2: {}}
+    settings = {"stage": stage, "logging_steps": 1}
+    succeeded(run(tmp_path, before, max_steps=4, **batches[before], **settings))
+    folder = tmp_path / "checkpoint-4"
+    if stage is not None:
+        ended = run(tmp_path, after, resume=True, **batches[after], **settings)
+        command = f"python -m sdft_ds.checkpoint universal {folder}"
+        assert all(code != 0 for code, _ in ended) and command in ended[0][1]
+        subprocess.run([sys.executable, *command.split()[1:]], check=True, cwd=ROOT, capture_output=True)
+        assert checkpoint.problem(folder) is None
+    succeeded(run(tmp_path, after, resume=True, **batches[after], **settings))
+    expected = whole(before, stage, **batches[before])[0]
+    assert end(tmp_path)["losses"] == pytest.approx(expected["losses"], rel=2e-5)
 
 
 def test_without_a_complete_checkpoint_a_resume_starts_from_the_beginning(tmp_path, whole):
