@@ -303,6 +303,7 @@ def exports(stage, folder: str, **settings) -> dict[str, Any]:
     copies = dict(zip(names, zero.full_copies([p for _, p in trainer.teacher.trainable]), strict=True))
     trainer.save_teacher(f"{folder}/teacher")
     trainer.accelerator.wait_for_everyone()
+    unset_hf_deepspeed_config()  # or the loaded model is sharded as well
     base = tiny.llama() if settings.get("lora") else None
     loaded = PeftModel.from_pretrained(base, f"{folder}/teacher") if base else type(tiny.llama()).from_pretrained(
         f"{folder}/teacher", dtype=torch.float32
