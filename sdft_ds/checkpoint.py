@@ -127,6 +127,12 @@ def checkpoints(run_folder: str | Path) -> list[Path]:
     return sorted(named, key=lambda path: -int(NAME.fullmatch(path.name)[1]))
 
 
+def step_in(run_folder: str | Path, folder: Path) -> int | None:
+    """The step of a checkpoint of this run folder; None for one that lies elsewhere or has another name."""
+    named = NAME.fullmatch(folder.name)
+    return int(named[1]) if named and folder.resolve().parent == Path(run_folder).resolve() else None
+
+
 def newest_complete(run_folder: str | Path) -> tuple[Path | None, list[str]]:
     """(the newest complete checkpoint, or None; what is wrong with the newer ones). Every rank calls it."""
     skipped = []

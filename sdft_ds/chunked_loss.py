@@ -85,8 +85,12 @@ class LossTerms:
         """The same from the logits on a top-k support, [C]; the student's others are for the importance weight."""
         return self._weighted(self.divergence.on_support(student_CK, teacher_CK), student_logits_CV, chunk)
 
+    @property
+    def _importance_counts(self) -> bool:
+        return self.old_log_probs_N is not None and self.is_clip is not None
+
     def _weighted(self, loss_C: Tensor, student_logits_CV: Tensor, chunk: slice) -> Tensor:
-        if self.old_log_probs_N is None or self.is_clip is None:
+        if not self._importance_counts:
             return loss_C
         log_probs_C = token_log_probs(student_logits_CV.detach() / self.divergence.temperature, self.tokens_N[chunk])
         return loss_C * importance_weight(log_probs_C, self.old_log_probs_N[chunk], self.is_clip)
@@ -102,7 +106,7 @@ class LossTerms:
             logits_CV.sub_(logits_CV.amax(-1, keepdim=True))  # first, or large logits cost the last digits
             logits_CV.sub_(logits_CV.logsumexp(-1, keepdim=True))
         factor_C = torch.ones_like(self.weights_N[chunk])
-        if self.old_log_probs_N is not None and self.is_clip is not None:
+        if self._importance_counts:
             log_probs_C = student_logits_CV.gather(-1, self.tokens_N[chunk].unsqueeze(-1)).squeeze(-1)
             factor_C = importance_weight(log_probs_C, self.old_log_probs_N[chunk], self.is_clip)
         loss_C, grad_CV = interpolated_divergence_and_gradient(
@@ -268,7 +272,7 @@ class _Gradients:
             self.weight.index_add_(0, flat, outer_CKD.flatten(0, 1))
 
 
-def _full_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: "_Gradients", chunk: slice) -> Tensor:
+def _full_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> Tensor:
     """The whole vocabulary, with the gradient in closed form."""
     raw_CV = student.raw_logits(hidden_CD)
     teacher_CV = teacher.logits(terms.teacher_hidden_ND[chunk])
@@ -284,7 +288,7 @@ def _full_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: "_Grad
     return loss_C
 
 
-def _sparse_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: "_Gradients", chunk: slice) -> Tensor:
+def _sparse_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> Tensor:
     """A top-k support without a tail: K logits of the teacher and K gradients for each token."""
     raw_CV = student.raw_logits(hidden_CD)
     finished_CV = student.finish(raw_CV)
@@ -299,7 +303,7 @@ def _sparse_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: "_Gr
     return loss_C.detach()
 
 
-def _other_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: "_Gradients", chunk: slice) -> Tensor:
+def _other_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> Tensor:
     """Any divergence, with the gradient by autograd."""
     teacher_CV = teacher.logits(terms.teacher_hidden_ND[chunk])
     raw_CV = student.raw_logits(hidden_CD).requires_grad_()

@@ -4,7 +4,7 @@ with one process, or none started together, it answers for that one."""
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 
 def started() -> bool:
@@ -33,10 +33,13 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def reduce(tensor: Tensor, how: str) -> Tensor:
+    """The tensor joined over the ranks, in place; how: sum or max."""
+    if count() > 1:
+        distributed.all_reduce(tensor, {"sum": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX}[how])
+    return tensor
+
+
 def largest(value: float, device: torch.device) -> float:
     """The largest value of any rank."""
-    if count() == 1:
-        return value
-    tensor = torch.tensor(float(value), device=device)
-    distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
-    return tensor.item()
+    return reduce(torch.tensor(float(value), device=device), "max").item()

@@ -55,7 +55,7 @@ class ResumableTrainer(Trainer):
             folder = self._checkpoint_to_resume(resume_from_checkpoint)
             if folder is not None:
                 self._check_settings(folder)
-                self.saved_step = int(checkpoint.NAME.fullmatch(folder.name)[1])
+                self.saved_step = checkpoint.step_in(self.args.output_dir, folder)
             result = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
             if self.preemption.agreed:
                 self.preemption.leave(self.state.global_step)

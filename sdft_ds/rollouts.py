@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from sdft_ds import prefix
+from sdft_ds import prefix, ranks
 from sdft_ds.module_state import evaluating
 from sdft_ds.paired_batch import Completion, pad_left
 from sdft_ds.thin_products import thin_products
@@ -197,7 +197,7 @@ def _decode(
             if len(going) < len(active_A):
                 active_A, tokens_A, mask_AT = active_A[going], tokens_A[going], mask_AT[going]
                 cache.batch_select_indices(going)
-        if not _on_any_rank(len(active_A) > 0, synced, active_A.device):
+        if not (ranks.largest(len(active_A), active_A.device) if synced else len(active_A)):
             break
         if len(active_A):
             inputs = prefix.next_inputs(tokens_A.unsqueeze(-1), mask_AT, after=position)
@@ -205,14 +205,6 @@ def _decode(
         else:
             model(input_ids=input_ids_RT[:1, :1], use_cache=False)  # only to take part in gathering the weights
     return sequences[:, :end]
-
-
-def _on_any_rank(condition: bool, synced: bool, device: torch.device) -> bool:
-    if not synced:
-        return condition
-    holds = torch.tensor(float(condition), device=device)
-    torch.distributed.all_reduce(holds, torch.distributed.ReduceOp.MAX)
-    return bool(holds)
 
 
 def _continuous(

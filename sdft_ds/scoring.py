@@ -93,7 +93,7 @@ class Scorer:
         found: list[Tensor] = [torch.empty(0)] * len(rollouts)
         rows = [rollout.prompts.student.ids + rollout.completion.ids for rollout in rollouts]
         with zero.scoring_pass(self.engine) as forward, evaluating(self.engine):
-            for batch in self._batches([len(row) for row in rows]):
+            for batch in self._batches([len(row) for row in rows], rows):
                 counts = [len(rollouts[i].completion.ids) for i in batch]
                 view = self._view([rows[i] for i in batch], counts)
                 tokens = torch.tensor([token for i in batch for token in rollouts[i].completion.ids])
@@ -122,13 +122,13 @@ class Scorer:
                 kept[i] = states_ND.to(self.dtype).to(self.keep_on)
         return kept
 
-    def _batches(self, lengths: list[int], groups: list[list[int]] | None = None) -> Iterator[list[int]]:
+    def _batches(self, lengths: list[int], groups: list[list[int]]) -> Iterator[list[int]]:
         """Numbers of rows, the longest first, in batches within the budget; rows of one group stay neighbours.
 
         Where a forward is a collective, as many batches on every rank: a rank with fewer repeats its shortest row.
         """
-        first, group_of = prefix.distinct(groups) if groups else ([], list(range(len(lengths))))
-        longest = [0] * (len(first) or len(lengths))
+        first, group_of = prefix.distinct(groups)
+        longest = [0] * len(first)
         for row, group in enumerate(group_of):
             longest[group] = max(longest[group], lengths[row])
         order = sorted(range(len(lengths)), key=lambda row: (-longest[group_of[row]], group_of[row], -lengths[row]))

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         script, args, model = arguments.parse(sys.argv[1:] if argv is None else argv, demo.RECIPE)
         is_demo = model.model_name_or_path is None and script.dataset_name is None and script.dataset_path is None
         trainer = demo.trainer(args, model.peft_config()) if is_demo else _trainer(script, args, model)
-    except (ValueError, FileNotFoundError, NotImplementedError) as error:
+    except (ValueError, FileNotFoundError) as error:
         sys.exit(_one_line(error))
     trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
     trainer.save_model()

@@ -23,7 +23,7 @@ from transformers import (
     TrainerState,
 )
 
-from sdft_ds import completion_head, models, run_state, teacher, zero
+from sdft_ds import completion_head, models, ranks, run_state, teacher, zero
 from sdft_ds.aggregation import Shares, shares
 from sdft_ds.chunked_loss import LossTerms
 from sdft_ds.completion_head import DistillationLoss
@@ -106,7 +106,7 @@ class SDFTTrainer(ResumableTrainer):
         # Every loss is normalised over the whole optimizer step already.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = False
-        self.meters = {mode: Meters(self._reduce, args.device) for mode in ("train", "eval")}
+        self.meters = {mode: Meters(ranks.reduce, args.device) for mode in ("train", "eval")}
         self.steps_at_last_log = 0
         self.teacher = teacher.make(model, args)
         if args.save_teacher and not self.teacher.has_state:
@@ -221,7 +221,7 @@ class SDFTTrainer(ResumableTrainer):
             self.args.loss_type,
             self.args.max_completion_length,
             self.args.world_size,
-            lambda tensor: self._reduce(tensor, "sum"),
+            lambda tensor: ranks.reduce(tensor, "sum"),
         )
         # transformers looks for the model's inputs in a mapping, to count tokens and operations.
         return [
@@ -375,12 +375,6 @@ class SDFTTrainer(ResumableTrainer):
                     processing_class=self.processing_class,
                     **payload,
                 )
-
-    def _reduce(self, tensor: Tensor, how: str) -> Tensor:
-        if self.args.world_size > 1:
-            operations = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
-            torch.distributed.all_reduce(tensor, operations[how])
-        return tensor
 
 
 class _AfterStep(TrainerCallback):

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdft_ds import ranks
+
 
 def no_accelerator() -> bool:
     """True on a machine where only the CPU can train."""
@@ -148,11 +150,9 @@ def drop_prefetched(engine: nn.Module) -> None:
 
 def forwards_to_make(engine: nn.Module, count: int) -> int:
     """`count`, or where a forward is a collective the largest count of any rank. Every rank calls it."""
-    if stage(engine) < 3 or torch.distributed.get_world_size() == 1:
+    if stage(engine) < 3:
         return count
-    largest = torch.tensor(count, device=next(engine.module.parameters()).device)
-    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-    return int(largest)
+    return int(ranks.largest(count, next(engine.module.parameters()).device))
 
 
 def load_universal(accelerator: Any) -> None:

@@ -101,3 +101,9 @@ def test_nothing_there(tmp_path):
     assert checkpoint.newest_complete(tmp_path / "none") == (None, [])
     with pytest.raises(checkpoint.DamagedCheckpoint, match="does not exist"):
         checkpoint.require_complete(tmp_path / "none")
+
+
+def test_a_step_counts_where_it_is_of_this_run(tmp_path):
+    assert checkpoint.step_in(tmp_path, tmp_path / "checkpoint-7") == 7
+    assert checkpoint.step_in(tmp_path, tmp_path / "other" / "checkpoint-7") is None
+    assert checkpoint.step_in(tmp_path, tmp_path / "renamed") is None
