@@ -26,7 +26,11 @@ LATEST, UNIVERSAL = "latest", "latest_universal"  # DeepSpeed's: the name of the
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
-class DamagedCheckpoint(ValueError):
+class CannotResume(ValueError):
+    """This run cannot go on from the checkpoint that was named or found. All ranks raise it."""
+
+
+class DamagedCheckpoint(CannotResume):
     """A checkpoint that was named and is not complete."""
 
 

@@ -247,6 +247,20 @@ class SDFTConfig(TrainingArguments):
         self._resolve_generation_batch()
         self._refuse_contradictions()
 
+    def keep_rows(self, rows_of_step: int, generation_batch_size: int) -> None:
+        """Accumulate and generate so that an optimizer step and a generation batch have as many rows, over all ranks,
+        as those of a checkpoint that another number of ranks made. Raises ValueError where none divides them."""
+        rows = self.per_device_train_batch_size * self.world_size
+        if rows_of_step % rows:
+            raise ValueError(
+                f"The checkpoint's optimizer steps have {rows_of_step} rows, which {self.world_size} ranks x "
+                f"per_device_train_batch_size={self.per_device_train_batch_size} do not divide. Lower "
+                "per_device_train_batch_size, or take another number of ranks."
+            )
+        self.gradient_accumulation_steps = rows_of_step // rows
+        self.generation_batch_size, self.steps_per_generation = generation_batch_size, None
+        self._resolve_generation_batch()
+
     @property
     def reordered_batches(self) -> int:
         """Micro-batches of one optimizer step among which rows may change places to cut padding: all that come from

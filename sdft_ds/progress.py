@@ -2,7 +2,14 @@
 
 from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 PHASES = ("rollout", "teacher", "student", "optimizer")
 
@@ -20,6 +27,23 @@ class TrainingProgress(ProgressCallback):
     ) -> None:
         if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix_str(summary(logs))
+
+
+class LogLines(PrinterCallback):
+    """In place of transformers' printer, where there is no bar: one short line for each log, of one rank alone."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            print(f"step {state.global_step} of {state.max_steps}: {summary(logs)}", flush=True)
+        elif state.is_world_process_zero:
+            super().on_log(args, state, control, logs, **kwargs)
 
 
 def summary(logs: dict[str, float]) -> str:

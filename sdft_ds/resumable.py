@@ -48,8 +48,8 @@ class ResumableTrainer(Trainer):
         """Train as transformers does. resume_from_checkpoint: True, from the newest complete checkpoint in output_dir,
         or from the start if there is none; or a folder, which must be complete.
 
-        Raises DamagedCheckpoint, OutputFolderInUse, ValueError (the checkpoint is of another run), and Preempted,
-        which leaves the program, after a signal was obeyed.
+        Raises CannotResume (DamagedCheckpoint where it names a file), OutputFolderInUse, and Preempted, which leaves
+        the program, after a signal was obeyed.
         """
         with locked(self.args.output_dir), self.preemption:
             folder = self._checkpoint_to_resume(resume_from_checkpoint)
@@ -93,25 +93,46 @@ class ResumableTrainer(Trainer):
                 f"{folder} holds a model and nothing to resume from: it was saved with save_only_model."
             )
         saved = run_state.load_settings(folder)
-        run_state.compare_settings(saved, self._settings(), self._tell)
         self.same_ranks = saved["world_size"] == self.args.world_size
         if not self.same_ranks:
-            ranks_then = f"{folder} was made by {saved['world_size']} ranks, and this run has {self.args.world_size}"
-            if (folder / checkpoint.LATEST).exists():
-                if not (folder / checkpoint.UNIVERSAL).exists():
-                    raise ValueError(
-                        f"{ranks_then}. Convert it first: python -m sdft_ds.checkpoint universal {folder}"
-                    )
-                zero.load_universal(self.accelerator)
-            self._tell(f"{ranks_then}: going on with the same rows in each step, up to rounding.")
+            self._keep_rows_of_a_step(saved["what makes a step"])
+        run_state.compare_settings(saved, self._settings(), self._tell)
+        before, stage = saved["zero_stage"], zero.configured_stage(self.accelerator)
+        if before != stage and {before, stage} != {1, 2}:
+            there, here = (_with_deepspeed(each) for each in (before, stage))
+            raise checkpoint.CannotResume(
+                f"{folder} was made {there}, and this run is {here}: the optimizer's state cannot be carried over. "
+                f"Resume {there}, or start a new run from the model in that folder."
+            )
+        if before != stage or (stage and not self.same_ranks):  # at stage 0 every rank has all of it
+            if not (folder / checkpoint.UNIVERSAL).exists():
+                raise checkpoint.CannotResume(
+                    f"{folder} was made by {saved['world_size']} ranks {_with_deepspeed(before)}, and this run has "
+                    f"{self.args.world_size} {_with_deepspeed(stage)}. Convert it first: "
+                    f"python -m sdft_ds.checkpoint universal {folder}"
+                )
+            zero.load_universal(self.accelerator)
+
+    def _keep_rows_of_a_step(self, saved: dict[str, Any]) -> None:
+        try:
+            self.args.keep_rows(saved["rows of an optimizer step"], saved["generation_batch_size"])
+        except ValueError as error:
+            raise checkpoint.CannotResume(str(error)) from error
+        steps = self.args.gradient_accumulation_steps
+        zero.configure_accumulation(self.accelerator, steps)
+        self._tell(
+            "The checkpoint was made by another number of ranks. Each step has the same rows as there, with "
+            f"gradient_accumulation_steps={steps} and steps_per_generation={self.args.steps_per_generation}."
+        )
 
     def _settings(self) -> dict[str, Any]:
         rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
-        return run_state.settings_of(self.args, rows)
+        return run_state.settings_of(self.args, rows, zero.configured_stage(self.accelerator))
 
     def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint_dir)
         if checkpoint_dir is not None:
+            zero.mend_universal(self.model_wrapped, checkpoint_dir)
             self.load_own_state(checkpoint_dir, self.same_ranks)
 
     # ---- saving -----------------------------------------------------------------------------------------------------
@@ -161,6 +182,10 @@ class ResumableTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
+
+
+def _with_deepspeed(stage: int | None) -> str:
+    return "without DeepSpeed" if stage is None else f"at ZeRO stage {stage}"
 
 
 class _LeaveAfterStep(TrainerCallback):

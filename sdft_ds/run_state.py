@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdft_ds import ranks, zero
+from sdft_ds.checkpoint import CannotResume
 from sdft_ds.chunked_loss import Adapter, HeadValues
 from sdft_ds.config import SDFTConfig
 from sdft_ds.paired_batch import Completion, PairedBatch, Rollout
@@ -140,7 +141,7 @@ def _rollout(about: dict[str, Any]) -> Rollout:
 # ---- what the run was started with ----------------------------------------------------------------------------------
 
 
-def settings_of(args: SDFTConfig, rows: int | None) -> dict[str, Any]:
+def settings_of(args: SDFTConfig, rows: int | None, zero_stage: int | None) -> dict[str, Any]:
     """What a resumed run is compared with; secrets are masked."""
     return {
         "what makes a step": {
@@ -152,7 +153,7 @@ def settings_of(args: SDFTConfig, rows: int | None) -> dict[str, Any]:
             **{name: getattr(args, name) for name in STEP_FIELDS},
         },
         "world_size": args.world_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "zero_stage": zero_stage,
         "config": {name: value for name, value in args.to_dict().items() if name not in UNTOLD_FIELDS},
         "versions": {name: version(name) for name in PACKAGES},
     }
@@ -181,7 +182,7 @@ def load_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def compare_settings(saved: dict[str, Any], now: dict[str, Any], tell: Callable[[str], None]) -> None:
-    """Tell what differs; raise ValueError where the run would not go on as it was."""
+    """Tell what differs; raise CannotResume where the run would not go on as it was."""
     now = json.loads(json.dumps(now, default=str))
     for part in ("config", "versions"):
         for name in sorted({*saved[part], *now[part]}):
@@ -194,8 +195,7 @@ def compare_settings(saved: dict[str, Any], now: dict[str, Any], tell: Callable[
         if now["what makes a step"].get(name) != before
     ]
     if different:
-        raise ValueError(
+        raise CannotResume(
             f"The checkpoint was made by another run: {'; '.join(different)}. Resume with its settings, or start "
-            "anew in another output_dir. (On another number of ranks change gradient_accumulation_steps so that the "
-            "rows of an optimizer step stay the same.)"
+            "anew in another output_dir."
         )

@@ -14,8 +14,12 @@ import datasets
 import transformers
 
 from sdft_ds import arguments, sources
+from sdft_ds.checkpoint import CannotResume
 from sdft_ds.completions import ShowCompletions
 from sdft_ds.demo import run as demo
+from sdft_ds.output_folder import OutputFolderInUse
+from sdft_ds.rows import RowError
+from sdft_ds.step_guard import TooManyBadSteps
 from sdft_ds.trainer import SDFTTrainer
 
 
@@ -28,7 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer = demo.trainer(args, model.peft_config()) if is_demo else _trainer(script, args, model)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(_one_line(error))
-    trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
+    except RowError as error:  # of a stream: perhaps on this rank alone
+        sys.exit(f"sdft_ds: {error}")
+    except (CannotResume, OutputFolderInUse, TooManyBadSteps) as error:
+        sys.exit(_one_line(error))
     trainer.save_model()
     if args.save_teacher:
         trainer.save_teacher(os.path.join(args.output_dir, "teacher"))
@@ -81,7 +90,8 @@ def _resume(value: str | None) -> str | bool | None:
 def _quiet_unless_first_rank() -> None:
     """Other ranks say the same; what goes wrong on one of them alone is an exception, and still shows."""
     # Names that the libraries below us still use among each other, and that no user can do anything about.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for module in ("transformers", "torch.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     ProcessorMixin,
     ProgressCallback,
     TrainerCallback,
@@ -31,7 +32,7 @@ from sdft_ds.config import SDFTConfig
 from sdft_ds.generation_batch import GenerationBatches
 from sdft_ds.metrics import Meters
 from sdft_ds.packing import packing_for
-from sdft_ds.progress import TimeReport, TrainingProgress
+from sdft_ds.progress import LogLines, TimeReport, TrainingProgress
 from sdft_ds.prompts import PromptBuilder, usable_rows
 from sdft_ds.resumable import ResumableTrainer
 from sdft_ds.rollouts import Sampler
@@ -117,6 +118,8 @@ class SDFTTrainer(ResumableTrainer):
         self.add_callback(TimeReport)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TrainingProgress)
+        if self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(LogLines)
         self.generation_batches = GenerationBatches(
             args=args,
             accelerator=self.accelerator,

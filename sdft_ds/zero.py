@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,10 +156,41 @@ def forwards_to_make(engine: nn.Module, count: int) -> int:
     return int(ranks.largest(count, next(engine.module.parameters()).device))
 
 
+def configured_stage(accelerator: Any) -> int | None:
+    """The stage of the engine that is going to be made; None without DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    return None if plugin is None else plugin.zero_stage
+
+
+def configure_accumulation(accelerator: Any, steps: int) -> None:
+    """Let the engine that is going to be made accumulate `steps` micro-batches. Without DeepSpeed the loop does."""
+    if configured_stage(accelerator) is None:
+        return
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["gradient_accumulation_steps"] = steps
+    config["train_batch_size"] = steps * config["train_micro_batch_size_per_gpu"] * accelerator.num_processes
+
+
 def load_universal(accelerator: Any) -> None:
     """Let the engine that is going to be made read a universal checkpoint."""
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     config.setdefault("checkpoint", {})["load_universal"] = True
+
+
+def mend_universal(engine: nn.Module, folder: str) -> None:
+    """Put right what DeepSpeed's ZeRO-3 leaves wrong after it has read a universal checkpoint from `folder`: all its
+    parameters count their steps in one and the same tensor, and all groups have the first one's hyperparameters."""
+    if stage(engine) < 3 or not engine.load_universal_checkpoint():
+        return
+    optimizer = engine.optimizer.optimizer
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
+    shards = Path(folder, Path(folder, "latest_universal").read_text().strip())
+    # DeepSpeed's own file, a pickle as its others are.
+    saved = torch.load(shards / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False)
+    for group, values in zip(optimizer.param_groups, saved["optimizer_state_dict"]["param_groups"], strict=True):
+        group.update({name: value for name, value in values.items() if name != "params"})
 
 
 def use_within(module: nn.Module, params: list[Tensor]) -> None:

@@ -50,6 +50,7 @@ def test_a_model_and_data_of_ones_own(model_and_data, tmp_path):
         (["--prompt_column", "nothing"], "--prompt_column=nothing"),
         (["--distillation_alpha", "3"], "distillation_alpha must be in [0, 1], not 3.0"),
         (["--learning_rat", "3"], "did you mean --learning_rate"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere does not exist"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_status(model_and_data, tmp_path, wrong, words):

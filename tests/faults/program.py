@@ -41,7 +41,13 @@ class Fault(TrainerCallback):
                 "raise": self._raise,
                 "small files": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
                 "hang": lambda: time.sleep(1000),
+                "hang a little": self._hang_a_little,
             }[self.what]()
+
+    def _hang_a_little(self):
+        """Says so by a file, and sleeps on whatever signals come."""
+        open(f"{self.trainer.args.output_dir}/hanging", "w").close()
+        time.sleep(3)
 
     def _raise(self):
         raise KeyError("on purpose")

@@ -1,7 +1,9 @@
 """Starts tests.faults.program as real processes, with a time limit, and says how each of them ended."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,26 +16,48 @@ SETTINGS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "teacher_
             "teacher_sync_steps": 1, "teacher_update_rate": 0.3}  # fmt: skip
 
 
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"],
+}
+MODULE = {"torchrun": "-m", "deepspeed": "--module"}
+
+
 def start(folder: Path, ranks: int = 1, faults=(), **settings: Any) -> list[subprocess.Popen]:
     """One process for each rank; faults: (what, when, step, rank)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    named = [dict(zip(("what", "when", "step", "rank"), fault, strict=True)) for fault in faults]
-    text = json.dumps({**SETTINGS, **settings, "faults": named})
+    port, text = free_port(), as_json(faults, settings)
     processes = []
     for rank in range(ranks):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {}
         if ranks > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-        command = [sys.executable, "-m", "tests.faults.program", str(folder), text]
-        processes.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
+            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        processes.append(_process(["-m", "tests.faults.program", str(folder), text], environment))
     return processes
+
+
+def start_by(launcher: str, folder: Path, faults=(), **settings: Any) -> list[subprocess.Popen]:
+    """A launcher that starts two ranks, in a process group of its own."""
+    program = [MODULE[launcher], "tests.faults.program", str(folder), as_json(faults, settings)]
+    return [_process([*LAUNCHERS[launcher], str(free_port()), *program], {})]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def as_json(faults, settings: dict[str, Any]) -> str:
+    named = [dict(zip(("what", "when", "step", "rank"), fault, strict=True)) for fault in faults]
+    return json.dumps({**SETTINGS, **settings, "faults": named})
+
+
+def _process(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
 
 
 def finish(processes: list[subprocess.Popen], timeout: float = 120) -> list[tuple[int, str]]:
@@ -45,7 +69,8 @@ def finish(processes: list[subprocess.Popen], timeout: float = 120) -> list[tupl
             ended.append((process.returncode, output))
     finally:
         for process in processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     return ended
 
 

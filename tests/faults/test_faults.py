@@ -10,7 +10,7 @@ import time
 import pytest
 
 from sdft_ds import checkpoint
-from tests.faults.runs import ROOT, end, finish, run, start
+from tests.faults.runs import ROOT, end, finish, run, start, start_by
 
 SAVED = 99
 
@@ -21,6 +21,13 @@ def names(folder):
 
 def succeeded(ended):
     assert [code for code, _ in ended] == [0] * len(ended), "\n".join(output for _, output in ended)
+
+
+def wait_for(path, processes, seconds=90):
+    given_up = time.monotonic() + seconds
+    while not path.exists():
+        assert processes[0].poll() is None and time.monotonic() < given_up
+        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +104,24 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all(tmp_path, whole, stage,
     assert [end(tmp_path, rank) for rank in (0, 1)] == whole(2, stage)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("to", ["one rank", "all processes"])
+def test_preemption_under_a_launcher(tmp_path, whole, launcher, to):
+    """Launchers lose the exit code; the marker tells, and the same command goes on."""
+    faults = [("term", "step", 3, 1)] if to == "one rank" else [("hang a little", "step", 3, 0)]
+    processes = start_by(launcher, tmp_path, faults=faults, save_steps=10)
+    if to == "all processes":
+        wait_for(tmp_path / "hanging", processes)
+        os.killpg(processes[0].pid, signal.SIGTERM)
+    ((code, output),) = finish(processes)
+    assert code != 0 and json.loads((tmp_path / "PREEMPTED").read_text())["step"] == 3, output
+    assert names(tmp_path) == ["checkpoint-3"]
+    ((code, output),) = finish(start_by(launcher, tmp_path, resume=True, save_steps=10))
+    assert code == 0, output
+    assert [end(tmp_path, rank) for rank in (0, 1)] == whole(2, save_steps=10)
+
+
 def test_a_signal_during_a_rollout_is_obeyed_before_the_training_that_follows(tmp_path, whole):
     """What was rolled out is saved with the weights, and used after the resume."""
     ((code, output),) = run(tmp_path, faults=[("term", "rollout", 3, 0)], save_steps=10)
@@ -130,10 +155,7 @@ def test_one_rank_that_raises_ends_all(tmp_path):
 
 def test_a_second_job_in_the_same_folder_is_refused(tmp_path):
     first = start(tmp_path, faults=[("hang", "rotated", 2, 0)])
-    given_up = time.monotonic() + 60
-    while not (tmp_path / "checkpoint-2").exists():
-        assert first[0].poll() is None and time.monotonic() < given_up
-        time.sleep(0.2)
+    wait_for(tmp_path / "checkpoint-2", first)
     ((code, output),) = run(tmp_path)
     assert code != 0 and f"in use by another job (host {os.uname().nodename}, pid {first[0].pid})" in output
     first[0].send_signal(signal.SIGKILL)
@@ -150,28 +172,40 @@ def test_another_runs_checkpoint_is_refused_and_a_change_is_told(tmp_path):
     assert code == 0 and "learning_rate = 0.02; the checkpoint was made with 0.01" in output
 
 
+# (stage, ranks) before and after.
+MOVES = [((2, 2), (2, 1)), ((3, 2), (3, 1)), ((1, 1), (1, 2)), ((3, 1), (3, 2)), ((0, 2), (0, 1)), ((1, 2), (2, 2)),
+         ((2, 2), (1, 1)), ((None, 2), (None, 1))]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "stage, before, after",
-    [
-        (2, 2, 1),
-        *(pytest.param(*case, marks=pytest.mark.full) for case in [(3, 2, 1), (1, 1, 2), (3, 1, 2), (None, 2, 1)]),
-    ],
+    "before, after", [MOVES[0], *(pytest.param(*move, marks=pytest.mark.full) for move in MOVES[1:])]
 )
-def test_a_resume_on_another_number_of_ranks(tmp_path, whole, stage, before, after):
-    """With as many rows in a step: the run that was not interrupted, up to rounding, its teacher included."""
-    batches = {1: {"gradient_accumulation_steps": 2}, 2: {}}
-    settings = {"stage": stage, "logging_steps": 1}
-    succeeded(run(tmp_path, before, max_steps=4, **batches[before], **settings))
+def test_a_resume_on_another_number_of_ranks_or_stage(tmp_path, whole, before, after):
+    """The run that was not interrupted, up to rounding, its teacher included; each step has as many rows."""
+    (stage, ranks), (new_stage, new_ranks) = before, after
+    settings = {"logging_steps": 1, "gradient_accumulation_steps": 2 if ranks == 1 else 1, "weight_decay": 0.1}
+    succeeded(run(tmp_path, ranks, max_steps=4, stage=stage, **settings))
     folder = tmp_path / "checkpoint-4"
-    if stage is not None:
-        ended = run(tmp_path, after, resume=True, **batches[after], **settings)
+    if stage:
+        ended = run(tmp_path, new_ranks, resume=True, stage=new_stage, **settings)
         command = f"python -m sdft_ds.checkpoint universal {folder}"
-        assert all(code != 0 for code, _ in ended) and command in ended[0][1]
+        assert all(code != 0 for code, _ in ended) and command in ended[0][1], ended[0][1]
         subprocess.run([sys.executable, *command.split()[1:]], check=True, cwd=ROOT, capture_output=True)
         assert checkpoint.problem(folder) is None
-    succeeded(run(tmp_path, after, resume=True, **batches[after], **settings))
-    expected = whole(before, stage, **batches[before])[0]
+    succeeded(run(tmp_path, new_ranks, resume=True, stage=new_stage, **settings))
+    expected = whole(ranks, stage, **settings)[0]
     assert end(tmp_path)["losses"] == pytest.approx(expected["losses"], rel=2e-5)
+
+
+def test_what_cannot_go_on_elsewhere_is_refused(tmp_path):
+    """Rows of a step that the ranks do not divide, and an optimizer of another kind."""
+    succeeded(run(tmp_path, max_steps=2, per_device_train_batch_size=2))
+    ended = run(tmp_path, 2, resume=True, per_device_train_batch_size=2)
+    assert (
+        all(code != 0 for code, _ in ended) and "2 ranks x per_device_train_batch_size=2 do not divide" in ended[0][1]
+    )
+    ((code, output),) = run(tmp_path, resume=True, per_device_train_batch_size=2, stage=2)
+    assert code != 0 and "was made without DeepSpeed, and this run is at ZeRO stage 2" in output
 
 
 def test_without_a_complete_checkpoint_a_resume_starts_from_the_beginning(tmp_path, whole):

@@ -1,0 +1,80 @@
+# Sourced by the sbatch files beside it: reads the scheduler's environment, prints what it runs, and asks the scheduler
+# to start a preempted job again.
+# shellcheck shell=bash
+
+fail() {
+  echo "sdft_ds: $*" >&2
+  exit 1
+}
+
+# Sets OUTPUT_DIR, MASTER_ADDR, MASTER_PORT and TRAIN, the arguments of launch/train.py. With --dry-run as the first
+# argument DRY_RUN is set: the job prints its command and ends; outside a job it shows one node called localhost.
+prepare() {
+  DRY_RUN=
+  if [ "${1:-}" = --dry-run ]; then
+    DRY_RUN=yes
+    shift
+  elif [ -z "${SLURM_JOB_ID:-}" ]; then
+    fail "this is a job: submit it with sbatch from the repository's folder, or run it with --dry-run to see its command."
+  fi
+  cd "${SLURM_SUBMIT_DIR:-.}" || fail "no folder $SLURM_SUBMIT_DIR on this node: submit from a shared file system."
+  [ -e launch/train.py ] || fail "no launch/train.py in $PWD: submit from the repository's folder."
+  if [ -d .venv/bin ]; then
+    export PATH="$PWD/.venv/bin:$PATH" TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}"
+  fi
+
+  OUTPUT_DIR="runs/${SLURM_JOB_NAME:-job}-${SLURM_JOB_ID:-0}" # the job id stays the same when the job is started again
+  TRAIN=(--deepspeed ds_configs/zero3.json --resume_from_checkpoint true --save_strategy steps)
+  local previous=
+  for argument in "$@"; do
+    [ "$previous" = --output_dir ] && OUTPUT_DIR=$argument
+    previous=$argument
+  done
+  TRAIN+=(--output_dir "$OUTPUT_DIR" "$@") # of a flag that is there twice the last one counts
+
+  MASTER_ADDR=$(hostnames | head -n 1)
+  MASTER_PORT=$((20000 + ${SLURM_JOB_ID:-0} % 20000))
+  export MASTER_ADDR MASTER_PORT OUTPUT_DIR
+}
+
+hostnames() {
+  if [ -n "${SLURM_JOB_NODELIST:-}" ]; then scontrol show hostnames "$SLURM_JOB_NODELIST"; else echo localhost; fi
+}
+
+# Processes on each node: NPROC_PER_NODE, else the scheduler's GPUs, else one.
+processes_per_node() {
+  echo "${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
+}
+
+# Runs the command, which may be told to save and leave by a signal that this shell gets as well. Launchers lose exit
+# codes, so what happened is read from the marker that training leaves.
+run_and_requeue() {
+  echo "job ${SLURM_JOB_ID:-?}, start $((${SLURM_RESTART_COUNT:-0} + 1)), nodes $(hostnames | tr '\n' ' ')into $OUTPUT_DIR"
+  printf '+'
+  printf ' %q' "$@"
+  echo
+  [ -z "$DRY_RUN" ] || exit 0
+  trap 'echo "job $SLURM_JOB_ID: told to end; waiting for the checkpoint"' TERM USR1
+  "$@" &
+  local child=$! status=0
+  wait "$child" || status=$?
+  while kill -0 "$child" 2>/dev/null; do # wait is interrupted by the signal
+    wait "$child" && status=0 || status=$?
+  done
+  if [ -e "$OUTPUT_DIR/PREEMPTED" ]; then
+    cat "$OUTPUT_DIR/PREEMPTED"
+    # A job that was cancelled, or stopped by the file STOP, is not started again.
+    if ! grep -q '"by": "STOP"' "$OUTPUT_DIR/PREEMPTED" && still_wanted; then
+      echo "job $SLURM_JOB_ID: saved; to be started again"
+      scontrol requeue "$SLURM_JOB_ID"
+      sleep 60 # the scheduler ends this script
+    fi
+  fi
+  exit "$status"
+}
+
+still_wanted() {
+  case $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) in
+    CANCELLED | COMPLETING | "") return 1 ;;
+  esac
+}
