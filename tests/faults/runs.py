@@ -18,7 +18,7 @@ SETTINGS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "teacher_
 
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
-    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"],
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank", "--master_port"],
 }
 MODULE = {"torchrun": "-m", "deepspeed": "--module"}
 
