@@ -21,14 +21,14 @@ make_environment() {
   # DeepSpeed builds operators with ninja, found on PATH; a cache of their own keeps other environments' ninja away.
   PATH="$PWD/$VENV/bin:$PATH"
   export PATH TORCH_EXTENSIONS_DIR="$PWD/$VENV/torch_extensions"
-  stamp="$VENV/installed-$(cat constraints.txt pyproject.toml launch/environment.sh | cksum | tr ' ' -)-${extras:-none}"
+  stamp="$VENV/installed-$(cat sdft_ds/constraints.txt pyproject.toml launch/environment.sh | cksum | tr ' ' -)-${extras:-none}"
   if [ ! -e "$stamp" ]; then
     echo "Installing the tested packages into $VENV (several minutes the first time) ..."
-    python -m pip install --quiet --constraint constraints.txt --editable ".${extras:+[$extras]}" ||
+    python -m pip install --quiet --constraint sdft_ds/constraints.txt --editable ".${extras:+[$extras]}" ||
       fail "pip could not install the packages; its message is above."
     # On a CPU DeepSpeed compiles an operator for communication at its first use: do it here, not in the first run.
     python -c 'import deepspeed; from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null 2>"$VENV/operators.log" ||
-      echo "sdft_ds: DeepSpeed could not build its CPU operator (see $VENV/operators.log); it goes on without." >&2
+      echo "sdft_ds: DeepSpeed could not build its CPU operator; $VENV/bin/python -m sdft_ds.doctor says why." >&2
     touch "$stamp"
   fi
 }

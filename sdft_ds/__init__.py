@@ -1,7 +1,20 @@
 """Self-Distilled Fine-Tuning on DeepSpeed: teach a language model new things without forgetting the old."""
 
-from sdft_ds.config import SDFTConfig
-from sdft_ds.trainer import SDFTTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdft_ds.config import SDFTConfig
+    from sdft_ds.trainer import SDFTTrainer
 
 __all__ = ["SDFTConfig", "SDFTTrainer"]
 __version__ = "0.1.0"
+
+_HOMES = {"SDFTConfig": "sdft_ds.config", "SDFTTrainer": "sdft_ds.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    """The classes, imported when they are asked for: the doctor runs where their imports fail."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -35,8 +35,7 @@ def start_process_group(deepspeed_config: Any, use_cpu: bool, timeout_seconds: i
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # also where DeepSpeed would find something else
     if not deepspeed_config:
         return
-    # JIT operators are built with ninja from the environment of this interpreter, activated or not.
-    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
+    _own_programs_first()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -53,6 +52,28 @@ def start_process_group(deepspeed_config: Any, use_cpu: bool, timeout_seconds: i
         import deepspeed
 
         deepspeed.init_distributed("gloo", verbose=False, timeout=timedelta(seconds=timeout_seconds))
+
+
+def _own_programs_first() -> None:
+    """JIT operators are built with ninja from the environment of this interpreter, activated or not."""
+    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
+
+
+def build_operator() -> str:
+    """Build an operator that runs on this machine may need, or load it where it is built; its name.
+
+    On a CPU it is the shared-memory communication that every run begins with; with a GPU the Adam of offloaded
+    optimizers. Raises what DeepSpeed and torch raise where it cannot be built.
+    """
+    _own_programs_first()
+    if no_accelerator():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    name = "ShareMemCommBuilder" if get_accelerator().device_name() == "cpu" else "CPUAdamBuilder"
+    builder = get_accelerator().create_op_builder(name)
+    builder.load()
+    return builder.name
 
 
 def stage(engine: nn.Module) -> int:

@@ -9,13 +9,15 @@ PACKAGE = Path(__file__).parent.parent / "sdft_ds"
 
 # A module may import those before it. Packages count as one room.
 ORDER = [
-    "module_state", "thin_products", "ranks", "checkpoint", "output_folder", "preemption", "rows", "prompts",
-    "streams", "paired_batch", "prefix", "divergence", "zero", "packing", "config", "schedule", "rollouts",
-    "aggregation", "chunked_loss", "head", "completion_head", "models", "teacher", "scoring", "run_state",
-    "resumable", "metrics", "step_guard", "generation_batch", "progress", "trainer", "completions", "arguments",
-    "sources", "demo", "train",
+    "processes", "machine", "doctor", "module_state", "thin_products", "ranks", "checkpoint", "output_folder",
+    "preemption", "rows", "prompts", "streams", "paired_batch", "prefix", "divergence", "zero", "packing", "config",
+    "schedule", "rollouts", "aggregation", "chunked_loss", "head", "completion_head", "models", "teacher", "scoring",
+    "run_state", "resumable", "metrics", "step_guard", "generation_batch", "progress", "trainer", "completions",
+    "arguments", "sources", "demo", "train",
 ]  # fmt: skip
 PURE = [
+    "processes",
+    "machine",
     "module_state",
     "thin_products",
     "ranks",
