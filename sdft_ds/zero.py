@@ -359,13 +359,15 @@ def _masters_by_param(engine: nn.Module) -> dict[int, Tensor]:
 def rewritten(engine: nn.Module) -> Iterator[None]:
     """Write to the weights of pieces inside; afterwards every forward on every rank sees them.
 
-    At stage 3 whole parameters may be cached, and would be computed with as they were: the cache is emptied first. At
-    stages 1 and 2 each rank's partition is gathered into the others' whole weights.
+    At stage 3 whole parameters may be cached, and hpZ keeps a copy of every shard in the node; both would be computed
+    with as they were, so the cache is emptied first and the copies are dropped afterwards. At stages 1 and 2 each rank's partition is gathered into the others' whole weights.
     """
     optimizer = getattr(engine, "optimizer", None)
     if stage(engine) == 3:
         _offload(engine).empty_partition_cache()
     yield
+    if stage(engine) == 3 and hasattr(optimizer, "invalidate_secondary_tensor"):
+        optimizer.invalidate_secondary_tensor()
     if stage(engine) in (1, 2):
         from deepspeed.runtime.utils import all_gather_dp_groups
 

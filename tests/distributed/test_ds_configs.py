@@ -1,0 +1,35 @@
+"""Every file in ds_configs/ trains on two ranks with an EMA teacher, and gives the losses of a run without DeepSpeed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import scenarios
+
+FILES = sorted(path.name for path in scenarios.DS_CONFIGS.glob("*.json"))
+RUN = {"teacher_model_kind": "ema", "teacher_sync_steps": 1, "teacher_update_rate": 0.3, "max_steps": 4}
+FAST = {"zero1.json", "zeropp.json"}  # the others of the fast set are in test_teachers.py
+
+
+@pytest.fixture(scope="module")
+def without_deepspeed():
+    run = scenarios.train(per_device_train_batch_size=4, **RUN)
+    return run["losses"], run["teacher_logits"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.full) for n in FILES])
+def test_a_configuration_trains(two_ranks, without_deepspeed, tmp_path, name):
+    config = json.loads((scenarios.DS_CONFIGS / name).read_text())
+    zero = config["zero_optimization"]
+    for what in ("offload_optimizer", "offload_param"):
+        if "nvme_path" in zero.get(what, {}):
+            zero[what]["nvme_path"] = str(tmp_path)
+    if "zero_hpz_partition_size" in zero:
+        zero["zero_hpz_partition_size"] = 2  # the ranks of this machine
+    for result in two_ranks.run("train", None, deepspeed=config, timeout=300, **RUN):
+        torch.testing.assert_close(result["losses"], without_deepspeed[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(result["teacher_logits"], without_deepspeed[1], rtol=1e-4, atol=1e-4)
+    if "nvme" in name:
+        assert any(Path(tmp_path).rglob("*.swp"))
