@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from sdft_ds import completion_head, models, retention, zero
 from sdft_ds.arguments import ScriptArguments
 from sdft_ds.config import SDFTConfig
+from sdft_ds.paired_batch import Completion
 from sdft_ds.prompts import PromptBuilder
 from sdft_ds.retention import Continuation
 from sdft_ds.rollouts import Sampler
@@ -56,14 +57,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     start = None
     if args.start is not None:
         examination = _Saved.load(args.start, args).examination(tasks)
-        results["start"] = _lines(examination)
+        results["start"] = [record(result) for result in examination.take()]
         start = examination.start
         del examination  # and the model with it
     saved = _Saved.load(args.model, args)
     examination = saved.examination(tasks, start)
     if RETENTION in examination.ids and start is None:
         examination.start = retention.load(args.model, examination.ids[RETENTION])
-    results["model"] = _lines(examination)
+    results["model"] = [record(result) for result in examination.take()]
     if args.lm_eval:
         results["lm_eval"] = saved.lm_eval(args.lm_eval)
     return results
@@ -100,7 +101,7 @@ class _Saved:
             seed=0,
         )
 
-        def generate(prompts: list[list[int]]):
+        def generate(prompts: list[list[int]]) -> list[Completion]:
             weights = zero.generation_weights(self.model, gather=False)
             return sampler.sample(self.model, prompts, [""] * len(prompts), weights)
 
@@ -118,11 +119,6 @@ class _Saved:
             task: {name: value for name, value in of_task.items() if isinstance(value, float)}
             for task, of_task in figures.items()
         }
-
-
-def _lines(examination: Examination) -> list[dict[str, Any]]:
-    lines = [record(result, step=0) for result in examination.take()]
-    return [{name: value for name, value in line.items() if name != "step"} for line in lines]
 
 
 def _parser() -> argparse.ArgumentParser:

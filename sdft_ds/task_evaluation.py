@@ -184,7 +184,7 @@ class TaskEvaluation(TrainerCallback):
             self.trainer.generation_batches.check_head()
         if state.global_step == 0:
             self.examination.start = None
-            self._evaluate(state)
+            self._evaluate(state, control)
             if asked is not None and state.is_world_process_zero:
                 retention.save(self.folder, asked, self.examination.start)
         elif asked is not None:
@@ -195,20 +195,20 @@ class TaskEvaluation(TrainerCallback):
     ) -> None:
         due = self.every is not None and state.global_step % self.every == 0
         if due and state.global_step < state.max_steps and not self.trainer.preemption.agreed:
-            self._evaluate(state)
+            self._evaluate(state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.trainer.preemption.agreed:
             return
-        self._evaluate(state)
+        self._evaluate(state, control)
         if state.is_world_process_zero:
             lines = self._lines()
             first, last = ([each for each in lines if each["step"] == step] for step in (0, state.global_step))
             print_table({"before": first, "after": last})
 
-    def _evaluate(self, state: TrainerState) -> None:
+    def _evaluate(self, state: TrainerState, control: TrainerControl) -> None:
         results = self.examination.take()
         if state.is_world_process_zero:
             for result in results:
@@ -216,19 +216,22 @@ class TaskEvaluation(TrainerCallback):
                 _write(self.folder / "evaluations" / name, result.answers)
             # A run that starts anew, or again from a checkpoint, replaces what is there of this step and later ones.
             earlier = [each for each in self._lines() if each["step"] < state.global_step]
-            _write(self.folder / FILE, earlier + [record(result, state.global_step) for result in results])
+            now = [{"step": state.global_step, **record(result)} for result in results]
+            _write(self.folder / FILE, earlier + now)
+        due = control.should_log  # the step's own line: transformers takes it for written with ours
         self.trainer.log(
             {f"tasks/{each.task.name}/{name}": value for each in results for name, value in each.figures.items()}
         )
+        control.should_log = due
 
     def _lines(self) -> list[dict[str, Any]]:
         path = self.folder / FILE
         return [json.loads(text) for text in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
-def record(result: Result, step: int) -> dict[str, Any]:
+def record(result: Result) -> dict[str, Any]:
     """What is kept of a result, beside the answers."""
-    return {"step": step, "task": result.task.name, "rows": len(result.task.rows), **result.figures}
+    return {"task": result.task.name, "rows": len(result.task.rows), **result.figures}
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
