@@ -8,6 +8,7 @@ that the run started from. The retention set is compared with it, or else with w
 """
 
 import argparse
+import gc
 import importlib.util
 import json
 import sys
@@ -59,7 +60,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         examination = _Saved.load(args.start, args).examination(tasks)
         results["start"] = [record(result) for result in examination.take()]
         start = examination.start
-        del examination  # and the model with it
+        del examination
+        gc.collect()  # the model's forward is bound to it: a cycle, which would keep it beside the next one
     saved = _Saved.load(args.model, args)
     examination = saved.examination(tasks, start)
     if RETENTION in examination.ids and start is None:
