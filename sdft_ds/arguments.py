@@ -53,6 +53,16 @@ class ScriptArguments:
     eval_num_prompts: int | None = _field(
         8, "Evaluation prompts whose completions are printed after training; 0: none."
     )
+    eval_tasks: list[str] | None = _field(
+        None,
+        "Questions asked before and after training: JSON Lines files with prompt and answer, each FILE, NAME=FILE or "
+        "NAME=FILE:SCORER; scorers: exact, contains, choice, answer_letter, regex, action.",
+    )
+    eval_tasks_steps: int | None = _field(None, "Ask them, and the retention set, after every so many steps as well.")
+    eval_task_rows: int | None = _field(None, "Ask the first so many rows of each file only.")
+    retention_file: str | None = _field(
+        None, "Prompts, and answers if there are any, on which the model is compared with the one it was at the start."
+    )
 
 
 @dataclass

@@ -60,7 +60,7 @@ class GenerationBatches:
         key: names the batch in its rows' randomness. head_changes, keep_on: see Scorer. batches_per_step: see
         by_length.
         """
-        self._check_head()
+        self.check_head()
         args, pad = self.args, self.tokenizer.pad_token_id
         with meters.phase("rollout"):
             rollouts = self._roll_out(dataset, slots, key, meters)
@@ -138,7 +138,7 @@ class GenerationBatches:
         )
         return old
 
-    def _check_head(self) -> None:
+    def check_head(self) -> None:
         """Once, when the engine stands: is what we take for the model's logits what the model takes for them?"""
         if not self.head_checked:
             head = completion_head.head_of(self.model)

@@ -37,7 +37,7 @@ def example_from_row(row: Mapping[str, Any], index: int) -> Example:
     """Validate one row. Raises RowError naming row `index` and the column."""
     check_columns(list(row))
     return Example(
-        prompt=_prompt(row["prompt"], index),
+        prompt=checked_prompt(row["prompt"], index),
         privileged_context=_context(row["privileged_context"], index),
     )
 
@@ -57,7 +57,8 @@ def message_text(content: Any) -> str:
     raise TypeError(f"content of type {type(content).__name__}; text or a list of text parts is needed")
 
 
-def _prompt(value: Any, index: int) -> Prompt:
+def checked_prompt(value: Any, index: int) -> Prompt:
+    """The prompt of row `index`, contents as text. Raises RowError."""
     if isinstance(value, str) and value:
         return value
     if _is_conversation(value):

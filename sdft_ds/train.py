@@ -20,6 +20,8 @@ from sdft_ds.demo import run as demo
 from sdft_ds.output_folder import OutputFolderInUse
 from sdft_ds.rows import RowError
 from sdft_ds.step_guard import TooManyBadSteps
+from sdft_ds.task_evaluation import TaskEvaluation
+from sdft_ds.tasks import Task, read_tasks
 from sdft_ds.trainer import SDFTTrainer
 
 
@@ -28,8 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     _quiet_unless_first_rank()
     try:
         script, args, model = arguments.parse(sys.argv[1:] if argv is None else argv, demo.RECIPE)
+        questions = _questions(script)
         is_demo = model.model_name_or_path is None and script.dataset_name is None and script.dataset_path is None
         trainer = demo.trainer(args, model.peft_config()) if is_demo else _trainer(script, args, model)
+        if questions:
+            trainer.add_callback(TaskEvaluation(trainer, questions, script.eval_tasks_steps))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(_one_line(error))
     try:
@@ -81,6 +86,14 @@ def _trainer(
     if evaluates and script.eval_num_prompts:
         trainer.add_callback(ShowCompletions(trainer, trainer.eval_dataset, script.eval_num_prompts))
     return trainer
+
+
+def _questions(script: arguments.ScriptArguments) -> list[Task]:
+    """What is asked before and after training, if anything."""
+    found = read_tasks(script.eval_tasks or [], script.retention_file, script.eval_task_rows)
+    if not found and (script.eval_tasks_steps is not None or script.eval_task_rows is not None):
+        raise ValueError("--eval_tasks_steps and --eval_task_rows need --eval_tasks or --retention_file.")
+    return found
 
 
 def _resume(value: str | None) -> str | bool | None:

@@ -1,0 +1,198 @@
+"""Is an answer right? Pure functions of a completion's text and a reference answer, in one table by name.
+
+A reference that a scorer cannot use raises ValueError whatever the completion is, so that a file of tasks is checked
+by scoring an empty one.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+Action = tuple[str, Any]  # (name, input as JSON values)
+
+# A letter that opens a text, as an answer and not as the article: alone, or set off from what follows it.
+_OPENING = re.compile(r"[\s(\[*`\"']*([A-Za-z])(?=[\s)\]*`\"']*(?:$|\n|[.:,)\]*]))")
+_STATED = re.compile(r"(?i:\b(?:answer|choice|option)\b\W*(?:is|:|=)?)[\s(\[*`\"'{:]*([A-Z])(?![\w'])")
+_MARKED = re.compile(r"\*\*\W{0,2}([A-Z])\W{0,2}\*\*|\(([A-Z])\)|\\boxed\{\W{0,2}(?:\\text\{)?([A-Z])\}")
+_TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*)</answer>", re.DOTALL)
+_ACTION = re.compile(r"\bAction\s*:[\s*`]*(.*?)[\s*`]*\bAction[ _]Input\s*:[\s*`]*(?:json\b\s*)?")
+_ACTION_MARK = re.compile(r"\bAction\s*:")
+
+
+def score(name: str, completion: str, answer: Any) -> bool:
+    """Whether the completion is right by the scorer `name`; of a list of texts one has to be met.
+
+    Raises ValueError for a scorer that does not exist and for an answer that it cannot use.
+    """
+    if name not in SCORERS:
+        raise ValueError(f"there is no scorer {name!r}; there are {', '.join(SCORERS)}")
+    several = isinstance(answer, list) and answer and all(isinstance(each, str) for each in answer)
+    return any([SCORERS[name](completion, each) for each in (answer if several else [answer])])
+
+
+def exact(completion: str, answer: Any) -> bool:
+    """The same text, but for case, whitespace and punctuation at the end."""
+    return _normalised(completion) == _wanted(answer)
+
+
+def contains(completion: str, answer: Any) -> bool:
+    """The answer occurs in the completion, also inside a word; case and whitespace do not matter."""
+    return _wanted(answer) in _normalised(completion)
+
+
+def choice(completion: str, answer: Any) -> bool:
+    """The completion chooses the letter; see `chosen_letter`."""
+    return _letter(answer) == chosen_letter(completion)
+
+
+def answer_letter(completion: str, answer: Any) -> bool:
+    """The last `<answer>...</answer>` of the completion holds the letter."""
+    wanted, tagged = _letter(answer), _TAGGED.findall(completion)
+    return bool(tagged) and wanted == _opening_letter(tagged[-1])
+
+
+def regex(completion: str, answer: Any) -> bool:
+    """The answer, a regular expression, is found somewhere in the completion."""
+    try:
+        return re.search(_text(answer), completion) is not None
+    except re.error as error:
+        raise ValueError(f"{answer!r} is no regular expression: {error}") from None
+
+
+def action(completion: str, answer: Any) -> bool:
+    """The completion calls the same tools in the same order with the same inputs; see `actions` and `same_json`.
+
+    answer: text with `Action: NAME` and `Action Input: JSON`, or an object, or a list of objects, with those two keys.
+    """
+    wanted = _wanted_actions(answer)
+    try:
+        made = actions(completion)
+    except ValueError:
+        return False
+    return len(made) == len(wanted) and all(
+        mine == its and same_json(my_input, its_input)
+        for (mine, my_input), (its, its_input) in zip(made, wanted, strict=True)
+    )
+
+
+SCORERS: dict[str, Callable[[str, Any], bool]] = {
+    each.__name__: each for each in (exact, contains, choice, answer_letter, regex, action)
+}
+
+
+def chosen_letter(text: str) -> str | None:
+    """The upper-case letter that a text chooses, or None.
+
+    The first of these that is there: what the last `<answer>` holds; the last "the answer is B"; a last line that is a
+    letter; a letter that opens the text (`B`, `B. because`, `(B) 56 pC`); the last marked letter (`**B**`, `(B)`,
+    `\\boxed{B}`).
+    """
+    if tagged := _TAGGED.findall(text):
+        return _opening_letter(tagged[-1])
+    if stated := _STATED.findall(text):
+        return stated[-1]
+    last_line = text.strip().rpartition("\n")[2]
+    if alone := re.fullmatch(r"\W*([A-Za-z])\W*", last_line):
+        return alone.group(1).upper()
+    if opening := _opening_letter(text):
+        return opening
+    marked = _MARKED.findall(text)
+    return "".join(marked[-1]) if marked else None
+
+
+def actions(text: str) -> list[Action]:
+    """Every `Action: NAME` with its `Action Input: JSON`, in order. Raises ValueError for one without valid input."""
+    found, at = [], 0
+    while match := _ACTION.search(text, at):
+        if _ACTION_MARK.search(text, at, match.start()):
+            break
+        value, at = _JSON.raw_decode(text, match.end())
+        found.append((match.group(1), value))
+    if _ACTION_MARK.search(text, at):
+        raise ValueError("an Action has no Action Input")
+    return found
+
+
+def same_json(a: Any, b: Any) -> bool:
+    """Equal JSON values, where text that holds a JSON object or list is that, whitespace in text does not matter, and
+    a number or a boolean equals the text that writes it."""
+    a, b = _unpacked(a), _unpacked(b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_json(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same_json, a, b))
+    if isinstance(a, str) != isinstance(b, str):
+        a, b = _parsed(a), _parsed(b)
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _parsed(value: Any) -> Any:
+    """The JSON value that a text writes; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return _JSON.decode(value.lower() if value.lower() in ("true", "false", "null") else value)
+    except ValueError:
+        return value
+
+
+def _unpacked(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    parsed = _parsed(value)
+    return parsed if isinstance(parsed, dict | list) else " ".join(value.split())
+
+
+def _wanted_actions(answer: Any) -> list[Action]:
+    if isinstance(answer, str):
+        wanted = actions(answer)
+    else:
+        wanted = [_action_of(each) for each in (answer if isinstance(answer, list) else [answer])]
+    if not wanted:
+        raise ValueError("the answer names no Action")
+    return wanted
+
+
+def _action_of(answer: Any) -> Action:
+    fields = answer if isinstance(answer, dict) else {}
+    fields = {key.lower().replace("_", " "): value for key, value in fields.items()}
+    if not isinstance(fields.get("action"), str) or "action input" not in fields:
+        raise ValueError(f"needed is an object with Action and Action_Input, found {answer!r}")
+    return fields["action"], fields["action input"]
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(" .,;:!?")
+
+
+def _wanted(answer: Any) -> str:
+    wanted = _normalised(_text(answer))
+    if not wanted:
+        raise ValueError("the answer is empty")
+    return wanted
+
+
+def _text(answer: Any) -> str:
+    if not isinstance(answer, str):
+        raise ValueError(f"the answer is {answer!r}; needed is a text or a list of texts")
+    return answer
+
+
+def _letter(answer: Any) -> str:
+    alone = re.fullmatch(r"\W*([A-Za-z])\W*", _text(answer))
+    if alone is None:
+        raise ValueError(f"the answer is {answer!r}; needed is one letter")
+    return alone.group(1).upper()
+
+
+def _opening_letter(text: str) -> str | None:
+    opening = _OPENING.match(text)
+    return opening.group(1).upper() if opening else None

@@ -1,0 +1,255 @@
+"""What a model learned and what it forgot: the same questions before, while and after it is trained.
+
+Greedy answers are scored, row by row; the retention set also says how far the model has moved from the start
+(retention.py). Nothing here draws a random number or changes a weight, so training is the same with and without it.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sdft_ds import completion_head, ranks, retention, zero
+from sdft_ds.module_state import evaluating
+from sdft_ds.paired_batch import Completion
+from sdft_ds.prompts import PromptBuilder
+from sdft_ds.retention import Continuation
+from sdft_ds.schedule import evaluation_batches
+from sdft_ds.tasks import RETENTION, Task
+from sdft_ds.trainer import SDFTTrainer
+
+FIGURES = {
+    "accuracy": "share of the rows with an answer whose completion is right",
+    "mean_length": "tokens of a completion, end-of-sequence token included",
+    "clipped_share": "share of completions that hit max_completion_length",
+    "kl_to_start": "nats/token, KL(start || now) over the start's own completions, a lower bound; retention set only",
+}
+FILE = "evaluations.jsonl"
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Who answers. generate: prompts as token ids -> greedy completions. engine: what wraps the model at the moment.
+
+    batch_size: rows that are generated, or compared with the start, at once on each rank. longest: of a completion.
+    """
+
+    engine: Callable[[], nn.Module]
+    generate: Callable[[list[list[int]]], list[Completion]]
+    prompts: PromptBuilder
+    batch_size: int
+    longest: int
+    device: torch.device
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.prompts.tokenizer
+
+
+@dataclass(frozen=True)
+class Result:
+    """figures: see FIGURES. answers: a record for each row."""
+
+    task: Task
+    figures: Figures
+    answers: list[dict[str, Any]]
+
+
+@dataclass
+class Examination:
+    """Asks all questions of some tasks. start: what the retention set is compared with; None until it was asked."""
+
+    tasks: list[Task]
+    subject: Subject
+    start: list[Continuation] | None = None
+    ids: dict[str, list[list[int]]] = field(init=False)  # of each task's prompts
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a prompt after which the model has no room for an answer: prompts are never cut."""
+        self.ids = {
+            task.name: [self.subject.prompts.render(row.prompt).ids for row in task.rows] for task in self.tasks
+        }
+        context = completion_head.causal_lm_of(self.subject.engine()).config.get_text_config()
+        context = getattr(context, "max_position_embeddings", None)
+        for name, prompts in self.ids.items():
+            for index, prompt in enumerate(prompts):
+                if context is not None and len(prompt) + self.subject.longest > context:
+                    raise ValueError(
+                        f"Task {name}: Row {index} has {len(prompt)} tokens; with max_completion_length="
+                        f"{self.subject.longest} that is over the model's context of {context}. Leave the row out, or "
+                        "lower max_completion_length."
+                    )
+
+    def take(self) -> list[Result]:
+        """One result for each task, the same on every rank; all call it together, and each asks its part of the rows.
+
+        The first call makes the start of the retention set, if it was not given.
+        """
+        return [self._ask(task, self.ids[task.name]) for task in self.tasks]
+
+    def _ask(self, task: Task, prompts: list[list[int]]) -> Result:
+        def generate(rows: list[int]) -> list[Completion]:
+            return self.subject.generate([prompts[row] for row in rows])
+
+        completions = self._on_all_ranks(prompts, generate)
+        texts = [self.subject.tokenizer.decode(each.ids, skip_special_tokens=True) for each in completions]
+        scores = [row.score(text) for row, text in zip(task.rows, texts, strict=True)]
+        marked = [score for score in scores if score is not None]
+        figures = {
+            "mean_length": sum(len(each.ids) for each in completions) / len(completions),
+            "clipped_share": sum(each.truncated for each in completions) / len(completions),
+        }
+        if marked:
+            figures = {"accuracy": sum(marked) / len(marked), **figures}
+        if task.name == RETENTION:
+            figures["kl_to_start"] = self._kl_to_start(prompts, completions)
+        answers = [
+            {"prompt": row.prompt, "completion": text, "answer": row.answer, "score": score}
+            for row, text, score in zip(task.rows, texts, scores, strict=True)
+        ]
+        return Result(task, figures, answers)
+
+    def _kl_to_start(self, prompts: list[list[int]], completions: list[Completion]) -> float:
+        engine, pad, device = self.subject.engine(), self.subject.tokenizer.pad_token_id, self.subject.device
+        with zero.scoring_pass(engine) as forward, evaluating(engine):
+
+            def keep(rows: list[int]) -> list[Continuation]:
+                tokens = [completions[row].ids for row in rows]
+                return retention.continuations(forward, [prompts[row] for row in rows], tokens, pad, device)
+
+            def compare(rows: list[int]) -> list[float]:
+                start = [self.start[row] for row in rows]
+                return retention.divergences(forward, [prompts[row] for row in rows], start, pad, device)
+
+            if self.start is None:
+                self.start = self._on_all_ranks(prompts, keep)
+                return 0.0
+            return retention.mean(self._on_all_ranks(prompts, compare), self.start)
+
+    def _on_all_ranks(self, prompts: list[list[int]], work: Callable[[list[int]], list[Any]]) -> list[Any]:
+        """work(numbers of rows) -> a value for each, over all rows, the longest first; as many calls on every rank."""
+        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        size = min(self.subject.batch_size, -(-len(prompts) // ranks.count()))
+        found = {}
+        for slots in evaluation_batches(len(prompts), size, ranks.index(), ranks.count(), num_generations=1):
+            made = zip(slots, work([order[slot.index] for slot in slots]), strict=True)
+            found |= {order[slot.index]: value for slot, value in made if slot.counted}
+        for others in ranks.gather(found):
+            found |= others
+        return [found[row] for row in range(len(prompts))]
+
+
+class TaskEvaluation(TrainerCallback):
+    """Takes the examination at the start of a run, every `every` steps and at the end; see FIGURES.
+
+    Writes a line for each task to OUTPUT_DIR/evaluations.jsonl and the answers to OUTPUT_DIR/evaluations/, logs
+    `tasks/NAME/FIGURE`, and prints first and last figures. A resumed run keeps the figures and the start that it has.
+    Raises ValueError for a prompt that is too long, and for `every` below 1.
+    """
+
+    def __init__(self, trainer: SDFTTrainer, tasks: list[Task], every: int | None = None):
+        if every is not None and every < 1:
+            raise ValueError(f"--eval_tasks_steps must be at least 1, not {every}.")
+        batches, args = trainer.generation_batches, trainer.args
+        self.trainer = trainer
+        self.every = every
+        self.folder = Path(args.output_dir)
+        self.examination = Examination(
+            tasks,
+            Subject(
+                engine=lambda: trainer.model_wrapped,
+                generate=lambda prompts: batches.generate(prompts, [""] * len(prompts), do_sample=False),
+                prompts=batches.prompts,
+                batch_size=args.per_device_eval_batch_size,
+                longest=args.max_completion_length,
+                device=args.device,
+            ),
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        asked = self.examination.ids.get(RETENTION)
+        if asked is not None:
+            self.trainer.generation_batches.check_head()
+        if state.global_step == 0:
+            self.examination.start = None
+            self._evaluate(state, control)
+            if asked is not None and state.is_world_process_zero:
+                retention.save(self.folder, asked, self.examination.start)
+        elif asked is not None:
+            self.examination.start = retention.load(self.folder, asked)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        due = self.every is not None and state.global_step % self.every == 0
+        if due and state.global_step < state.max_steps and not self.trainer.preemption.agreed:
+            self._evaluate(state, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.preemption.agreed:
+            return
+        self._evaluate(state, control)
+        if state.is_world_process_zero:
+            lines = self._lines()
+            first, last = ([each for each in lines if each["step"] == step] for step in (0, state.global_step))
+            print_table({"before": first, "after": last})
+
+    def _evaluate(self, state: TrainerState, control: TrainerControl) -> None:
+        results = self.examination.take()
+        if state.is_world_process_zero:
+            for result in results:
+                name = f"{result.task.name}-step-{state.global_step}.jsonl"
+                _write(self.folder / "evaluations" / name, result.answers)
+            # A run that starts anew, or again from a checkpoint, replaces what is there of this step and later ones.
+            earlier = [each for each in self._lines() if each["step"] < state.global_step]
+            now = [{"step": state.global_step, **record(result)} for result in results]
+            _write(self.folder / FILE, earlier + now)
+        due = control.should_log  # the step's own line: transformers takes it for written with ours
+        self.trainer.log(
+            {f"tasks/{each.task.name}/{name}": value for each in results for name, value in each.figures.items()}
+        )
+        control.should_log = due
+
+    def _lines(self) -> list[dict[str, Any]]:
+        path = self.folder / FILE
+        return [json.loads(text) for text in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def record(result: Result) -> dict[str, Any]:
+    """What is kept of a result, beside the answers."""
+    return {"task": result.task.name, "rows": len(result.task.rows), **result.figures}
+
+
+def _write(path: Path, records: list[dict[str, Any]]) -> None:
+    """As JSON Lines; a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records), "utf-8")
+    os.replace(aside, path)
+
+
+def print_table(columns: dict[str, list[dict[str, Any]]]) -> None:
+    """Accuracy of each task, and the retention set's KL, from lines by the columns' names; – where there is none."""
+    table = Table("", *columns, title="Learning and forgetting")
+    found = {(name, each["task"]): each for name, lines in columns.items() for each in lines}
+    for task in dict.fromkeys(task for _, task in found):
+        for figure, label, digits in (("accuracy", "accuracy", ".3f"), ("kl_to_start", "KL, nats/token", ".3g")):
+            values = [found.get((name, task), {}).get(figure) for name in columns]
+            if values != [None] * len(values):
+                shown = ["–" if value is None else format(value, digits) for value in values]
+                table.add_row(f"{task}: {label}", *shown)
+    Console().print(table)

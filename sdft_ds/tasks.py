@@ -1,0 +1,108 @@
+"""Files of questions with answers -> checked tasks: what a model is asked before, while and after it is trained."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdft_ds import scorers
+from sdft_ds.rows import Prompt, checked_prompt
+
+RETENTION = "retention"
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """A question. answer: what `scorer` compares a completion with; None where only the retention set has the row."""
+
+    prompt: Prompt
+    answer: Any
+    scorer: str
+
+    def score(self, completion: str) -> bool | None:
+        """Whether the completion is right; None without an answer."""
+        return None if self.answer is None else scorers.score(self.scorer, completion, self.answer)
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    rows: list[TaskRow]
+
+
+def read_tasks(values: list[str], retention: str | None = None, limit: int | None = None) -> list[Task]:
+    """The tasks of `--eval_tasks`, and of `--retention_file` last, of each the first `limit` rows.
+
+    A value is `FILE`, `NAME=FILE`, `FILE:SCORER` or `NAME=FILE:SCORER`; the name is by default the file's. A file is
+    JSON Lines with `prompt` (text, or a conversation that ends with the user), `answer`, and optionally `system` and
+    `scorer`, which goes before the value's; without either it is `exact`. A retention file's name is `retention`, and
+    its rows need no answer. Raises ValueError or FileNotFoundError naming file, row and remedy.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--eval_task_rows must be at least 1, not {limit}.")
+    tasks = [_read(value, limit) for value in values]
+    if retention is not None:
+        tasks.append(_read(f"{RETENTION}={retention}", limit, answers_needed=False))
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"Two sets of questions are named {name!r}: name one with --eval_tasks NAME=FILE.")
+    return tasks
+
+
+def _read(value: str, limit: int | None, answers_needed: bool = True) -> Task:
+    name, path, scorer = _parts(value)
+    rows = []
+    for index, text in _lines(path, limit):
+        try:
+            rows.append(_row(text, index, scorer, answers_needed))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path} has no rows.")
+    return Task(name, rows)
+
+
+def _parts(value: str) -> tuple[str, Path, str]:
+    """(name, file, scorer) of a value."""
+    named = re.fullmatch(r"([\w.-]+)=(.+)", value)
+    name, rest = named.groups() if named else (None, value)
+    file, _, scorer = rest.rpartition(":")
+    if not file or (scorer not in scorers.SCORERS and Path(rest).exists()):
+        file, scorer = rest, "exact"
+    if scorer not in scorers.SCORERS:
+        raise ValueError(f"{value}: there is no scorer {scorer!r}; there are {', '.join(scorers.SCORERS)}.")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{value}: the file {file} does not exist.")
+    return name or Path(file).stem, Path(file), scorer
+
+
+def _lines(path: Path, limit: int | None) -> Iterator[tuple[int, str]]:
+    with path.open(encoding="utf-8") as file:
+        for index, text in enumerate(line for line in file if line.strip()):
+            if index == limit:
+                return
+            yield index, text
+
+
+def _row(text: str, index: int, scorer: str, answer_needed: bool) -> TaskRow:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"Row {index} is no JSON ({error}); needed is JSON Lines, one object a line.") from None
+    if not isinstance(row, dict) or "prompt" not in row:
+        raise ValueError(f"Row {index}: needed is an object with 'prompt' and 'answer'.")
+    prompt = checked_prompt(row["prompt"], index)
+    if row.get("system") is not None:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        prompt = [{"role": "system", "content": row["system"]}, *turns]
+    made = TaskRow(prompt, row.get("answer"), row.get("scorer") or scorer)
+    if made.answer is None and answer_needed:
+        raise ValueError(f"Row {index}, column 'answer': found nothing; without it an answer cannot be scored.")
+    try:
+        made.score("")
+    except ValueError as error:
+        raise ValueError(f"Row {index}, column 'answer': {error} (scorer {made.scorer}).") from None
+    return made

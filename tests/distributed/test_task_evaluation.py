@@ -1,0 +1,55 @@
+"""Questions during training on two ranks: the figures of one process, and the training of a run without questions."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import scenarios
+
+WAYS = [
+    (2, {}),
+    (3, {}),
+    pytest.param(3, {"ds3_gather_for_generation": False}, marks=pytest.mark.full),
+    pytest.param(3, {"lora": "on the head"}, marks=pytest.mark.full),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one plain process writes, for each adapter."""
+    made = {}
+
+    def get(lora):
+        if lora not in made:
+            folder = str(tmp_path_factory.mktemp("alone"))
+            made[lora] = scenarios.examined(None, folder, lora=lora, per_device_train_batch_size=4), folder
+        return made[lora]
+
+    return get
+
+
+@pytest.mark.parametrize("stage, settings", [pytest.param(None, {}, marks=pytest.mark.full), *WAYS])
+def test_the_figures_of_one_process(two_ranks, alone, tmp_path, stage, settings):
+    expected, folder = alone(settings.get("lora", False))
+    results = two_ranks.run("examined", stage, str(tmp_path), **settings)
+    for got in results:
+        for log, wanted in zip(got["logged"], expected["logged"], strict=True):
+            assert log == pytest.approx(wanted, rel=2e-4)
+    for step in (0, 2, 4):
+        for name in ("vowels", "retention"):
+            answers = f"evaluations/{name}-step-{step}.jsonl"
+            assert Path(tmp_path, answers).read_text() == Path(folder, answers).read_text()
+    lines = [json.loads(text) for text in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["task"]) for line in lines] == [
+        (step, name) for step in (0, 2, 4) for name in ("vowels", "retention")
+    ]
+
+
+@pytest.mark.parametrize("stage, settings", WAYS)
+def test_training_is_bit_by_bit_that_without_questions(two_ranks, tmp_path, stage, settings):
+    asked = two_ranks.run("examined", stage, str(tmp_path / "asked"), every=1, **settings)
+    plain = two_ranks.run("examined", stage, str(tmp_path / "plain"), tasks=False, **settings)
+    for with_questions, without in zip(asked, plain, strict=True):
+        for what in ("losses", "completions", "weights", "random"):
+            assert with_questions[what] == without[what], what
