@@ -12,8 +12,8 @@ ORDER = [
     "module_state", "thin_products", "ranks", "checkpoint", "output_folder", "preemption", "rows", "prompts",
     "streams", "paired_batch", "prefix", "divergence", "zero", "packing", "config", "schedule", "rollouts",
     "aggregation", "chunked_loss", "head", "completion_head", "models", "teacher", "scoring", "run_state",
-    "resumable", "metrics", "step_guard", "generation_batch", "progress", "trainer", "completions", "arguments",
-    "sources", "demo", "train",
+    "resumable", "metrics", "step_guard", "generation_batch", "progress", "run_folder", "scales", "charts", "page",
+    "token_view", "curves", "report", "compare", "trainer", "completions", "arguments", "sources", "demo", "train",
 ]  # fmt: skip
 PURE = [
     "module_state",
@@ -30,6 +30,11 @@ PURE = [
     "chunked_loss",
     "zero",
     "metrics",
+    "run_folder",
+    "scales",
+    "charts",
+    "page",
+    "token_view",
 ]
 
 
