@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sdft_ds import completion_head, models, retention, zero
+from sdft_ds import completion_head, models, zero
 from sdft_ds.arguments import ScriptArguments
 from sdft_ds.config import SDFTConfig
+from sdft_ds.evaluation import retention
+from sdft_ds.evaluation.retention import Continuation
+from sdft_ds.evaluation.task_evaluation import Examination, Subject, print_table, record
+from sdft_ds.evaluation.tasks import RETENTION, Task, read_tasks
 from sdft_ds.paired_batch import Completion
 from sdft_ds.prompts import PromptBuilder
-from sdft_ds.retention import Continuation
 from sdft_ds.rollouts import Sampler
-from sdft_ds.task_evaluation import Examination, Subject, print_table, record
-from sdft_ds.tasks import RETENTION, Task, read_tasks
 
 
 def main(argv: Sequence[str] | None = None) -> None:

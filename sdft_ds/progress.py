@@ -65,13 +65,19 @@ class TimeReport(TrainerCallback):
 
 def time_report(log_history: list[dict[str, float]]) -> str:
     """`Time: rollout 52 %, teacher 11 %, student 30 %, optimizer 7 %.`, of what was logged; empty if nothing was."""
-    totals, last = dict.fromkeys(PHASES, 0.0), 0
-    for log in log_history:
-        if "seconds/rollout" in log:
-            for phase in PHASES:
-                totals[phase] += log[f"seconds/{phase}"] * (log["step"] - last)
-            last = log["step"]
+    totals = phase_seconds(log_history)
     whole = sum(totals.values())
     if not whole:
         return ""
     return "Time: " + ", ".join(f"{phase} {100 * seconds / whole:.0f} %" for phase, seconds in totals.items()) + "."
+
+
+def phase_seconds(log_history: list[dict[str, float]]) -> dict[str, float]:
+    """Seconds of the whole run in each phase: a log line tells those per step since the line before it."""
+    totals, last = dict.fromkeys(PHASES, 0.0), 0
+    for log in log_history:
+        if any(f"seconds/{phase}" in log for phase in PHASES):
+            for phase in PHASES:
+                totals[phase] += log.get(f"seconds/{phase}", 0.0) * (log["step"] - last)
+            last = log["step"]
+    return totals

@@ -17,11 +17,11 @@ from sdft_ds import arguments, sources
 from sdft_ds.checkpoint import CannotResume
 from sdft_ds.completions import ShowCompletions
 from sdft_ds.demo import run as demo
+from sdft_ds.evaluation.task_evaluation import TaskEvaluation
+from sdft_ds.evaluation.tasks import Task, read_tasks
 from sdft_ds.output_folder import OutputFolderInUse
 from sdft_ds.rows import RowError
 from sdft_ds.step_guard import TooManyBadSteps
-from sdft_ds.task_evaluation import TaskEvaluation
-from sdft_ds.tasks import Task, read_tasks
 from sdft_ds.trainer import SDFTTrainer
 
 

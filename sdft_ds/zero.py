@@ -360,7 +360,8 @@ def rewritten(engine: nn.Module) -> Iterator[None]:
     """Write to the weights of pieces inside; afterwards every forward on every rank sees them.
 
     At stage 3 whole parameters may be cached, and hpZ keeps a copy of every shard in the node; both would be computed
-    with as they were, so the cache is emptied first and the copies are dropped afterwards. At stages 1 and 2 each rank's partition is gathered into the others' whole weights.
+    with as they were, so the cache is emptied first and the copies are dropped afterwards. At stages 1 and 2 each
+    rank's partition is gathered into the others' whole weights.
     """
     optimizer = getattr(engine, "optimizer", None)
     if stage(engine) == 3:

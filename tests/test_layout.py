@@ -10,10 +10,10 @@ PACKAGE = Path(__file__).parent.parent / "sdft_ds"
 # A module may import those before it. Packages count as one room.
 ORDER = [
     "processes", "machine", "doctor", "module_state", "thin_products", "ranks", "checkpoint", "output_folder",
-    "preemption", "rows", "scorers", "tasks", "prompts", "streams", "paired_batch", "prefix", "divergence", "zero",
-    "packing", "config", "schedule", "rollouts", "aggregation", "chunked_loss", "retention", "head", "completion_head",
-    "models", "teacher", "scoring", "run_state", "resumable", "metrics", "step_guard", "generation_batch", "progress",
-    "trainer", "completions", "task_evaluation", "arguments", "sources", "demo", "train", "evaluate",
+    "preemption", "rows", "prompts", "streams", "paired_batch", "prefix", "divergence", "zero", "packing", "config",
+    "schedule", "rollouts", "aggregation", "chunked_loss", "head", "completion_head", "models", "teacher", "scoring",
+    "run_state", "resumable", "metrics", "step_guard", "generation_batch", "progress", "report", "compare", "trainer",
+    "completions", "evaluation", "arguments", "sources", "demo", "train", "evaluate",
 ]  # fmt: skip
 PURE = [
     "processes",
@@ -23,8 +23,6 @@ PURE = [
     "ranks",
     "checkpoint",
     "rows",
-    "scorers",
-    "tasks",
     "prompts",
     "paired_batch",
     "prefix",

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from sdft_ds import completion_head, retention
+from sdft_ds import completion_head
+from sdft_ds.evaluation import retention
 from tests import tiny
 
 PROMPTS = [[1, 2, 3], [4] * 9, [5, 6]]

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from sdft_ds.scorers import SCORERS, actions, chosen_letter, same_json, score
+from sdft_ds.evaluation.scorers import SCORERS, actions, chosen_letter, same_json, score
 
 CALL = (
     'Thought: look it up.\nAction: getWeather\nAction Input: {"city": "Oslo", "days": 3, "filter": {"wind": [1, 2]}}'

@@ -9,8 +9,8 @@ from sdft_ds import SDFTConfig, SDFTTrainer
 from sdft_ds.demo.build import MODEL_DIR
 from sdft_ds.demo.run import RECIPE
 from sdft_ds.demo.world import questions, train_rows
-from sdft_ds.task_evaluation import FIGURES, TaskEvaluation
-from sdft_ds.tasks import Task, TaskRow
+from sdft_ds.evaluation.task_evaluation import FIGURES, TaskEvaluation
+from sdft_ds.evaluation.tasks import Task, TaskRow
 from tests.distributed import scenarios
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from sdft_ds.tasks import read_tasks
+from sdft_ds.evaluation.tasks import read_tasks
 
 ROW = {"prompt": "Where is Oslo?", "answer": "Norway"}
 

@@ -14,11 +14,11 @@ from transformers import TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sdft_ds import SDFTConfig, SDFTTrainer, zero
+from sdft_ds.evaluation.task_evaluation import TaskEvaluation
+from sdft_ds.evaluation.tasks import Task, TaskRow
 from sdft_ds.module_state import evaluating
 from sdft_ds.paired_batch import LossMask
 from sdft_ds.scoring import Scorer
-from sdft_ds.task_evaluation import TaskEvaluation
-from sdft_ds.tasks import Task, TaskRow
 from tests import tiny
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"

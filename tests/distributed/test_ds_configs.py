@@ -1,4 +1,4 @@
-"""Every file in ds_configs/ trains on two ranks with an EMA teacher, and gives the losses of a run without DeepSpeed."""
+"""Every file in ds_configs/ trains on two ranks, with an EMA teacher, to the losses of a run without DeepSpeed."""
 
 import json
 from pathlib import Path

@@ -17,13 +17,14 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sdft_ds import completion_head, ranks, retention, zero
+from sdft_ds import completion_head, ranks, zero
+from sdft_ds.evaluation import retention
+from sdft_ds.evaluation.retention import Continuation
+from sdft_ds.evaluation.tasks import RETENTION, Task
 from sdft_ds.module_state import evaluating
 from sdft_ds.paired_batch import Completion
 from sdft_ds.prompts import PromptBuilder
-from sdft_ds.retention import Continuation
 from sdft_ds.schedule import evaluation_batches
-from sdft_ds.tasks import RETENTION, Task
 from sdft_ds.trainer import SDFTTrainer
 
 FIGURES = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdft_ds import scorers
+from sdft_ds.evaluation import scorers
 from sdft_ds.rows import Prompt, checked_prompt
 
 RETENTION = "retention"

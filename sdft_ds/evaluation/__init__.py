@@ -1,0 +1,1 @@
+"""Questions before, while and after training: what a model learned and what it forgot."""

@@ -1,0 +1,88 @@
+"""Which metrics are drawn together, under which heading, by which name: the table that the pages of runs go by."""
+
+import re
+from dataclasses import dataclass
+
+from sdft_ds.metrics import METRICS
+from sdft_ds.progress import PHASES
+from sdft_ds.report.charts import Series
+from sdft_ds.report.run_folder import Run
+
+
+@dataclass(frozen=True)
+class Chart:
+    """curves: metric -> its name in the legend. log: a logarithmic axis where the values span orders of magnitude.
+    ordered: the curves are a sequence, and coloured as one. absent: added to the title where it is missing."""
+
+    title: str
+    unit: str
+    curves: dict[str, str]
+    log: bool = True
+    ordered: bool = False
+    absent: str = ""
+
+    def of(self, run: Run) -> list[Series]:
+        """The curves that the run has numbers for."""
+        colour = "o" if self.ordered else "c"
+        series = [Series(name, *run.series(m), f"{colour}{i % 6}") for i, (m, name) in enumerate(self.curves.items())]
+        return [s for s in series if s.x]
+
+
+CHARTS = {
+    "Divergence": [
+        Chart("Divergence from the teacher", "nats/token", {"sdft/distillation_loss": "divergence"}),
+        Chart("Divergence of single tokens", "nats", {
+            "divergence/p99": "99 % are below", "divergence/p90": "90 % are below", "divergence/p50": "median"}),
+        Chart("Divergence by position", "nats/token", {
+            "divergence/position_0_4": "tokens 0–3", "divergence/position_4_16": "4–15",
+            "divergence/position_16_64": "16–63", "divergence/position_64_256": "64–255",
+            "divergence/position_256_up": "256 and on"}, ordered=True),
+    ],
+    "Student and teacher": [
+        Chart("Entropy", "nats/token", {"entropy/student": "student", "entropy/teacher": "teacher"}),
+        Chart("Same most likely token", "share", {"agreement/argmax": "agreement"}, log=False),
+        Chart("Teacher drift", "distance to the student / of the student from its start", {
+            "teacher/distance": "drift"}, absent=" (a live teacher has none)"),
+        Chart("Probability on the top-k", "share", {"topk/mass": "mass"}, log=False),
+    ],
+    "Optimization": [
+        Chart("Loss", "", {"loss": "loss"}),
+        Chart("Gradient norm", "", {"grad_norm": "norm"}),
+        Chart("Learning rate", "", {"learning_rate": "rate"}, log=False),
+    ],
+    "Length": [
+        Chart("Completion length", "tokens", {
+            "completions/max_length": "longest", "completions/mean_length": "mean",
+            "completions/min_length": "shortest"}, log=False),
+        Chart("Cut off, or empty", "share", {
+            "completions/clipped_ratio": "cut off", "completions/empty_ratio": "empty"}, log=False),
+    ],
+    "Time": [
+        Chart("Throughput", "tokens/s", {"tokens/per_second": "throughput"}, log=False),
+        Chart("Peak memory of the largest rank", "GiB", {"memory/peak_gib": "peak"}, log=False),
+        Chart("Padding in the student's forwards", "share", {"tokens/padding_share": "padding"}, log=False),
+    ],
+}  # fmt: skip
+TASK = re.compile(r"tasks/(?P<task>.+)/(?P<figure>[^/]+)")
+ELSEWHERE = {f"seconds/{phase}" for phase in PHASES}  # drawn as areas on top of each other
+SUMMARIES = {"total_flos", "train_loss"} | {
+    f"{when}_{what}" for when in ("train", "eval") for what in ("runtime", "samples_per_second", "steps_per_second")
+}
+
+
+def charts_of(run: Run) -> dict[str, list[Chart]]:
+    """CHARTS; one for each figure of the tasks/NAME/FIGURE that were logged; under "Other" one for all else."""
+    placed = {metric for charts in CHARTS.values() for chart in charts for metric in chart.curves}
+    rest = [name for name in run.metrics() if name not in placed | ELSEWHERE | SUMMARIES]
+    tasks: dict[str, dict[str, str]] = {}
+    for name in rest:
+        if asked := TASK.fullmatch(name):
+            tasks.setdefault(asked["figure"], {})[name] = asked["task"]
+    units = {name: metric.unit for name, metric in METRICS.items()}
+    others = [
+        Chart(name, units.get(name.removeprefix("eval_"), ""), {name: name})
+        for name in rest
+        if not TASK.fullmatch(name)
+    ]
+    figures = [Chart(figure.replace("_", " "), "by task", curves, log=False) for figure, curves in tasks.items()]
+    return CHARTS | {"Tasks": figures, "Other": others}
