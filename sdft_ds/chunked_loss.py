@@ -169,7 +169,7 @@ def chunked_token_log_probs(
     """Log-probability of each token at the given temperature, [N] fp32, without a gradient."""
     projection = _Projection(head, hidden_ND, finish)
     log_probs_N = torch.empty(len(tokens_N), dtype=torch.float32, device=hidden_ND.device)
-    for chunk in _chunks(len(tokens_N), head.weight_VD.shape[0], chunk_tokens):
+    for chunk in chunks_of(len(tokens_N), head.weight_VD.shape[0], chunk_tokens):
         log_probs_N[chunk] = token_log_probs(projection.logits(hidden_ND[chunk]) / temperature, tokens_N[chunk])
     return log_probs_N
 
@@ -179,7 +179,8 @@ def whole_logits(hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -
     return _Projection(head, hidden_ND, finish).logits(hidden_ND)
 
 
-def _chunks(n: int, elements_per_token: int, chunk_tokens: int | None) -> list[slice]:
+def chunks_of(n: int, elements_per_token: int, chunk_tokens: int | None = None) -> list[slice]:
+    """Slices of n tokens, as many in each as CHUNK_ELEMENTS holds, or chunk_tokens."""
     size = chunk_tokens or max(1, CHUNK_ELEMENTS // elements_per_token)
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
@@ -333,7 +334,7 @@ class _ChunkedLoss(torch.autograd.Function):
         sparse = sparse and student.adapter is None and teacher.adapter is None
         elements = max(vocabulary, divergence.topk * weight_VD.shape[1]) if sparse else vocabulary
 
-        for chunk in _chunks(len(hidden_ND), elements, chunk_tokens):
+        for chunk in chunks_of(len(hidden_ND), elements, chunk_tokens):
             if sparse:
                 loss_C = _sparse_chunk(student, teacher, hidden_ND[chunk], terms, gradients, chunk)
             elif divergence.is_full(vocabulary):

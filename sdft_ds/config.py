@@ -166,6 +166,14 @@ class SDFTConfig(TrainingArguments):
     shuffle_dataset: bool = _field(True, "Shuffle the training rows anew in every epoch.")
 
     # Faults.
+    log_completions: int = _field(
+        50, "Write completions with each token's divergence, at the first step and every so many; 0: never."
+    )
+    log_completions_rows: int = _field(4, "How many completions are written then.")
+    print_completions: bool = _field(False, "Print them in the terminal as well.")
+    inspect_tokens: int = _field(
+        16, "Tokens of each micro-batch at which entropies, agreement and top-k mass are measured; 0: none."
+    )
     logging_nan_inf_filter: bool = _field(False, "Hide losses that are not finite from the log.")
     max_nonfinite_steps: int = _field(
         5, "Optimizer steps in a row whose gradient is not finite, each of them left out, after which the run ends."
@@ -326,6 +334,9 @@ class SDFTConfig(TrainingArguments):
             ("truncation", self.truncation in TRUNCATIONS, f"one of {', '.join(TRUNCATIONS)}"),
             ("num_loss_tokens_to_skip", self.num_loss_tokens_to_skip >= 0, "at least 0"),
             ("loss_chunk_tokens", self.loss_chunk_tokens is None or self.loss_chunk_tokens > 0, "positive or unset"),
+            ("log_completions", self.log_completions >= 0, "at least 0"),
+            ("log_completions_rows", self.log_completions_rows >= 1, "at least 1"),
+            ("inspect_tokens", self.inspect_tokens >= 0, "at least 0"),
             ("max_nonfinite_steps", self.max_nonfinite_steps >= 1, "at least 1"),
             ("preemption_exit_code", 0 < self.preemption_exit_code < 256, "in 1 ... 255"),
             ("preemption_deadline_seconds", self.preemption_deadline_seconds > 0, "positive"),

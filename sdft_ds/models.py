@@ -39,6 +39,12 @@ def _default_dtype(args: SDFTConfig) -> torch.dtype:
     return args.hf_deepspeed_config.dtype() if args.deepspeed else torch.float32
 
 
+def name_of(model: nn.Module) -> str:
+    """The name or folder that the model was loaded from; of one that was not, its class."""
+    causal_lm = causal_lm_of(model)
+    return causal_lm.config.name_or_path or type(causal_lm).__name__
+
+
 def add_adapter(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
     """Wrap the model with a fresh adapter, if one is asked for."""
     if peft_config is not None:

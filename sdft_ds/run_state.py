@@ -155,8 +155,12 @@ def settings_of(args: SDFTConfig, rows: int | None, zero_stage: int | None) -> d
         "world_size": args.world_size,
         "zero_stage": zero_stage,
         "config": {name: value for name, value in args.to_dict().items() if name not in UNTOLD_FIELDS},
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
 
 
 # With another value of these a resumed run would not be the run that was interrupted, in its data or its teacher.

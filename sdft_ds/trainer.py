@@ -4,7 +4,7 @@ Once per generation batch: prompts -> rollouts -> pairing -> teacher's pass. Onc
 share in the loss. Once per micro-batch: the student's forward, the loss in chunks, backward.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,14 +28,18 @@ from sdft_ds import completion_head, models, ranks, run_state, teacher, zero
 from sdft_ds.aggregation import Shares, shares
 from sdft_ds.chunked_loss import LossTerms
 from sdft_ds.completion_head import DistillationLoss
+from sdft_ds.completion_log import CompletionLog
 from sdft_ds.config import SDFTConfig
+from sdft_ds.evaluation_loader import EvaluationBatches
 from sdft_ds.generation_batch import GenerationBatches
+from sdft_ds.inspection import evenly_spaced
 from sdft_ds.metrics import Meters
 from sdft_ds.packing import packing_for
 from sdft_ds.progress import LogLines, TimeReport, TrainingProgress
 from sdft_ds.prompts import PromptBuilder, usable_rows
 from sdft_ds.resumable import ResumableTrainer
 from sdft_ds.rollouts import Sampler
+from sdft_ds.run_record import RunRecord
 from sdft_ds.run_state import GenerationBatch
 from sdft_ds.schedule import MicroBatch, Schedule, data_loader, evaluation_batches, for_generation_batches
 from sdft_ds.scoring import Scored
@@ -107,7 +111,10 @@ class SDFTTrainer(ResumableTrainer):
         # Every loss is normalised over the whole optimizer step already.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = False
-        self.meters = {mode: Meters(ranks.reduce, args.device) for mode in ("train", "eval")}
+        self.meters = {
+            mode: Meters(ranks.reduce, args.device, self.say_phase, ranks.index(), ranks.count())
+            for mode in ("train", "eval")
+        }
         self.steps_at_last_log = 0
         self.teacher = teacher.make(model, args)
         if args.save_teacher and not self.teacher.has_state:
@@ -116,6 +123,9 @@ class SDFTTrainer(ResumableTrainer):
         self.add_callback(self.guard)
         self.add_callback(_AfterStep(self))
         self.add_callback(TimeReport)
+        self.completion_log = CompletionLog(args, tokenizer, ranks.index() == 0)
+        self.add_callback(self.completion_log)
+        self.add_callback(RunRecord("sdft", models.name_of(model)))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TrainingProgress)
         if self.pop_callback(PrinterCallback) is not None:
@@ -262,13 +272,34 @@ class SDFTTrainer(ResumableTrainer):
             scale=share.scale,
             chunk_tokens=self.args.loss_chunk_tokens,
         )
-        meters = self.meters["train" if model.training else "eval"]
+        looked_at = self._look_at(request, scored) if model.training else []
         loss = model(**scored.batch.student.inputs, request=request)
-        meters.add("sdft/distillation_loss", request.per_token_N.sum(), len(request.per_token_N))
-        meters.add("completions/loss_tokens", len(request.per_token_N))
+        self._record(request, scored, looked_at, self.meters["train" if model.training else "eval"])
         # A product, also by 1: at ZeRO stage 0 DeepSpeed divides the gradient of what its forward returned, if exactly
         # that tensor is given to its backward, by the accumulation steps once more.
         return loss * self.args.distillation_weight
+
+    def _look_at(self, request: DistillationLoss, scored: Scored) -> list[int]:
+        """Let the request see a sample of the tokens, and all of the rows that are returned, which are to be shown."""
+        sample_M = evenly_spaced(len(scored.batch.tokens_N), self.args.inspect_tokens, self.args.device)
+        rows = self.completion_log.wanted(self.state.global_step + 1, scored)
+        at_M = torch.cat([sample_M, self.completion_log.tokens_of(rows, scored)])
+        request.inspect_M = at_M if len(at_M) else None
+        return rows
+
+    def _record(self, request: DistillationLoss, scored: Scored, rows: list[int], meters: Meters) -> None:
+        """Add to the metrics what the forward found, and keep the rows that are to be shown."""
+        meters.add_divergences(request.per_token_N, scored.batch.offsets_N)
+        if request.seen is None:
+            return
+        at_M, seen, sampled = request.inspect_M, request.seen, len(request.inspect_M)
+        if rows:
+            shown_M = self.completion_log.tokens_of(rows, scored)
+            sampled -= len(shown_M)
+            step = self.state.global_step + 1
+            self.completion_log.take(step, rows, scored, request.per_token_N[shown_M], seen[sampled:])
+        old_M = None if scored.old_log_probs_N is None else scored.old_log_probs_N[at_M[:sampled]]
+        meters.add_two_sides(seen[:sampled], old_M, self.args.distillation_is_clip)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -305,7 +336,7 @@ class SDFTTrainer(ResumableTrainer):
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> "_EvaluationBatches":
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> EvaluationBatches:
         """All batches of this rank, made when the loop asks for the first: one swap of weights per evaluation."""
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
@@ -335,7 +366,7 @@ class SDFTTrainer(ResumableTrainer):
             )
             return self._with_shares(scored)
 
-        return _EvaluationBatches(eval_dataset, len(slots), make)
+        return EvaluationBatches(eval_dataset, len(slots), make)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -362,6 +393,8 @@ class SDFTTrainer(ResumableTrainer):
             if drift is not None:
                 self.meters["train"].add("teacher/distance", *drift)
             logs.update(self.meters["train"].collect(steps))
+            if self.meters["train"].straggler is not None:
+                self._tell(f"Up to step {self.state.global_step} {self.meters['train'].straggler}.")
         elif "eval_loss" in logs:
             logs.update({f"eval_{name}": value for name, value in self.meters["eval"].collect(steps=1).items()})
         super().log(logs, start_time)
@@ -396,19 +429,3 @@ class _AfterStep(TrainerCallback):
     def on_step_end(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.trainer.guard.skipped:
             self.trainer.teacher.after_step(self.trainer.model_wrapped, state.global_step)
-
-
-class _EvaluationBatches:
-    """What the evaluation loop wants of a data loader; the batches are made at the first iteration."""
-
-    def __init__(self, dataset: Dataset, length: int, make: Callable[[], list[dict[str, Any]]]):
-        self.dataset = dataset
-        self.length = length
-        self.make = make
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.make():
-            yield {**batch, "batches": self.length}

@@ -11,9 +11,10 @@ PACKAGE = Path(__file__).parent.parent / "sdft_ds"
 ORDER = [
     "processes", "machine", "doctor", "module_state", "thin_products", "ranks", "checkpoint", "output_folder",
     "preemption", "rows", "prompts", "streams", "paired_batch", "prefix", "divergence", "zero", "packing", "config",
-    "schedule", "rollouts", "aggregation", "chunked_loss", "head", "completion_head", "models", "teacher", "scoring",
-    "run_state", "resumable", "metrics", "step_guard", "generation_batch", "progress", "report", "compare", "trainer",
-    "completions", "evaluation", "arguments", "sources", "demo", "train", "evaluate",
+    "schedule", "rollouts", "aggregation", "chunked_loss", "inspection", "head", "completion_head", "models",
+    "teacher", "scoring", "run_state", "lookout", "resumable", "metrics", "step_guard", "generation_batch", "progress",
+    "report", "compare", "completion_log", "run_record", "evaluation_loader", "trainer", "completions", "evaluation",
+    "arguments", "sources", "demo", "train", "evaluate",
 ]  # fmt: skip
 PURE = [
     "processes",
@@ -30,6 +31,7 @@ PURE = [
     "schedule",
     "aggregation",
     "chunked_loss",
+    "inspection",
     "zero",
     "metrics",
 ]
