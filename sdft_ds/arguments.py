@@ -13,6 +13,7 @@ import yaml
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, HfArgumentParser
 
+from sdft_ds import recipes
 from sdft_ds.config import SDFTConfig
 
 
@@ -22,10 +23,15 @@ def _field(default: Any, help: str) -> Any:
 
 @dataclass
 class ScriptArguments:
-    """Where the data comes from and how its columns map."""
+    """By which recipe, where the data comes from and how its columns map, and what is asked of the model."""
 
-    _argument_group_name = "data"
+    _argument_group_name = "recipe and data"
 
+    recipe: str | None = _field(
+        None,
+        f"Settings that belong together, below all that are given: {' or '.join(recipes.RECIPES)}. paper: forward KL, "
+        "full vocabulary, EMA teacher; trl: the defaults.",
+    )
     dataset_name: str | None = _field(None, "A data set on the Hugging Face hub.")
     dataset_config: str | None = _field(None, "Its configuration.")
     dataset_path: str | None = _field(
@@ -161,18 +167,24 @@ class ModelArguments:
 Parsed = tuple[ScriptArguments, SDFTConfig, ModelArguments]
 
 
-def parse(argv: Sequence[str], recipe: dict[str, Any]) -> Parsed:
-    """The command line, over a YAML file (--config), over `recipe` where neither a model nor a data set is named.
+def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
+    """The command line, over a YAML file (--config), over a recipe (--recipe), over the settings of `demo` where
+    neither a model nor a data set is named.
 
-    Prints one line and exits with status 2 for a flag or a key that does not exist, or a value of the wrong type.
+    Prints one line and exits with status 2 for a flag or a key that does not exist, or a value of the wrong type;
+    raises ValueError for values that cannot work.
     """
     parser = _parser()
     settings, _ = parser.parse_known_args(argv)
     from_file = _read_yaml(settings.config, parser) if settings.config else {}
     named = {**vars(settings), **from_file}
     if any(named.get(key) or vars(settings)[key] for key in ("model_name_or_path", "dataset_name", "dataset_path")):
-        recipe = {}
-    tokens = [token for name, value in {**recipe, **from_file}.items() for token in _tokens(name, value)]
+        demo = {}
+    recipe = settings.recipe or from_file.get("recipe")
+    parser.set_defaults(**demo)
+    if recipe is not None:
+        parser.set_defaults(**recipes.recipe(recipe), **recipes.OF_THE_COMMAND_LINE[recipe])
+    tokens = [token for name, value in from_file.items() for token in _tokens(name, value)]
     namespace, unknown = parser.parse_known_args([*tokens, *argv])
     if unknown:
         parser.error(_unknown(unknown, parser))
