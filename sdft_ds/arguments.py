@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, HfArgumentParser
 
 from sdft_ds import recipes
 from sdft_ds.config import SDFTConfig
+from sdft_ds.sft import UNREAD, SFTConfig
 
 
 def _field(default: Any, help: str) -> Any:
@@ -23,10 +24,14 @@ def _field(default: Any, help: str) -> Any:
 
 @dataclass
 class ScriptArguments:
-    """By which recipe, where the data comes from and how its columns map, and what is asked of the model."""
+    """How to train, where the data comes from and how its columns map, and what is asked of the model."""
 
-    _argument_group_name = "recipe and data"
+    _argument_group_name = "method and data"
 
+    method: Literal["sdft", "sft"] = _field(
+        "sdft",
+        "sdft: self-distillation; sft: supervised fine-tuning on the demonstrations of the same rows, to compare.",
+    )
     recipe: str | None = _field(
         None,
         f"Settings that belong together, below all that are given: {' or '.join(recipes.RECIPES)}. paper: forward KL, "
@@ -50,7 +55,8 @@ class ScriptArguments:
         "privileged_context", "Column that holds what only the teacher sees: text, or messages."
     )
     golden_response_column: str = _field(
-        "golden_response", "Column that holds a demonstration, used where a row has no privileged context."
+        "golden_response",
+        "Column that holds a demonstration, used where a row has no privileged context, and by method sft.",
     )
     demonstration_template: str = _field(
         "Example response: $output_text",
@@ -175,23 +181,23 @@ def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
     raises ValueError for values that cannot work.
     """
     parser = _parser()
-    settings, _ = parser.parse_known_args(argv)
-    from_file = _read_yaml(settings.config, parser) if settings.config else {}
-    named = {**vars(settings), **from_file}
-    if any(named.get(key) or vars(settings)[key] for key in ("model_name_or_path", "dataset_name", "dataset_path")):
-        demo = {}
-    recipe = settings.recipe or from_file.get("recipe")
-    parser.set_defaults(**demo)
-    if recipe is not None:
-        parser.set_defaults(**recipes.recipe(recipe), **recipes.OF_THE_COMMAND_LINE[recipe])
-    tokens = [token for name, value in from_file.items() for token in _tokens(name, value)]
-    namespace, unknown = parser.parse_known_args([*tokens, *argv])
+    file = parser.parse_known_args(argv)[0].config
+    from_file = _read_yaml(file, parser) if file else {}
+    tokens = [token for name, value in from_file.items() for token in _tokens(name, value)] + list(argv)
+    given, unknown = parser.parse_known_args(tokens)
     if unknown:
         parser.error(_unknown(unknown, parser))
-    values = vars(namespace)
+    below = {} if given.model_name_or_path or given.dataset_name or given.dataset_path else dict(demo)
+    if given.recipe is not None:
+        below |= recipes.recipe(given.recipe) | recipes.OF_THE_COMMAND_LINE[given.recipe]
+    if given.method == "sft":  # what is not read is warned about where it was given, not where it comes from below
+        below = {name: value for name, value in below.items() if name not in UNREAD}
+    parser.set_defaults(**below)
+    values = vars(parser.parse_args(tokens))
+    config = SFTConfig if given.method == "sft" else SDFTConfig
     return tuple(
-        kind(**{name: values[name] for name, f in kind.__dataclass_fields__.items() if f.init})
-        for kind in (ScriptArguments, SDFTConfig, ModelArguments)
+        kind(**{f.name: values[f.name] for f in fields(kind) if f.init})
+        for kind in (ScriptArguments, config, ModelArguments)
     )
 
 

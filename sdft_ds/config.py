@@ -4,7 +4,7 @@ Names and defaults are those of TRL's experimental SDFT, so that a script moves 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
@@ -59,6 +59,8 @@ class SDFTConfig(TrainingArguments):
 
     Raises ValueError, naming the field and the remedy, for values and combinations that cannot work.
     """
+
+    method: ClassVar[str] = "sdft"
 
     _argument_group_name = "training and self-distillation"
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [

@@ -52,6 +52,8 @@ class SDFTTrainer(ResumableTrainer):
     remedy, for what cannot be trained.
     """
 
+    batches_from = GenerationBatches
+
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
@@ -120,7 +122,7 @@ class SDFTTrainer(ResumableTrainer):
             self.add_callback(TrainingProgress)
         if self.pop_callback(PrinterCallback) is not None:
             self.add_callback(LogLines)
-        self.generation_batches = GenerationBatches(
+        self.generation_batches = self.batches_from(
             args=args,
             accelerator=self.accelerator,
             model=self.model,
@@ -139,7 +141,7 @@ class SDFTTrainer(ResumableTrainer):
             dispatch=self._dispatch,
         )
         if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags(["sdft"])
+            self.model.add_model_tags([args.method])
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
