@@ -249,6 +249,10 @@ class SDFTConfig(TrainingArguments):
         self._resolve_generation_batch()
         self._refuse_contradictions()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the token: transformers pickles the arguments as they are, into every folder that it saves."""
+        return {**self.__dict__, "hub_token": None}
+
     def keep_rows(self, rows_of_step: int, generation_batch_size: int) -> None:
         """Accumulate and generate so that an optimizer step and a generation batch have as many rows, over all ranks,
         as those of a checkpoint that another number of ranks made. Raises ValueError where none divides them."""

@@ -54,8 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         print(_learned(trainer.state.log_history, args.method))
         print(f"Saved to {args.output_dir}")
+    about = {"dataset": script.dataset_name or script.dataset_path, "recipe": script.recipe}
+    trainer.create_model_card(**about)
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(**about)
 
 
 def _trainer(
