@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,9 @@ import yaml
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, HfArgumentParser
 
+from sdft_ds import recipes
 from sdft_ds.config import SDFTConfig
+from sdft_ds.sft import UNREAD, SFTConfig
 
 
 def _field(default: Any, help: str) -> Any:
@@ -22,10 +24,19 @@ def _field(default: Any, help: str) -> Any:
 
 @dataclass
 class ScriptArguments:
-    """Where the data comes from and how its columns map."""
+    """How to train, where the data comes from and how its columns map, and what is asked of the model."""
 
-    _argument_group_name = "data"
+    _argument_group_name = "method and data"
 
+    method: Literal["sdft", "sft"] = _field(
+        "sdft",
+        "sdft: self-distillation; sft: supervised fine-tuning on the demonstrations of the same rows, to compare.",
+    )
+    recipe: str | None = _field(
+        None,
+        f"Settings that belong together, below all that are given: {' or '.join(recipes.RECIPES)}. paper: forward KL, "
+        "full vocabulary, EMA teacher; trl: the defaults.",
+    )
     dataset_name: str | None = _field(None, "A data set on the Hugging Face hub.")
     dataset_config: str | None = _field(None, "Its configuration.")
     dataset_path: str | None = _field(
@@ -44,7 +55,8 @@ class ScriptArguments:
         "privileged_context", "Column that holds what only the teacher sees: text, or messages."
     )
     golden_response_column: str = _field(
-        "golden_response", "Column that holds a demonstration, used where a row has no privileged context."
+        "golden_response",
+        "Column that holds a demonstration, used where a row has no privileged context, and by method sft.",
     )
     demonstration_template: str = _field(
         "Example response: $output_text",
@@ -161,25 +173,31 @@ class ModelArguments:
 Parsed = tuple[ScriptArguments, SDFTConfig, ModelArguments]
 
 
-def parse(argv: Sequence[str], recipe: dict[str, Any]) -> Parsed:
-    """The command line, over a YAML file (--config), over `recipe` where neither a model nor a data set is named.
+def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
+    """The command line, over a YAML file (--config), over a recipe (--recipe), over the settings of `demo` where
+    neither a model nor a data set is named.
 
-    Prints one line and exits with status 2 for a flag or a key that does not exist, or a value of the wrong type.
+    Prints one line and exits with status 2 for a flag or a key that does not exist, or a value of the wrong type;
+    raises ValueError for values that cannot work.
     """
     parser = _parser()
-    settings, _ = parser.parse_known_args(argv)
-    from_file = _read_yaml(settings.config, parser) if settings.config else {}
-    named = {**vars(settings), **from_file}
-    if any(named.get(key) or vars(settings)[key] for key in ("model_name_or_path", "dataset_name", "dataset_path")):
-        recipe = {}
-    tokens = [token for name, value in {**recipe, **from_file}.items() for token in _tokens(name, value)]
-    namespace, unknown = parser.parse_known_args([*tokens, *argv])
+    file = parser.parse_known_args(argv)[0].config
+    from_file = _read_yaml(file, parser) if file else {}
+    tokens = [token for name, value in from_file.items() for token in _tokens(name, value)] + list(argv)
+    given, unknown = parser.parse_known_args(tokens)
     if unknown:
         parser.error(_unknown(unknown, parser))
-    values = vars(namespace)
+    below = {} if given.model_name_or_path or given.dataset_name or given.dataset_path else dict(demo)
+    if given.recipe is not None:
+        below |= recipes.recipe(given.recipe) | recipes.OF_THE_COMMAND_LINE[given.recipe]
+    if given.method == "sft":  # what is not read is warned about where it was given, not where it comes from below
+        below = {name: value for name, value in below.items() if name not in UNREAD}
+    parser.set_defaults(**below)
+    values = vars(parser.parse_args(tokens))
+    config = SFTConfig if given.method == "sft" else SDFTConfig
     return tuple(
-        kind(**{name: values[name] for name, f in kind.__dataclass_fields__.items() if f.init})
-        for kind in (ScriptArguments, SDFTConfig, ModelArguments)
+        kind(**{f.name: values[f.name] for f in fields(kind) if f.init})
+        for kind in (ScriptArguments, config, ModelArguments)
     )
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdft_ds.divergence import (
+    CrossEntropy,
     Divergence,
     importance_weight,
     interpolated_divergence_and_gradient,
@@ -60,14 +61,14 @@ class HeadValues:
 class LossTerms:
     """What the loss of N completion tokens needs beside the student's hidden states and head.
 
-    teacher_hidden_ND: the teacher's last hidden states at the same tokens.
+    teacher_hidden_ND: the teacher's last hidden states at the same tokens; None for a cross entropy.
     teacher_head: the teacher's head; None where it is the student's own.
     tokens_N: the completion tokens; weights_N: each token's share in the sum, 0 where it is not part of the loss.
     old_log_probs_N: the sampler's log-probabilities (None: no importance weight), clipped at `is_clip`.
     """
 
-    divergence: Divergence
-    teacher_hidden_ND: Tensor
+    divergence: Divergence | CrossEntropy
+    teacher_hidden_ND: Tensor | None
     teacher_head: HeadValues | None
     tokens_N: Tensor
     weights_N: Tensor
@@ -306,7 +307,7 @@ def _sparse_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gra
 
 def _other_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> Tensor:
     """Any divergence, with the gradient by autograd."""
-    teacher_CV = teacher.logits(terms.teacher_hidden_ND[chunk])
+    teacher_CV = None if terms.teacher_hidden_ND is None else teacher.logits(terms.teacher_hidden_ND[chunk])
     raw_CV = student.raw_logits(hidden_CD).requires_grad_()
     with torch.enable_grad(), torch.autocast(student.device_type, enabled=False):
         loss_C = terms.per_token(student.finish(raw_CV), teacher_CV, chunk)

@@ -4,7 +4,7 @@ Names and defaults are those of TRL's experimental SDFT, so that a script moves 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
@@ -59,6 +59,8 @@ class SDFTConfig(TrainingArguments):
 
     Raises ValueError, naming the field and the remedy, for values and combinations that cannot work.
     """
+
+    method: ClassVar[str] = "sdft"
 
     _argument_group_name = "training and self-distillation"
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
@@ -254,6 +256,10 @@ class SDFTConfig(TrainingArguments):
         self._resolve_teacher()
         self._resolve_generation_batch()
         self._refuse_contradictions()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the token: transformers pickles the arguments as they are, into every folder that it saves."""
+        return {**self.__dict__, "hub_token": None}
 
     def keep_rows(self, rows_of_step: int, generation_batch_size: int) -> None:
         """Accumulate and generate so that an optimizer step and a generation batch have as many rows, over all ranks,

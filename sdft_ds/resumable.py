@@ -181,14 +181,6 @@ class ResumableTrainer(Trainer):
                 else:
                     kept[name] = each.state()
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Without secrets: transformers pickles the arguments as they are, tokens included."""
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args.hub_token = token
-
 
 def _with_deepspeed(stage: int | None) -> str:
     return "without DeepSpeed" if stage is None else f"at ZeRO stage {stage}"

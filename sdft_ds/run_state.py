@@ -165,7 +165,7 @@ def versions() -> dict[str, str]:
 
 # With another value of these a resumed run would not be the run that was interrupted, in its data or its teacher.
 STEP_FIELDS = (
-    "seed", "data_seed", "shuffle_dataset", "num_generations", "num_iterations", "teacher_model_kind",
+    "method", "seed", "data_seed", "shuffle_dataset", "num_generations", "num_iterations", "teacher_model_kind",
     "generate_from_teacher", "dataloader_drop_last",
 )  # fmt: skip
 # These say where and how a run is started, not what it does; or they are compared above.

@@ -65,7 +65,8 @@ def _load_files(files: dict[str, list[Path]], path: Path, streaming: bool) -> Da
 
 
 def map_columns(dataset: Dataset | IterableDataset, args: ScriptArguments) -> Dataset | IterableDataset:
-    """The data set with the columns `prompt` and `privileged_context` only.
+    """The data set with the columns `prompt` and `privileged_context` only; for supervised fine-tuning with
+    `golden_response` besides, if it is there.
 
     The context is the row's own; where it has none, the demonstration template around its golden response.
     """
@@ -79,6 +80,8 @@ def map_columns(dataset: Dataset | IterableDataset, args: ScriptArguments) -> Da
     template = Template(args.demonstration_template)
     _check_template(template)
 
+    responses = args.method == "sft" and args.golden_response_column in columns
+
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         prompt = row[args.prompt_column]
         context = row.get(args.privileged_context_column)
@@ -88,7 +91,8 @@ def map_columns(dataset: Dataset | IterableDataset, args: ScriptArguments) -> Da
         if args.system_column is not None:
             system = {"role": "system", "content": row[args.system_column]}
             prompt = [system, {"role": "user", "content": prompt}] if isinstance(prompt, str) else [system, *prompt]
-        return {"prompt": prompt, "privileged_context": context}
+        mapped = {"prompt": prompt, "privileged_context": context}
+        return mapped | {"golden_response": response and _response_text(response)} if responses else mapped
 
     if isinstance(dataset, IterableDataset):
         return dataset.map(convert, remove_columns=columns)

@@ -21,6 +21,7 @@ from sdft_ds.evaluation.task_evaluation import TaskEvaluation
 from sdft_ds.evaluation.tasks import Task, read_tasks
 from sdft_ds.output_folder import OutputFolderInUse
 from sdft_ds.rows import RowError
+from sdft_ds.sft import TRAINERS
 from sdft_ds.step_guard import TooManyBadSteps
 from sdft_ds.trainer import SDFTTrainer
 
@@ -51,10 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
-        print(_learned(trainer.state.log_history))
+        print(_learned(trainer.state.log_history, args.method))
         print(f"Saved to {args.output_dir}")
+    about = {"dataset": script.dataset_name or script.dataset_path, "recipe": script.recipe}
+    trainer.create_model_card(**about)
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(**about)
 
 
 def _trainer(
@@ -75,7 +78,7 @@ def _trainer(
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         model.model_name_or_path, revision=model.model_revision, trust_remote_code=model.trust_remote_code
     )
-    trainer = SDFTTrainer(
+    trainer = TRAINERS[args.method](
         model=model.model_name_or_path,
         args=args,
         train_dataset=sources.map_columns(splits[script.dataset_train_split], script),
@@ -117,12 +120,20 @@ def _one_line(error: Exception) -> str | int:
     return f"sdft_ds: {error}" if os.environ.get("RANK", "0") == "0" else 1
 
 
-def _learned(log_history: list[dict[str, float]]) -> str:
-    """One sentence about the run: how far the student is from its teacher, at first and at last."""
-    distances = [log["sdft/distillation_loss"] for log in log_history if "sdft/distillation_loss" in log]
+def _learned(log_history: list[dict[str, float]], method: str) -> str:
+    """One sentence about the run: how far the student is from its teacher or its demonstrations, at first and at
+    last."""
+    metric = {"sdft": "sdft/distillation_loss", "sft": "loss"}[method]
+    distances = [log[metric] for log in log_history if metric in log]
     if not distances:
         return "No step was logged: lower logging_steps to see what was learned."
+    if method == "sft":
+        return f"The loss on the demonstrations was {distances[0]:.3g} at first and {distances[-1]:.3g} at last."
     return (
         f"The student's answers without the context were {distances[0]:.3g} nats per token from the teacher's at "
         f"first and {distances[-1]:.3g} at last."
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -4,8 +4,10 @@ Once per generation batch: prompts -> rollouts -> pairing -> teacher's pass. Onc
 share in the loss. Once per micro-batch: the student's forward, the loss in chunks, backward.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from transformers import (
     TrainerState,
 )
 
-from sdft_ds import completion_head, models, ranks, run_state, teacher, zero
+from sdft_ds import completion_head, model_card, models, ranks, run_state, teacher, zero
 from sdft_ds.aggregation import Shares, shares
 from sdft_ds.chunked_loss import LossTerms
 from sdft_ds.completion_head import DistillationLoss
@@ -55,6 +57,8 @@ class SDFTTrainer(ResumableTrainer):
     callbacks, optimizers, and a PEFT configuration for a fresh adapter. Raises ValueError, naming field or row and the
     remedy, for what cannot be trained.
     """
+
+    batches_from = GenerationBatches
 
     def __init__(
         self,
@@ -125,12 +129,12 @@ class SDFTTrainer(ResumableTrainer):
         self.add_callback(TimeReport)
         self.completion_log = CompletionLog(args, tokenizer, ranks.index() == 0)
         self.add_callback(self.completion_log)
-        self.add_callback(RunRecord("sdft", models.name_of(model)))
+        self.add_callback(RunRecord(args.method, models.name_of(model)))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TrainingProgress)
         if self.pop_callback(PrinterCallback) is not None:
             self.add_callback(LogLines)
-        self.generation_batches = GenerationBatches(
+        self.generation_batches = self.batches_from(
             args=args,
             accelerator=self.accelerator,
             model=self.model,
@@ -149,7 +153,7 @@ class SDFTTrainer(ResumableTrainer):
             dispatch=self._dispatch,
         )
         if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags(["sdft"])
+            self.model.add_model_tags([args.method])
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -382,6 +386,21 @@ class SDFTTrainer(ResumableTrainer):
         return loss.detach(), None, None
 
     # ---- reporting --------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, model_name: str | None = None, **about: Any) -> None:
+        """Write OUTPUT_DIR/README.md on the first rank. about: dataset and finetuned_from, hub ids or paths; recipe,
+        tags, license, language. `push_to_hub` calls it, and hands on what it is given."""
+        if self.is_world_process_zero():
+            facts = model_card.Facts(
+                model_name=model_name or Path(self.args.hub_model_id or os.path.abspath(self.args.output_dir)).name,
+                args=self.args,
+                log=self.state.log_history,
+                steps=self.state.global_step,
+                rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+                adapter=hasattr(self.model, "peft_config"),
+                **{"finetuned_from": completion_head.causal_lm_of(self.model).config._name_or_path, **about},
+            )
+            Path(self.args.output_dir, "README.md").write_text(model_card.render(facts), encoding="utf-8")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Join the metrics of all ranks into each line about losses."""

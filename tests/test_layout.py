@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).parent.parent / "sdft_ds"
 ORDER = [
     "processes", "machine", "doctor", "module_state", "thin_products", "ranks", "checkpoint", "output_folder",
     "preemption", "rows", "prompts", "streams", "paired_batch", "prefix", "divergence", "zero", "packing", "config",
-    "schedule", "rollouts", "aggregation", "chunked_loss", "inspection", "head", "completion_head", "models",
-    "teacher", "scoring", "run_state", "lookout", "resumable", "metrics", "step_guard", "generation_batch", "progress",
-    "report", "compare", "completion_log", "run_record", "evaluation_loader", "trainer", "completions", "evaluation",
-    "arguments", "sources", "demo", "train", "evaluate",
+    "recipes", "model_card", "schedule", "rollouts", "aggregation", "chunked_loss", "inspection", "head",
+    "completion_head", "models", "teacher", "scoring", "run_state", "lookout", "resumable", "metrics", "step_guard",
+    "generation_batch", "progress", "report", "compare", "completion_log", "run_record", "evaluation_loader",
+    "trainer", "sft", "completions", "evaluation", "arguments", "sources", "demo", "train", "evaluate",
 ]  # fmt: skip
 PURE = [
     "processes",

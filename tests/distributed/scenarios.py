@@ -19,6 +19,7 @@ from sdft_ds.evaluation.tasks import Task, TaskRow
 from sdft_ds.module_state import evaluating
 from sdft_ds.paired_batch import LossMask
 from sdft_ds.scoring import Scorer
+from sdft_ds.sft import TRAINERS
 from tests import tiny
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -81,6 +82,7 @@ def make_trainer(
     callbacks=(),
     rows=6,
     stream=False,
+    config=SDFTConfig,
     **settings,
 ):
     """A trainer of the tiny Llama; stage None: without DeepSpeed."""
@@ -89,9 +91,9 @@ def make_trainer(
     unset_hf_deepspeed_config()
     if stage is not None:
         settings["deepspeed"] = str(DS_CONFIGS / f"zero{stage}.json")
-    args = SDFTConfig(**{**SETTINGS, "output_dir": tempfile.mkdtemp(), **settings})
+    args = config(**{**SETTINGS, "output_dir": tempfile.mkdtemp(), **settings})
     dataset = Dataset.from_list(tiny.rows(rows))
-    return SDFTTrainer(
+    return TRAINERS[args.method](
         model=grown_student(lora, tied) if grown else model or tiny.llama(),
         args=args,
         train_dataset=dataset.to_iterable_dataset() if stream else dataset,
