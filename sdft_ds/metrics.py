@@ -217,7 +217,12 @@ class Meters:
         """The first phase in which one rank takes far longer than the others on average, and that costs time: in the
         phases after it the others wait."""
         others = (total - most) / max(1, self.ranks - 1)
-        if self.straggler is None and self.ranks > 1 and most > LATE * others and most - others > 0.1 * elapsed:
+        if (
+            self.straggler is None
+            and self.ranks > 1
+            and most > LATE * others
+            and most - others > max(1.0, 0.2 * elapsed)
+        ):
             self.straggler = f"rank {rank} took {most:.3g} s in {name.removeprefix('seconds/')}, others {others:.3g} s"
 
 
