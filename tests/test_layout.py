@@ -13,7 +13,7 @@ ORDER = [
     "streams", "paired_batch", "prefix", "divergence", "zero", "packing", "config", "schedule", "rollouts",
     "aggregation", "chunked_loss", "head", "completion_head", "models", "teacher", "scoring", "run_state",
     "resumable", "metrics", "step_guard", "generation_batch", "progress", "trainer", "completions", "arguments",
-    "sources", "demo", "train",
+    "sources", "demo", "train", "model_shape", "footprint", "traffic", "plan",
 ]  # fmt: skip
 PURE = [
     "module_state",

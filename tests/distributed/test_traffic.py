@@ -1,0 +1,25 @@
+"""What is sent in a step, counted on the calls themselves, against what sdft_ds.traffic says."""
+
+import pytest
+
+from sdft_ds.footprint import SETUPS, Job
+from sdft_ds.model_shape import shape_of
+from sdft_ds.traffic import volumes
+from tests import tiny
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["live", "ema"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_volumes_are_those_that_are_counted(two_ranks, stage, kind, accumulation):
+    counted = two_ranks.run(
+        "received", stage, teacher_model_kind=kind, gradient_accumulation_steps=accumulation, max_steps=4
+    )[0]
+    job = Job(
+        shape_of(tiny.llama()), ranks=2, teacher=kind, bf16=False, batch=2, accumulation=accumulation, generations=2,
+        prompt=64, teacher_prompt=128, completion=8,
+    )  # fmt: skip
+    predicted = volumes(job, SETUPS[stage])
+    gradients = predicted.pop("gradients")
+    assert counted["gradients"] == pytest.approx(gradients, rel=0.1)
+    assert counted["weights"] == pytest.approx(sum(predicted.values()), rel=0.1)
