@@ -189,7 +189,7 @@ def _resident(job: Job, setup: Setup) -> tuple[dict[str, float], float]:
 
 def _transient(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     """(phase, part, bytes) of what comes and goes."""
-    yield from _of_passes(job)
+    yield from _of_passes(job, setup)
     yield from _of_gradients(job, setup)
     if setup.stage == 3:
         bytes_per_element = job.weights / job.elements
@@ -199,7 +199,7 @@ def _transient(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
         yield "rollout", "gathered weights", job.weights if setup.gather else ahead
 
 
-def _of_passes(job: Job) -> Iterator[tuple[str, str, float]]:
+def _of_passes(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     """Activations, logits, keys and values, and what is kept of the teacher: nothing of it is sharded."""
     shape, b = job.shape, job.bytes
     cached = 2 * shape.key_value * shape.layers * b  # bytes of a token's keys and values
@@ -226,9 +226,15 @@ def _of_passes(job: Job) -> Iterator[tuple[str, str, float]]:
     for phase in ("teacher", "loss", "backward", "optimizer"):
         yield phase, "teacher head and states", states + head
 
+    if job.tuning == "qlora":  # each layer's weights in the compute dtype, for as long as it computes
+        whole = b * max(width * height for _, width, height in shape.linears)
+        for phase in ("rollout", "teacher", "loss", "backward"):
+            yield phase, "gathered weights", whole
+
     # The student: with checkpointing each layer's input, and one layer at a time in full, when it is computed again.
     tokens = job.batch * (job.prompt + job.completion)
-    layer = _of_layer(job, trained_adapter=job.tuning != "full")
+    # ZeRO-3 leaves adapters in the fp32 that PEFT makes them in; at other stages the engine makes them bf16.
+    layer = _of_layer(job, fp32_adapter=job.bf16 and job.tuning != "full" and setup.stage == 3)
     kept = shape.layers * (shape.hidden * b if job.checkpointing else layer)
     yield "loss", "activations", tokens * kept
     # Gradients of the feed-forward layer and of the layer's output, as measured (tests/test_footprint.py).
@@ -246,13 +252,14 @@ def _without_grad(job: Job) -> float:
     return job.bytes * max(feed_forward, attention)
 
 
-def _of_layer(job: Job, trained_adapter: bool) -> float:
+def _of_layer(job: Job, fp32_adapter: bool) -> float:
     """Bytes of a token that a layer of a gated decoder keeps for its backward: the inputs of its norms in fp32, those
     of its projections, queries, keys, values, attention's output, and four of the feed-forward layer's width."""
     shape, b = job.shape, job.bytes
-    kept = shape.hidden * (2 * 4 + 4 * b) + b * (2 * shape.query + 2 * shape.key_value + 4 * shape.intermediate)
-    # The input of each adapted layer once more in fp32, which PEFT keeps adapters in.
-    return kept + (4 * (5 * shape.hidden + shape.query + shape.intermediate) if trained_adapter and b == 2 else 0)
+    if fp32_adapter:  # keeps its inputs in fp32; the frozen layers beside it keep none
+        inputs = 4 * (5 * shape.hidden + shape.query + shape.intermediate)
+        return inputs + 8 * shape.hidden + b * (2 * shape.query + 2 * shape.key_value + 3 * shape.intermediate)
+    return shape.hidden * (8 + 4 * b) + b * (2 * shape.query + 2 * shape.key_value + 4 * shape.intermediate)
 
 
 def _loss_chunk(job: Job) -> float:

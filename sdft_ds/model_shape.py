@@ -26,7 +26,8 @@ BUILT_IN = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes in elements. parameters: all, tied ones once. head: of the head's weight, vocabulary x hidden.
+    """Sizes in elements. parameters: all, tied ones once. head: of the head's weight, vocabulary x hidden; tied: it is
+    the embedding's too.
 
     largest: of the largest parameter. linears: (last part of the name, in, out) of every linear layer but the head.
     query, key_value: widths of a layer's queries, and of its keys; intermediate: of its feed-forward layer.
@@ -34,6 +35,7 @@ class ModelShape:
 
     parameters: int
     head: int
+    tied: bool
     largest: int
     linears: tuple[tuple[str, int, int], ...]
     layers: int
@@ -76,6 +78,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     return ModelShape(
         parameters=sum(sizes),
         head=head.weight.numel(),
+        tied=head.weight is model.get_input_embeddings().weight,
         largest=max(sizes),
         linears=tuple(
             (name.rpartition(".")[2], module.in_features, module.out_features)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers.hf_argparser import string_to_bool
@@ -222,18 +223,20 @@ def show(args: argparse.Namespace, found: dict[str, Any], console: Console) -> N
         f"{args.model_name_or_path}, {parameters / 1e9:.3g} billion parameters, {found['job']['tuning']}, teacher "
         f"{found['job']['teacher']}, on {ranks} GPUs of {args.memory:g} GiB: GiB for each rank"
     )
-    table = Table(title=title)
-    for heading in ("", *PARTS, "peak", "in phase", "host", "fits"):
-        words = heading in ("", "in phase", "fits")
-        table.add_column(heading, justify="left" if words else "right", no_wrap=words)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("")
     for row in found["setups"]:
-        sizes = [f"{size / GIB:.2f}" for size in (*row["parts"].values(), row["peak"])]
-        table.add_row(row["setup"], *sizes, row["phase"], f"{row['host'] / GIB:.1f}", "yes" if row["fits"] else "no")
+        table.add_column(row["setup"].replace("_", " "), justify="right")
+    for part in PARTS:
+        table.add_row(part, *(_gib(row["parts"][part]) for row in found["setups"]))
+    table.add_section()
+    for line, of in (("peak", _gib), ("phase", str), ("host", _gib), ("fits", lambda fits: "yes" if fits else "no")):
+        table.add_row(line, *(of(row[line]) for row in found["setups"]))
     console.print(table)
     console.print(
-        f"A part is shown at its largest; the peak is the largest sum of a phase. Besides, {args.overhead:g} GiB are "
-        "left for the CUDA context, NCCL and the allocator (--overhead; an assumption).",
-        f"Layer by layer: --ds3_gather_for_generation false. Host: of {args.host_memory:g} GiB for each node.",
+        f"Each part at its largest; the peak is the largest sum of any phase. Besides it {args.overhead:g} GiB are left "
+        "for the CUDA context, NCCL and the allocator (--overhead; an assumption). Host: of "
+        f"{args.host_memory:g} GiB of a node. Layer by layer: with --ds3_gather_for_generation false.\n"
     )
     if found["advice"]:
         console.print(found["advice"])
@@ -244,6 +247,10 @@ def show(args: argparse.Namespace, found: dict[str, Any], console: Console) -> N
     console.print(f"The cheapest that fits:\n\n{found['command']}\n", soft_wrap=True)
     if "scaling" in found:
         _show_scaling(found, console)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.{2 if size < 10 * GIB else 1}f}"
 
 
 def _show_scaling(found: dict[str, Any], console: Console) -> None:

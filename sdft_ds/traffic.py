@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from sdft_ds.footprint import LIVE_PARAMETERS, Job, Setup
 
+MOST_RANKS = 4096
 ASSUMPTIONS = """\
 Weak scaling: rows per rank stay as they are. Rings: a rank receives (ranks - 1) / ranks of what is gathered or
 reduced, at {bandwidth:g} GB/s, and each collective costs {latency:g} us for each rank but one. Compute: {flops:g}
@@ -36,32 +37,36 @@ def volumes(job: Job, setup: Setup) -> dict[str, float]:
 
     Gathering, and reducing onto shards, is (ranks - 1) / ranks of the whole; an all-reduce is twice that.
     """
-    return {
-        name: size * count * (job.ranks - 1) / job.ranks for name, (size, count) in _collectives(job, setup).items()
-    }
+    return {name: whole * (job.ranks - 1) / job.ranks for name, (whole, _) in _rings(job, setup).items()}
 
 
-def _collectives(job: Job, setup: Setup) -> dict[str, tuple[float, float]]:
-    """Purpose -> (bytes that are moved over the ring, how many times)."""
-    weights, gradients = job.weights, job.trained * job.bytes
-    if setup.stage == 0:
-        return {"gradients": (gradients, 2)}
+def _rings(job: Job, setup: Setup) -> dict[str, tuple[float, float]]:
+    """Purpose -> (bytes that go once around the ring; how many passes over all weights or gradients they are)."""
+    weights, gradients, accumulation = job.weights, job.trained * job.bytes, job.accumulation
     if setup.stage < 3:
         # DeepSpeed reduces buckets that belong to several ranks by all-reduce (use_multi_rank_bucket_allreduce): stage
-        # 2 after each micro-batch, stage 1 once.
-        moved = {"gradients": (gradients, 2 * (job.accumulation if setup.stage == 2 else 1))}
-        swaps = {"teacher swapped in and out": (gradients, 2)} if job.has_shadow else {}
-        return moved | {"trained weights": (gradients, 1)} | swaps
-    # Forward and backward each gather the weights, but for those that stay from one to the other.
-    again = max(0.0, 1 - LIVE_PARAMETERS / job.elements)
-    head = job.shape.head * job.bytes if job.has_shadow and job.tuning == "full" else 0
-    return {
-        "gradients": (gradients, job.accumulation),
-        "student's weights": (weights, job.accumulation * (1 + again)),
-        "teacher's weights": (weights, job.scoring_forwards),
-        "teacher's head": (head, 1),
-        "rollout's weights": (weights, 1 if setup.gather else job.completion),
+        # 2 after each micro-batch, stages 0 and 1 once.
+        times = 2 * (accumulation if setup.stage == 2 else 1)
+        rings = {"gradients": (times * gradients, times)}
+        if setup.stage > 0:
+            rings["trained weights"] = (gradients, 1)
+            if job.has_shadow:
+                rings["teacher swapped in and out"] = (2 * gradients, 2)
+        return rings
+    # Forward and backward each gather the weights, but for those that stay from one to the other. A tied head stays
+    # from the first forward of the teacher's pass to the student's.
+    student, teacher = accumulation * (1 + max(0.0, 1 - LIVE_PARAMETERS / job.elements)), job.scoring_forwards
+    stays = job.shape.head * job.bytes if job.shape.tied else 0
+    rollout = 1 if setup.gather else job.completion
+    rings = {
+        "gradients": (accumulation * gradients, accumulation),
+        "student's weights": (student * weights - stays, student),
+        "teacher's weights": (teacher * weights - (teacher - 1) * stays, teacher),
+        "rollout's weights": (rollout * weights, rollout),
     }
+    if job.has_shadow and job.tuning == "full":
+        rings["teacher's head"] = (job.shape.head * job.bytes, 0)
+    return rings
 
 
 @dataclass(frozen=True)
@@ -90,19 +95,15 @@ def step_time(job: Job, setup: Setup, machine: Machine) -> StepTime:
     # smaller than most of them. Gradients are reduced in buckets of hidden^2.
     layers = len(job.shape.linears) + 2
     buckets = -(-job.trained // job.shape.hidden**2)
-    collectives = sum(
-        count * (buckets if name == "gradients" else layers)
-        for name, (size, count) in _collectives(job, setup).items()
-        if size
-    )
+    rings = _rings(job, setup).items()
+    collectives = sum(passes * (buckets if name == "gradients" else layers) for name, (_, passes) in rings)
     hops = collectives * (job.ranks - 1) * machine.latency * 1e-6
     return StepTime(job.ranks, computing, sum(volumes(job, setup).values()) / (machine.bandwidth * 1e9) + hops)
 
 
-def weak_scaling(job: Job, setup: Setup, machine: Machine, most: int = 4096) -> list[StepTime]:
-    """Step times of the same rows per rank on the job's ranks, and on 2, 4, 8 ... times as many, up to `most`."""
-    ranks, found = job.ranks, []
-    while ranks <= max(most, job.ranks):
-        found.append(step_time(replace(job, ranks=ranks), setup, machine))
-        ranks *= 2
-    return found
+def weak_scaling(job: Job, setup: Setup, machine: Machine) -> list[StepTime]:
+    """Step times of the same rows per rank on the job's ranks, and on 2, 4, 8 ... times as many, up to MOST_RANKS."""
+    more = [job.ranks]
+    while 2 * more[-1] <= MOST_RANKS:
+        more.append(2 * more[-1])
+    return [step_time(replace(job, ranks=ranks), setup, machine) for ranks in more]

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 
 from sdft_ds.footprint import OFFLOAD, OFFLOAD_OPTIMIZER, SETUPS, ZERO_2, ZERO_3, Job, footprint
@@ -52,10 +53,8 @@ def peak(run) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("overrides", [WIDE, {**WIDE, "hidden_size": 128, "num_key_value_heads": 4}])
 def test_activations_are_as_measured(bf16, checkpointing, overrides):
-    model = tiny.llama(dtype=torch.bfloat16 if bf16 else torch.float32, num_hidden_layers=4, **overrides)
-    model.config.attention_dropout = 0.0
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.0
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = tiny.llama(dtype=dtype, num_hidden_layers=4, attention_dropout=0.0, **overrides)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tokens = torch.randint(0, 200, (8, 256))
@@ -67,11 +66,29 @@ def test_activations_are_as_measured(bf16, checkpointing, overrides):
     def student():
         model.model(input_ids=tokens, use_cache=False).last_hidden_state.mean().backward()
 
-    student()  # gradients of the weights are made once
+    student()  # the weights' gradients of the weights are made once
     assert activations(job, "backward") == pytest.approx(peak(student), rel=0.1)
     with torch.no_grad():
         forward = peak(lambda: model.model(input_ids=tokens, use_cache=False))
     assert activations(job, "teacher") == pytest.approx(forward, rel=0.1)
+
+
+def test_adapters_in_fp32_keep_their_inputs_again():
+    model = tiny.llama(dtype=torch.bfloat16, num_hidden_layers=4, attention_dropout=0.0, **WIDE)
+    shape = shape_of(model)
+    config = LoraConfig(task_type="CAUSAL_LM", r=1, target_modules="all-linear")
+    model = get_peft_model(model, config).base_model.model
+    tokens = torch.randint(0, 200, (8, 256))
+
+    def student():
+        model.model(input_ids=tokens, use_cache=False).last_hidden_state.mean().backward()
+
+    student()
+    job = Job(
+        shape, ranks=1, tuning="lora", adapter=shape.adapter_parameters(1, None), checkpointing=False, prompt=192,
+        completion=64,
+    )  # fmt: skip
+    assert footprint(job, ZERO_3).phases["backward"]["activations"] == pytest.approx(peak(student), rel=0.1)
 
 
 def test_later_stages_and_more_offload_take_less():
@@ -82,8 +99,13 @@ def test_later_stages_and_more_offload_take_less():
 
 
 def test_more_ranks_take_less_of_what_is_sharded():
+    few, many = SEVEN, replace(SEVEN, ranks=64)
     for setup in SETUPS[1:]:
-        assert footprint(replace(SEVEN, ranks=64), setup).peak < footprint(SEVEN, setup).peak
+        assert footprint(many, setup).parts["optimizer"] <= footprint(few, setup).parts["optimizer"]
+        assert (
+            footprint(many, setup).peak + footprint(many, setup).host
+            < footprint(few, setup).peak + footprint(few, setup).host
+        )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ def test_a_model_counts_what_it_has(tied):
     model = tiny.llama(tie_word_embeddings=tied)
     shape = shape_of(model)
     assert shape.parameters == sum(param.numel() for param in model.parameters())
-    assert shape.head == model.lm_head.weight.numel() and (shape.query, shape.key_value) == (32, 16)
+    assert shape.tied == tied and shape.head == model.lm_head.weight.numel()
+    assert (shape.query, shape.key_value) == (32, 16)
 
 
 @pytest.mark.parametrize("file", ["", "config.json"])

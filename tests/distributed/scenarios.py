@@ -412,7 +412,7 @@ def received(stage, **settings) -> dict[str, float]:
     """Bytes that this rank receives through DeepSpeed's collectives in the last optimizer step, if they are rings."""
     import deepspeed.comm as comm
 
-    ranks, moved = torch.distributed.get_world_size(), {}
+    moved = {}
     gathers = ("all_gather_into_tensor", "all_gather", "all_gather_coalesced")
     times = dict.fromkeys((*gathers, "reduce_scatter_tensor"), 1) | {"all_reduce": 2}
 
@@ -421,19 +421,22 @@ def received(stage, **settings) -> dict[str, float]:
             if state.global_step == args.max_steps - 1:
                 moved.clear()
 
-    def size(things) -> int:
-        return things.nbytes if isinstance(things, torch.Tensor) else sum(map(size, things))
+    def size(thing) -> int:
+        if isinstance(thing, (list, tuple)):
+            return sum(map(size, thing))
+        return thing.nbytes if isinstance(thing, torch.Tensor) else 0
 
     def counted(name, call):
-        def counting(first, second=None, *args, **kwargs):
-            whole = second if name == "reduce_scatter_tensor" else first
+        def counting(*args, **kwargs):
+            whole = max(map(size, (*args, *kwargs.values())))  # what is gathered into, or reduced
             purpose = "weights" if name in gathers else "gradients"
-            moved[purpose] = moved.get(purpose, 0) + size(whole) * times[name] * (ranks - 1) / ranks
-            return call(first, *(() if second is None else (second,)), *args, **kwargs)
+            moved[purpose] = moved.get(purpose, 0) + whole * times[name] * (ranks - 1) / ranks
+            return call(*args, **kwargs)
 
         return counting
 
     trainer = make_trainer(stage, callbacks=[OfLastStep()], **settings)
+    ranks = trainer.args.world_size
     plain = {name: getattr(comm.comm.cdb, name) for name in times}
     for name, call in plain.items():
         setattr(comm.comm.cdb, name, counted(name, call))
@@ -453,7 +456,9 @@ def held(stage, **settings) -> dict[str, int]:
     weights = [getattr(param, "ds_tensor", param) for param in trainer.model.parameters()]
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     inner = getattr(inner, "optimizer", inner)  # accelerate's wrapper
-    masters = [param for group in inner.param_groups for param in group["params"]]
+    # ZeRO-3 shows its masters to the inner optimizer only during a step.
+    masters = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    masters = masters or [param for group in inner.param_groups for param in group["params"]]
     known = {tensor.data_ptr() for tensor in weights}
     states = [value for state in inner.state.values() for value in state.values()]
     optimizer = [t for t in masters if t.data_ptr() not in known]
