@@ -286,9 +286,11 @@ def _of_gradients(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     for phase in PHASES:
         yield phase, "gradients", bucket
     yield "loss", "gradients", whole if job.accumulation > 1 else 0
-    # A parameter's whole gradient before it is reduced.
-    yield "backward", "gradients", whole + b * (shape.largest if job.tuning == "full" else 0)
-    if job.tuning == "full":  # the head's own gradient: summed over chunks in fp32, then in its dtype
+    yield "backward", "gradients", whole
+    if job.tuning == "full":
+        # A parameter's whole gradient before it is reduced; that of a tied head waits for the embedding's.
+        yield "backward", "gradients", b * (shape.largest + (shape.head if shape.tied else 0))
+        # The head's own in the loss: summed over chunks in fp32, then in its dtype.
         yield "loss", "gradients", shape.head * (4 + (b if b < 4 else 0))
     # The step flattens gradients, and makes them fp32: stage 3 a sub-group at a time; stage 1 copies its shard first.
     in_fp32 = 4 if job.bf16 else 0

@@ -234,7 +234,7 @@ def show(args: argparse.Namespace, found: dict[str, Any], console: Console) -> N
         table.add_row(line, *(of(row[line]) for row in found["setups"]))
     console.print(table)
     console.print(
-        f"Each part at its largest; the peak is the largest sum of any phase. Besides it {args.overhead:g} GiB are left "
+        f"Each part at its largest; the peak is the largest sum of a phase. Besides it {args.overhead:g} GiB are left "
         "for the CUDA context, NCCL and the allocator (--overhead; an assumption). Host: of "
         f"{args.host_memory:g} GiB of a node. Layer by layer: with --ds3_gather_for_generation false.\n"
     )

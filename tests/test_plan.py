@@ -92,10 +92,11 @@ def test_a_mistake_is_one_line(argv, words):
     assert "\n" not in str(error.value)
 
 
-def test_what_is_shown_holds_the_table_the_command_and_the_assumptions(capsys):
+def test_what_is_shown_holds_the_table_the_command_and_the_assumptions(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
     main(["--model_name_or_path", "7b", "--scaling"])
     shown = capsys.readouterr().out
-    for words in ("zero3_offload", "deepspeed --num_gpus 8", "A rank receives", "Weak scaling", "4096", "at 50 GB/s"):
+    for words in ("teacher shadow", "deepspeed --num_gpus 8", "A rank receives", "Weak scaling", "4096", "at 50 GB/s"):
         assert words in shown
 
 
