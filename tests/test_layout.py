@@ -14,7 +14,7 @@ ORDER = [
     "recipes", "model_card", "schedule", "rollouts", "aggregation", "chunked_loss", "inspection", "head",
     "completion_head", "models", "teacher", "scoring", "run_state", "lookout", "resumable", "metrics", "step_guard",
     "generation_batch", "progress", "report", "compare", "completion_log", "run_record", "evaluation_loader",
-    "trainer", "sft", "completions", "evaluation", "arguments", "sources", "demo", "train", "evaluate",
+    "trainer", "sft", "completions", "evaluation", "arguments", "plan", "sources", "demo", "train", "evaluate",
 ]  # fmt: skip
 PURE = [
     "processes",

@@ -440,6 +440,68 @@ def gathers(stage, **settings) -> dict[str, int]:
     return counts
 
 
+def received(stage, **settings) -> dict[str, float]:
+    """Bytes that this rank receives through DeepSpeed's collectives in the last optimizer step, if they are rings."""
+    import deepspeed.comm as comm
+
+    moved = {}
+    gathers = ("all_gather_into_tensor", "all_gather", "all_gather_coalesced")
+    times = dict.fromkeys((*gathers, "reduce_scatter_tensor"), 1) | {"all_reduce": 2}
+
+    class OfLastStep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == args.max_steps - 1:
+                moved.clear()
+
+    def size(thing) -> int:
+        if isinstance(thing, (list, tuple)):
+            return sum(map(size, thing))
+        return thing.nbytes if isinstance(thing, torch.Tensor) else 0
+
+    def counted(name, call):
+        def counting(*args, **kwargs):
+            whole = max(map(size, (*args, *kwargs.values())))  # what is gathered into, or reduced
+            purpose = "weights" if name in gathers else "gradients"
+            moved[purpose] = moved.get(purpose, 0) + whole * times[name] * (ranks - 1) / ranks
+            return call(*args, **kwargs)
+
+        return counting
+
+    trainer = make_trainer(stage, callbacks=[OfLastStep()], **settings)
+    ranks = trainer.args.world_size
+    plain = {name: getattr(comm.comm.cdb, name) for name in times}
+    for name, call in plain.items():
+        setattr(comm.comm.cdb, name, counted(name, call))
+    try:
+        trainer.train()
+    finally:
+        for name, call in plain.items():
+            setattr(comm.comm.cdb, name, call)
+    return moved
+
+
+def held(stage, **settings) -> dict[str, int]:
+    """Bytes that this rank holds after training: weights, what the optimizer keeps, the teacher's shadow."""
+    trainer = make_trainer(stage, **settings)
+    trainer.train()
+    engine = trainer.model_wrapped
+    weights = [getattr(param, "ds_tensor", param) for param in trainer.model.parameters()]
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    inner = getattr(inner, "optimizer", inner)  # accelerate's wrapper
+    # ZeRO-3 shows its masters to the inner optimizer only during a step.
+    masters = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    masters = masters or [param for group in inner.param_groups for param in group["params"]]
+    known = {tensor.data_ptr() for tensor in weights}
+    states = [value for state in inner.state.values() for value in state.values()]
+    optimizer = [t for t in masters if t.data_ptr() not in known]
+    optimizer += [t for t in states if torch.is_tensor(t) and t.numel() > 1]
+    return {
+        "weights": sum(t.nbytes for t in weights),
+        "optimizer": sum(t.nbytes for t in optimizer),
+        "teacher shadow": sum(t.nbytes for t in getattr(trainer.teacher, "values", {}).values()),
+    }
+
+
 def one_rank_without_loss(stage) -> dict[str, Any]:
     """The first rank's rows are all skipped, the other's are not."""
     trainer = make_trainer(stage, callbacks=[recorder := Recorder()])
