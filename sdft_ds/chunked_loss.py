@@ -174,6 +174,25 @@ def chunked_token_log_probs(
     return log_probs_N
 
 
+@torch.no_grad()
+def chunked_top_tokens(
+    hidden_ND: Tensor,
+    head: HeadValues,
+    k: int,
+    temperature: float,
+    finish: LogitsTransform,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(probabilities, ids) of the k likeliest tokens at the given temperature, [N, K], the likeliest first."""
+    projection, vocabulary = _Projection(head, hidden_ND, finish), head.weight_VD.shape[0]
+    probabilities_NK = torch.empty(len(hidden_ND), min(k, vocabulary), device=hidden_ND.device)
+    ids_NK = torch.empty_like(probabilities_NK, dtype=torch.long)
+    for chunk in _chunks(len(hidden_ND), vocabulary, chunk_tokens):
+        probabilities_CV = (projection.logits(hidden_ND[chunk]) / temperature).softmax(-1)
+        probabilities_NK[chunk], ids_NK[chunk] = probabilities_CV.topk(min(k, vocabulary), dim=-1)
+    return probabilities_NK, ids_NK
+
+
 def whole_logits(hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -> Tensor:
     """The logits themselves, [N, V] fp32, as the loss computes them, without a gradient: for a few tokens."""
     return _Projection(head, hidden_ND, finish).logits(hidden_ND)

@@ -23,6 +23,7 @@ from sdft_ds.chunked_loss import (
     LossTerms,
     chunked_distillation_loss,
     chunked_token_log_probs,
+    chunked_top_tokens,
     whole_logits,
 )
 from sdft_ds.head import tensors_of as head_tensors
@@ -71,6 +72,27 @@ class DistillationLoss:
             hidden_ND, head, self.terms, self.scale, finish, self.chunk_tokens
         )
         return loss
+
+
+@dataclass
+class LikeliestTokens:
+    """Ask for the k likeliest tokens of student and teacher: probabilities [2, N, k] at a temperature, the student's
+    first; `ids` holds the tokens afterwards. teacher_head: None, the student's own."""
+
+    positions_N: Tensor
+    teacher_hidden_ND: Tensor
+    teacher_head: HeadValues | None
+    k: int
+    temperature: float
+    ids: Tensor | None = None
+
+    def answer(self, hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -> Tensor:
+        teacher_head = head if self.teacher_head is None else self.teacher_head.beside(head)
+        sides = (hidden_ND, head), (self.teacher_hidden_ND, teacher_head)
+        found = [chunked_top_tokens(*side, self.k, self.temperature, finish) for side in sides]
+        probabilities, ids = zip(*found, strict=True)
+        self.ids = torch.stack(ids)
+        return torch.stack(probabilities)
 
 
 @dataclass

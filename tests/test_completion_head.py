@@ -12,10 +12,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from sdft_ds.chunked_loss import LossTerms
+from sdft_ds.chunked_loss import HeadValues, LossTerms
 from sdft_ds.completion_head import (
     DistillationLoss,
     HiddenStates,
+    LikeliestTokens,
     Logits,
     TokenLogProbs,
     check,
@@ -66,6 +67,21 @@ def test_requests_answer_at_their_positions():
     expected = (output.logits.flatten(0, 1)[positions] / 0.5).log_softmax(-1)[[0, 1], tokens]
     got = model(**inputs(), request=TokenLogProbs(positions, tokens, 0.5))
     torch.testing.assert_close(got, expected.detach())
+
+
+@pytest.mark.parametrize("head", [None, HeadValues(torch.randn(264, 32))])
+def test_the_likeliest_tokens_of_both_sides(head):
+    model = tiny.llama().eval()
+    install(model)
+    positions, teacher_hidden = torch.tensor([2, 7]), torch.randn(2, 32)
+    request = LikeliestTokens(positions, teacher_hidden, head, 5, 0.5)
+    probabilities = model(**inputs(), request=request)
+    teacher_weight = model.lm_head.weight if head is None else head.weight_VD
+    logits = model(**inputs()).logits.flatten(0, 1)[positions], teacher_hidden @ teacher_weight.T
+    for side, of_side in enumerate(logits):
+        expected = (of_side.detach() / 0.5).softmax(-1).topk(5)
+        torch.testing.assert_close(probabilities[side], expected.values)
+        assert torch.equal(request.ids[side], expected.indices)
 
 
 def test_the_loss_leaves_its_terms_on_the_request():

@@ -13,7 +13,7 @@ ORDER = [
     "preemption", "rows", "prompts", "streams", "paired_batch", "prefix", "divergence", "zero", "packing", "config",
     "schedule", "rollouts", "aggregation", "chunked_loss", "head", "completion_head", "models", "teacher", "scoring",
     "run_state", "resumable", "metrics", "step_guard", "generation_batch", "progress", "report", "compare", "trainer",
-    "completions", "evaluation", "arguments", "sources", "demo", "train", "evaluate",
+    "completions", "evaluation", "arguments", "sources", "demo", "train", "evaluate", "preview",
 ]  # fmt: skip
 PURE = [
     "processes",
