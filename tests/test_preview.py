@@ -132,19 +132,16 @@ def test_other_policies(flags, truncation, fate):
 
 
 def test_the_mask_is_the_one_of_the_paired_batch(tokenizer):
-    seen = Looker(PromptBuilder(tokenizer, "{prompt}\n{privileged_context}", None, None)).look(
-        Example("Q", "abcdef"), 0
-    )
+    builder = PromptBuilder(tokenizer, "{prompt}\n{privileged_context}", None, None)
+    seen = Looker(builder).look(Example("Q", "abcdef"), 0)
     ids = [*tokenizer("abcdef")["input_ids"], tokenizer.eos_token_id]
     for mask, longest in ((LossMask(), 9), (LossMask(skip=2), 9), (LossMask(2, True), 6), (LossMask(skip=9), 4)):
         shown = sample(seen, tokenizer, mask, longest)
         assert shown.truncated == (longest < len(ids)) and len(shown.tokens) == min(longest, len(ids))
-        batch = pair(
-            [Rollout(0, seen.taken, Completion(ids[:longest], shown.truncated))], mask, 0, torch.device("cpu")
-        )
-        assert [i for i, counts in zip(ids, shown.in_loss, strict=False) if counts] == batch.tokens_N.tolist()
-    said = sample(seen, tokenizer, LossMask(skip=2), 9)
-    assert said.in_loss == [False] * 2 + [True] * 5
+        rollout = Rollout(0, seen.taken, Completion(ids[:longest], shown.truncated))
+        in_loss = [token for token, counts in zip(ids, shown.in_loss, strict=False) if counts]
+        assert in_loss == pair([rollout], mask, 0, torch.device("cpu")).tokens_N.tolist()
+    assert sample(seen, tokenizer, LossMask(skip=2), 9).in_loss == [False] * 2 + [True] * 5
 
 
 def test_skipped_tokens_stand_within_marks():

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if own.html:
             own.html.write_text(page.render(view), encoding="utf-8")
     except (ValueError, OSError) as error:
-        sys.exit(f"sdft_ds: {error}")
+        sys.exit(f"sdft_ds: {' '.join(str(error).split())}")
     console = Console(highlight=False)
     terminal.show(view, console)
     if own.html:
@@ -77,7 +77,7 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
         rows, "Reading rows", None if stream else len(dataset), console=Console(stderr=True), transient=True
     )
     view = preview(progress, builder, args, shown)
-    view.facts = [name, f"{view.statistics.rows:,} rows", f"truncation {args.truncation}"]
+    view.facts = [name, f"{view.statistics.rows:,} rows", f"truncation={args.truncation}"]
     if stream:
         view.notes.append(f"A stream: its first {view.statistics.rows:,} rows were looked at.")
     if score:

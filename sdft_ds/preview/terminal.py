@@ -15,21 +15,16 @@ from sdft_ds.report.token_view import LEVELS, level
 
 SPECIAL = "magenta"
 CONTEXT, CUT, SKIPPED = ("⟦", "⟧", "black on bright_cyan"), ("✂⟨", "⟩", "strike red"), ("⟨", "⟩", "dim underline")
-# As d0 to d6 in page.css.
-COLOURS = dict(
-    zip(
-        [f"d{i}" for i in range(len(LEVELS) + 1)],
-        ["", *(f"#1b1f26 on {c}" for c in ("#fff2cf", "#fedf9c", "#fdbf6a", "#f8924a")),
-         "#ffffff on #c9431f", "#ffffff on #86150f"],
-        strict=True,
-    )
-)  # fmt: skip
+# As in page.css.
+COLOURS = {
+    "d0": "", "d1": "#1b1f26 on #fff2cf", "d2": "#1b1f26 on #fedf9c", "d3": "#1b1f26 on #fdbf6a",
+    "d4": "#1b1f26 on #f8924a", "d5": "#ffffff on #c9431f", "d6": "#ffffff on #86150f",
+}  # fmt: skip
 MOST_CHARACTERS = 1200  # of a piece of a prompt; its middle is left out
 MOST_TOKENS = 10  # rows of a table of tokens
 # A terminal obeys control characters; a data set may hold any.
-HARMLESS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
-    code: "\ufffd" for code in range(0x7F, 0xA0)
-}
+HARMLESS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+HARMLESS |= dict.fromkeys(range(0x7F, 0xA0), "\ufffd")
 
 
 def show(view: Preview, console: Console) -> None:
@@ -45,9 +40,9 @@ def show(view: Preview, console: Console) -> None:
 def _legend(view: Preview) -> Text:
     legend = Text("special token", SPECIAL)
     for name, mark in (("context", CONTEXT), ("cut", CUT), ("not in the loss", SKIPPED)):
-        legend.append("  ").append_text(_marked(Text(name), mark))
+        legend.append("  ").append_text(_marked(name, mark))
     if any(shown.scored for shown in view.rows):
-        legend.append("  nats per token:")
+        legend.append("\nnats per token:")
         for bound in LEVELS:
             legend.append(" ").append(f" {bound:g} ", COLOURS[level(bound)])
     return legend
@@ -102,9 +97,9 @@ def _harmless(text: str) -> str:
     return text.translate(HARMLESS)
 
 
-def _marked(text: Text, mark: tuple[str, str, str]) -> Text:
+def _marked(text: str, mark: tuple[str, str, str]) -> Text:
     start, end, style = mark
-    return Text(start).append(text.plain, style).append(end)
+    return Text(start).append(text, style).append(end)
 
 
 def _tokens(tokens: Sequence[str], classes: Sequence[str]) -> Text:
