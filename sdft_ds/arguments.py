@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, HfArgumentParser
+from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, PreTrainedTokenizerBase
 
 from sdft_ds import recipes
 from sdft_ds.config import SDFTConfig
@@ -120,6 +120,11 @@ class ModelArguments:
         }
         return {name: value for name, value in named.items() if value is not None}
 
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(
+            self.model_name_or_path, revision=self.model_revision, trust_remote_code=self.trust_remote_code
+        )
+
     def _quantization(self, args: SDFTConfig) -> BitsAndBytesConfig | None:
         """Raises ValueError for what cannot train, with what to use instead."""
         if not (self.load_in_4bit or self.load_in_8bit):
@@ -199,6 +204,16 @@ def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
         kind(**{f.name: values[f.name] for f in fields(kind) if f.init})
         for kind in (ScriptArguments, config, ModelArguments)
     )
+
+
+def is_demo(script: ScriptArguments, model: ModelArguments) -> bool:
+    """Whether neither a model nor a data set is named. Raises ValueError where one of the two is missing."""
+    data_set = script.dataset_name is not None or script.dataset_path is not None
+    if data_set and model.model_name_or_path is None:
+        raise ValueError("A data set is named, but no model: set --model_name_or_path.")
+    if model.model_name_or_path is not None and not data_set:
+        raise ValueError("A model is named, but no data set: set --dataset_path or --dataset_name.")
+    return not data_set
 
 
 def _parser() -> argparse.ArgumentParser:

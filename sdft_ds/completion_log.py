@@ -20,6 +20,7 @@ from transformers.integrations import is_trackio_available, is_wandb_available
 
 from sdft_ds.config import SDFTConfig
 from sdft_ds.inspection import Side, TwoSides
+from sdft_ds.paired_batch import Rollout
 from sdft_ds.report.run_folder import Completion
 from sdft_ds.scoring import Scored
 
@@ -51,34 +52,11 @@ class CompletionLog(TrainerCallback):
         """Keep the rows; of each token of theirs, in order, the divergence and what both sides thought."""
         start = 0
         for r in rows:
-            rollout = scored.batch.rollouts[r]
-            ids = rollout.completion.ids
             count = int((scored.batch.rows_N == r).sum())
             part = slice(start, start + count)
             start += count
-            before = len(ids) - count  # tokens that are not in the loss
-            divergence = divergence_M[part].tolist()
-            self.taken.append(
-                Completion(
-                    step=step,
-                    prompt=rollout.prompts.student.text,
-                    teacher_prompt=rollout.prompts.teacher.text,
-                    completion=self.tokenizer.decode(ids),
-                    length=len(ids),
-                    truncated=rollout.completion.truncated,
-                    divergence_mean=sum(divergence) / count if count else None,
-                    tokens=[self.tokenizer.decode([token]) for token in ids],
-                    divergence=[None] * before + divergence,
-                    student_top=[[]] * before + self._top(seen.student[part]),
-                    teacher_top=[[]] * before + self._top(seen.teacher[part]),
-                )
-            )
-
-    def _top(self, side: Side) -> list[list[dict[str, Any]]]:
-        return [
-            [{"token": self.tokenizer.decode([token]), "p": p} for token, p in zip(tokens, ps, strict=True)]
-            for tokens, ps in zip(side.likeliest_M5.tolist(), side.probabilities_M5.tolist(), strict=True)
-        ]
+            rollout = scored.batch.rollouts[r]
+            self.taken.append(completion_of(rollout, divergence_M[part], seen[part], self.tokenizer, step))
 
     def on_step_end(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.taken:
@@ -93,6 +71,49 @@ class CompletionLog(TrainerCallback):
         _to_trackers(args.report_to, rows, state.global_step)
         if args.print_completions:
             print_table(rows, state.global_step)
+
+
+def completion_of(
+    rollout: Rollout, divergence_M: Tensor, seen: TwoSides, tokenizer: PreTrainedTokenizerBase, step: int
+) -> Completion:
+    """A rollout as it is shown; M are its loss tokens, the last ones of the completion."""
+    ids, divergence = rollout.completion.ids, divergence_M.tolist()
+    before = len(ids) - len(divergence)
+
+    def likeliest(side: Side) -> list[list[dict[str, Any]]]:
+        return [[]] * before + [
+            [{"token": tokenizer.decode([token]), "p": p} for token, p in zip(tokens, ps, strict=True)]
+            for tokens, ps in zip(side.likeliest_M5.tolist(), side.probabilities_M5.tolist(), strict=True)
+        ]
+
+    return Completion(
+        step=step,
+        prompt=rollout.prompts.student.text,
+        teacher_prompt=rollout.prompts.teacher.text,
+        completion=tokenizer.decode(ids),
+        length=len(ids),
+        truncated=rollout.completion.truncated,
+        divergence_mean=sum(divergence) / len(divergence) if divergence else None,
+        tokens=token_texts(tokenizer, ids),
+        divergence=[None] * before + divergence,
+        student_top=likeliest(seen.student),
+        teacher_top=likeliest(seen.teacher),
+    )
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The text of each token, special ones too; joined they are the text of all.
+
+    A character that several tokens make up stands at the last of them, and the others are empty.
+    """
+    texts, start, read = [], 0, 0  # what is decoded begins one token before the one that is read
+    for end in range(1, len(ids) + 1):
+        before, now = (tokenizer.decode(ids[start:until], skip_special_tokens=False) for until in (read, end))
+        whole = end == len(ids) or not now.endswith("\ufffd")
+        texts.append(now[len(before) :] if whole else "")
+        if whole:
+            start, read = read, end
+    return texts
 
 
 def _to_trackers(report_to: list[str], rows: list[list[Any]], step: int) -> None:

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from sdft_ds import zero
 from sdft_ds.divergence import MODES, Divergence
+from sdft_ds.paired_batch import LossMask
 from sdft_ds.prompts import TRUNCATIONS, parse_template
 
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
@@ -296,6 +297,11 @@ class SDFTConfig(TrainingArguments):
             add_tail=self.distillation_add_tail,
             temperature=self.temperature,
         )
+
+    @property
+    def loss_mask(self) -> LossMask:
+        """Which tokens of a completion these settings leave out of the loss."""
+        return LossMask(self.num_loss_tokens_to_skip, self.mask_truncated_completions)
 
     @property
     def generation_options(self) -> dict[str, Any]:

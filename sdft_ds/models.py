@@ -1,4 +1,4 @@
-"""A model by name or as an object -> the causal LM to train, its tokenizer and its stop tokens."""
+"""A model by name or as an object -> the causal LM to train, its tokenizer, its stop tokens, its limits of prompts."""
 
 import warnings
 from typing import Any
@@ -9,6 +9,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -17,6 +18,7 @@ from transformers import (
 from sdft_ds import zero
 from sdft_ds.completion_head import causal_lm_of
 from sdft_ds.config import SDFTConfig
+from sdft_ds.prompts import PromptBuilder
 
 
 def load_model(model: str | PreTrainedModel | nn.Module, args: SDFTConfig) -> nn.Module:
@@ -103,10 +105,23 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
     return sorted(ids)
 
 
-def prompt_limits(model: nn.Module, args: SDFTConfig) -> tuple[int | None, int | None]:
+def prompt_builder(
+    tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, args: SDFTConfig
+) -> PromptBuilder:
+    """What makes both prompts of a row for this model. Raises ValueError for limits that exceed its context."""
+    return PromptBuilder(
+        tokenizer,
+        args.teacher_prompt_template,
+        *_prompt_limits(model_config, args),
+        args.truncation,
+        args.chat_template_kwargs,
+    )
+
+
+def _prompt_limits(model_config: PreTrainedConfig, args: SDFTConfig) -> tuple[int | None, int | None]:
     """Most tokens of the student's and of the teacher's prompt: either fits into the model's context together with the
     longest completion. None where neither the config of the model nor a setting says anything."""
-    context = getattr(causal_lm_of(model).config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return args.max_prompt_length, args.max_teacher_prompt_length
     room = context - args.max_completion_length

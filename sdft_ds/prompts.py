@@ -13,12 +13,13 @@ from string import Formatter
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from sdft_ds.rows import Example, Prompt, check_columns, example_from_row
 
 TRUNCATIONS = ("truncate", "drop", "error")
 PLACEHOLDERS = ("prompt", "privileged_context")
+MARKS = [chr(code) for code in range(0xE000, 0xF900)]  # characters without a meaning (private use)
 
 
 class PromptTooLong(ValueError):
@@ -38,6 +39,15 @@ class RenderedPrompt:
 class PromptPair:
     student: RenderedPrompt
     teacher: RenderedPrompt
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of a text, which came in for the placeholder `name`."""
+
+    name: str
+    start: int
+    end: int
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
@@ -88,14 +98,14 @@ class PromptBuilder:
     def build(self, example: Example, index: int) -> PromptPair:
         """Both prompts of row `index`. Raises PromptTooLong where the policy or the lengths forbid a cut."""
         student = self._fit(
-            _user_text(example.prompt),
+            user_text(example.prompt),
             lambda text: _with_user_text(example.prompt, text),
             self.max_prompt_length,
             keep="end",
             what=f"Row {index}: the student's prompt (max_prompt_length)",
             counter="student_prompts_cut",
         )
-        question = _user_text(student.prompt)
+        question = user_text(student.prompt)
         teacher = self._fit(
             example.privileged_context,
             lambda text: _with_user_text(example.prompt, self._fill(question, text)),
@@ -108,25 +118,82 @@ class PromptBuilder:
 
     def render(self, prompt: Prompt) -> RenderedPrompt:
         """Plain text as it is, with the tokenizer's own special tokens; a conversation through the chat template."""
+        text = self._text(prompt)
+        ids = self._encoded(prompt, text)["input_ids"]
+        # A tokenizer that closes every text with EOS would have the model answer after the end.
+        while isinstance(prompt, str) and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
+        return RenderedPrompt(prompt, text, ids)
+
+    def spans(self, pair: PromptPair) -> tuple[list[Span], list[Span]]:
+        """Where the question stands in the student's text, and question and context in the teacher's.
+
+        None in a conversation whose chat template does more to the user's text than to strip it.
+        """
+        question = Span("prompt", 0, len(user_text(pair.student.prompt)))
+        return self._in_text(pair.student, [question]), self._in_text(pair.teacher, self._filled_in(pair))
+
+    def context_left(self, pair: PromptPair) -> str:
+        """The context as far as it was not cut."""
+        span = next(span for span in self._filled_in(pair) if span.name == "privileged_context")
+        return user_text(pair.teacher.prompt)[span.start : span.end]
+
+    def offsets(self, rendered: RenderedPrompt) -> list[tuple[int, int]]:
+        """Which characters [start, end) of its text each token of a prompt stands for; (0, 0) for one that the
+        tokenizer adds. Raises ValueError for a tokenizer that cannot tell."""
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} cannot tell where its tokens stand in a text: a fast tokenizer "
+                "(tokenizer.json) is needed."
+            )
+        encoded = self._encoded(rendered.prompt, rendered.text, return_offsets_mapping=True)
+        return encoded["offset_mapping"][: len(rendered.ids)]
+
+    def _encoded(self, prompt: Prompt, text: str, **options: Any) -> BatchEncoding:
+        return self.tokenizer(text, add_special_tokens=isinstance(prompt, str), **options)
+
+    def _text(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
-            # A tokenizer that closes every text with EOS would have the model answer after the end.
-            while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-                ids = ids[:-1]
-            return RenderedPrompt(prompt, prompt, ids)
+            return prompt
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 f"The prompt is a conversation, but the tokenizer {self.tokenizer.name_or_path!r} has no chat "
                 "template: use plain-text prompts, or set tokenizer.chat_template."
             )
-        text = self.tokenizer.apply_chat_template(
+        return self.tokenizer.apply_chat_template(
             prompt, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
         )
-        return RenderedPrompt(prompt, text, self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _fill(self, question: str, context: str) -> str:
         values = {"prompt": question, "privileged_context": context}
         return "".join(literal + (values[name] if name else "") for literal, name in self.template)
+
+    def _filled_in(self, pair: PromptPair) -> list[Span]:
+        """Question and context in the user's text of the teacher's prompt."""
+        question, text = user_text(pair.student.prompt), user_text(pair.teacher.prompt)
+        contexts = sum(name == "privileged_context" for _, name in self.template)
+        context_length = (len(text) - len(self._fill(question, ""))) // contexts
+        lengths = {"prompt": len(question), "privileged_context": context_length}
+        at, spans = 0, []
+        for literal, name in self.template:
+            at += len(literal)
+            if name:
+                spans.append(Span(name, at, at + lengths[name]))
+                at += lengths[name]
+        return spans
+
+    def _in_text(self, rendered: RenderedPrompt, spans: list[Span]) -> list[Span]:
+        """Spans of the user's text as spans of the whole text."""
+        if isinstance(rendered.prompt, str):
+            return spans
+        filled, text = user_text(rendered.prompt), rendered.text
+        mark = next(mark for mark in MARKS if mark not in text)
+        marked = self._text(_with_user_text(rendered.prompt, f"{mark}{filled}{mark}"))
+        start, end = len(marked.partition(mark)[0]), len(text) - len(marked.rpartition(mark)[2])
+        stripped = filled.find(text[start:end]) if start <= end else -1  # so many characters at its beginning
+        if stripped < 0:
+            return []
+        return [Span(s.name, *(min(max(start + at - stripped, start), end) for at in (s.start, s.end))) for s in spans]
 
     def _fit(
         self, text: str, compose: Callable[[str], Prompt], limit: int | None, keep: str, what: str, counter: str
@@ -163,7 +230,7 @@ class PromptBuilder:
         return ""
 
 
-def _user_text(prompt: Prompt) -> str:
+def user_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 

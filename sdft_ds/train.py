@@ -28,11 +28,11 @@ from sdft_ds.trainer import SDFTTrainer
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says. A mistake in it, or in the data, is one line and exit status 2."""
-    _quiet_unless_first_rank()
+    quiet_unless_first_rank()
     try:
         script, args, model = arguments.parse(sys.argv[1:] if argv is None else argv, demo.RECIPE)
         questions = _questions(script)
-        is_demo = model.model_name_or_path is None and script.dataset_name is None and script.dataset_path is None
+        is_demo = arguments.is_demo(script, model)
         trainer = demo.trainer(args, model.peft_config()) if is_demo else _trainer(script, args, model)
         if questions:
             trainer.add_callback(TaskEvaluation(trainer, questions, script.eval_tasks_steps))
@@ -63,10 +63,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _trainer(
     script: arguments.ScriptArguments, args: arguments.SDFTConfig, model: arguments.ModelArguments
 ) -> SDFTTrainer:
-    if model.model_name_or_path is None:
-        raise ValueError("A data set is named, but no model: set --model_name_or_path.")
-    if script.dataset_name is None and script.dataset_path is None:
-        raise ValueError("A model is named, but no data set: set --dataset_path or --dataset_name.")
     splits = sources.load_splits(script)
     evaluates = args.eval_strategy != "no"
     if evaluates and script.dataset_test_split not in splits:
@@ -75,15 +71,12 @@ def _trainer(
             f"has {', '.join(splits)}. Set --dataset_test_split."
         )
     args.model_init_kwargs = {**model.init_kwargs(args), **(args.model_init_kwargs or {})}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        model.model_name_or_path, revision=model.model_revision, trust_remote_code=model.trust_remote_code
-    )
     trainer = TRAINERS[args.method](
         model=model.model_name_or_path,
         args=args,
         train_dataset=sources.map_columns(splits[script.dataset_train_split], script),
         eval_dataset=sources.map_columns(splits[script.dataset_test_split], script) if evaluates else None,
-        processing_class=tokenizer,
+        processing_class=model.tokenizer(),
         peft_config=model.peft_config(),
     )
     if evaluates and script.eval_num_prompts:
@@ -103,7 +96,7 @@ def _resume(value: str | None) -> str | bool | None:
     return {"true": True, "false": None}.get((value or "false").lower(), value)
 
 
-def _quiet_unless_first_rank() -> None:
+def quiet_unless_first_rank() -> None:
     """Other ranks say the same; what goes wrong on one of them alone is an exception, and still shows."""
     # Names that the libraries below us still use among each other, and that no user can do anything about.
     for module in ("transformers", "torch.distributed"):

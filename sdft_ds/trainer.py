@@ -38,7 +38,7 @@ from sdft_ds.inspection import evenly_spaced
 from sdft_ds.metrics import Meters
 from sdft_ds.packing import packing_for
 from sdft_ds.progress import LogLines, TimeReport, TrainingProgress
-from sdft_ds.prompts import PromptBuilder, usable_rows
+from sdft_ds.prompts import usable_rows
 from sdft_ds.resumable import ResumableTrainer
 from sdft_ds.rollouts import Sampler
 from sdft_ds.run_record import RunRecord
@@ -83,13 +83,7 @@ class SDFTTrainer(ResumableTrainer):
             models.disable_dropout(model)
         models.warn_without_masters(model, args)
         completion_head.install(model)
-        prompts = PromptBuilder(
-            tokenizer,
-            args.teacher_prompt_template,
-            *models.prompt_limits(model, args),
-            args.truncation,
-            args.chat_template_kwargs,
-        )
+        prompts = models.prompt_builder(tokenizer, completion_head.causal_lm_of(model).config, args)
         if isinstance(train_dataset, IterableDataset):
             train_dataset = Stream(train_dataset, prompts)
         elif train_dataset is not None:
@@ -261,8 +255,17 @@ class SDFTTrainer(ResumableTrainer):
         if return_outputs:
             raise ValueError("SDFTTrainer computes no outputs beside the loss: logits are never in memory.")
         scored: Scored = inputs["scored"]
-        share: Shares = inputs["shares"]
-        request = DistillationLoss(
+        request = self.loss_request(scored, inputs["shares"])
+        looked_at = self._look_at(request, scored) if model.training else []
+        loss = model(**scored.batch.student.inputs, request=request)
+        self._record(request, scored, looked_at, self.meters["train" if model.training else "eval"])
+        # A product, also by 1: at ZeRO stage 0 DeepSpeed divides the gradient of what its forward returned, if exactly
+        # that tensor is given to its backward, by the accumulation steps once more.
+        return loss * self.args.distillation_weight
+
+    def loss_request(self, scored: Scored, share: Shares) -> DistillationLoss:
+        """What the student's forward is asked for: the loss of a micro-batch, and the divergence of each token."""
+        return DistillationLoss(
             positions_N=scored.batch.student.positions_N,
             terms=LossTerms(
                 divergence=self.args.divergence,
@@ -276,12 +279,6 @@ class SDFTTrainer(ResumableTrainer):
             scale=share.scale,
             chunk_tokens=self.args.loss_chunk_tokens,
         )
-        looked_at = self._look_at(request, scored) if model.training else []
-        loss = model(**scored.batch.student.inputs, request=request)
-        self._record(request, scored, looked_at, self.meters["train" if model.training else "eval"])
-        # A product, also by 1: at ZeRO stage 0 DeepSpeed divides the gradient of what its forward returned, if exactly
-        # that tensor is given to its backward, by the accumulation steps once more.
-        return loss * self.args.distillation_weight
 
     def _look_at(self, request: DistillationLoss, scored: Scored) -> list[int]:
         """Let the request see a sample of the tokens, and all of the rows that are returned, which are to be shown."""

@@ -43,6 +43,11 @@ def test_both_sides_are_those_of_whole_distributions(case, monkeypatch, elements
     assert len(seen[2:]) == 3 and torch.equal(seen[2:].teacher.entropy_M, seen.teacher.entropy_M[2:])
 
 
+def test_no_tokens(case):
+    hidden, head, terms, *_ = case
+    assert len(two_sides(hidden, head, terms, None, torch.tensor([], dtype=torch.long))) == 0
+
+
 def test_evenly_spaced_tokens():
     assert evenly_spaced(3, 5, "cpu").tolist() == [0, 1, 2]
     assert evenly_spaced(9, 3, "cpu").tolist() == [0, 4, 8] and len(evenly_spaced(9, 0, "cpu")) == 0

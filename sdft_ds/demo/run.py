@@ -83,13 +83,18 @@ class Lessons(TrainerCallback):
         return answer_accuracies(answers, asked)
 
 
+def dataset() -> Dataset:
+    """The demonstrations of the new facts."""
+    return Dataset.from_list(train_rows())
+
+
 def trainer(args: SDFTConfig, peft_config: PeftConfig | None) -> SDFTTrainer:
     """The demo's trainer with the given settings."""
     lessons = Lessons()
     made = TRAINERS[args.method](
         model=str(MODEL_DIR),
         args=args,
-        train_dataset=Dataset.from_list(train_rows()),
+        train_dataset=dataset(),
         processing_class=AutoTokenizer.from_pretrained(MODEL_DIR),
         callbacks=[lessons],
         peft_config=peft_config,
