@@ -14,7 +14,7 @@ ORDER = [
     "recipes", "model_card", "schedule", "rollouts", "aggregation", "chunked_loss", "head", "completion_head",
     "models", "teacher", "scoring", "run_state", "resumable", "metrics", "step_guard", "generation_batch", "progress",
     "report", "compare", "trainer", "sft", "completions", "evaluation", "arguments", "sources", "demo", "train",
-    "evaluate",
+    "evaluate", "sequential",
 ]  # fmt: skip
 PURE = [
     "processes",
