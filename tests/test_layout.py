@@ -15,7 +15,7 @@ ORDER = [
     "completion_head", "models", "teacher", "scoring", "run_state", "lookout", "resumable", "metrics", "step_guard",
     "generation_batch", "progress", "report", "compare", "completion_log", "run_record", "evaluation_loader",
     "trainer", "sft", "completions", "evaluation", "arguments", "plan", "sources", "demo", "train", "evaluate",
-    "preview",
+    "preview", "sequential",
 ]  # fmt: skip
 PURE = [
     "processes",
