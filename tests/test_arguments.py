@@ -82,3 +82,8 @@ def test_help_is_readable(capsys):
         parse(["--help"], RECIPE)
     text = capsys.readouterr().out
     assert "data:" in text and "model and adapter:" in text and "Train a LoRA adapter" in text
+
+
+def test_code_of_others_is_not_trusted_unless_asked():
+    _, args, model = parse([], RECIPE)
+    assert not model.trust_remote_code and not model.init_kwargs(args)["trust_remote_code"]

@@ -1,6 +1,7 @@
 """The house rules that a program can check: imports flow one way, and only zero.py knows ZeRO."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,11 @@ def test_only_zero_knows_deepspeed():
             text = path.read_text()
             assert not any(name.split(".")[0] == "deepspeed" for name in imports(path)), path
             assert not any(word in text for word in ("ds_id", "ds_tensor", "GatheredParameters")), path
+
+
+def test_pickles_are_read_where_deepspeed_wrote_them_only():
+    for path in modules():
+        assert room(path) == "zero" or not re.search(r"torch\.load\(|import pickle", path.read_text()), path
 
 
 def test_pure_modules_import_without_deepspeed():
