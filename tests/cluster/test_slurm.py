@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "cluster.sh"
 NEEDED = ["slurmctld", "slurmd", "sbatch", "sshd", "pdsh", "ip", "unshare", "nsenter"]
 HEADER = ["--time=10", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
-STEPS = 16
+STEPS = 10
 # The embedded default, a few steps of it, without its baseline's minutes.
 FEW_STEPS = ["--max_steps", str(STEPS), "--save_steps", "2", "--logging_steps", "1", "--disable_tqdm", "true"]
 
