@@ -12,11 +12,12 @@ import argparse
 import gc
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from sdft_ds.zero import free_port
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
 KINDS = ["live", "base", "ema"]
@@ -31,12 +32,6 @@ def status(field: str) -> int:
     """A field of this process's memory status, in MB."""
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) // 1024
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def cell(tool: str, stage: int, kind: str, model: str) -> None:

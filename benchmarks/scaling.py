@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.memory import CONFIGS, free_port
+from benchmarks.memory import CONFIGS
 from benchmarks.step_time import WORDS, Clock
+from sdft_ds.zero import free_port
 
 
 def median_seconds(call: Callable[[], None], times: int = 3) -> float:

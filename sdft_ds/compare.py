@@ -12,13 +12,13 @@ from pathlib import Path
 
 from sdft_ds.progress import PHASES, phase_seconds
 from sdft_ds.report import run_folder
-from sdft_ds.report.charts import Series, lines, shares
+from sdft_ds.report.charts import COLOURS, Series, lines, shares
 from sdft_ds.report.curves import Chart, charts_of
 from sdft_ds.report.page import document, grid, missing, table
 from sdft_ds.report.run_folder import Run
 from sdft_ds.report.run_page import before_after, facts
 
-MOST = 6  # as many colours as page.css has
+MOST = COLOURS
 
 
 def write(folders: Sequence[str | Path], output: str | Path) -> Path:

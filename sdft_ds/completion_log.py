@@ -4,7 +4,6 @@ Written to OUTPUT_DIR/completions/step-N.parquet, in the columns of report.run_f
 trackers that have tables. Taken from the training forward itself, on the first rank.
 """
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from sdft_ds.inspection import Side, TwoSides
 from sdft_ds.paired_batch import Rollout
 from sdft_ds.report.run_folder import Completion
 from sdft_ds.scoring import Scored
+from sdft_ds.whole_files import written_aside
 
 SHOWN = ("prompt", "completion", "divergence_mean", "length", "truncated")
 
@@ -62,11 +62,8 @@ class CompletionLog(TrainerCallback):
         if not self.taken:
             return
         taken, self.taken = [asdict(each) for each in self.taken], []
-        path = Path(args.output_dir, "completions", f"step-{state.global_step}.parquet")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        parquet.write_table(pyarrow.Table.from_pylist(taken), aside)
-        os.replace(aside, path)
+        with written_aside(Path(args.output_dir, "completions", f"step-{state.global_step}.parquet")) as aside:
+            parquet.write_table(pyarrow.Table.from_pylist(taken), aside)
         rows = [[each[name] for name in SHOWN] for each in taken]
         _to_trackers(args.report_to, rows, state.global_step)
         if args.print_completions:

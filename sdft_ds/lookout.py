@@ -36,6 +36,7 @@ class Lookout:
 
     def __init__(self, ddp_timeout: float):
         self.patience = min(PATIENCE, ddp_timeout / 4)
+        self.host = socket.gethostname()
         self.entered = 0
         self.store: Any = None
         self.over = threading.Event()
@@ -61,7 +62,7 @@ class Lookout:
         """This rank goes on to a phase."""
         if self.store is not None:
             self.entered += 1
-            place = Place(self.entered, phase, step, socket.gethostname())
+            place = Place(self.entered, phase, step, self.host)
             self.store.set(str(ranks.index()), json.dumps(vars(place)))
 
     def _watch(self) -> None:

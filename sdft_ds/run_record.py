@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from sdft_ds import report
 from sdft_ds.config import SDFTConfig
 from sdft_ds.run_state import versions
+from sdft_ds.whole_files import written_aside
 
 
 class RunRecord(TrainerCallback):
@@ -59,11 +60,8 @@ class RunRecord(TrainerCallback):
             warnings.warn(f"The report was not written: {type(error).__name__}: {error}", stacklevel=2)
 
     def _write(self, args: SDFTConfig) -> None:
-        path = Path(args.output_dir, "run.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(self.about, indent=1, default=str))
-        os.replace(aside, path)
+        with written_aside(Path(args.output_dir, "run.json")) as aside:
+            aside.write_text(json.dumps(self.about, indent=1, default=str))
 
 
 def environment(args: SDFTConfig) -> dict[str, Any]:

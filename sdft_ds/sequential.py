@@ -10,7 +10,6 @@ DIR/matrix.html say what each stage taught, and what was forgotten. The same com
 
 import argparse
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -28,13 +27,13 @@ from transformers import AutoTokenizer
 from sdft_ds.evaluation.tasks import RETENTION, read_tasks
 from sdft_ds.preemption import MARKER
 from sdft_ds.report import run_folder
-from sdft_ds.report.charts import Series, lines
+from sdft_ds.report.charts import COLOURS, Series, lines
 from sdft_ds.report.page import document, grid, table
+from sdft_ds.whole_files import written_aside
 
 FINISHED = "stages.json"
 START = "start"
 OWN_FLAGS = ("dataset_path", "dataset_name", "output_dir", "eval_tasks", "resume_from_checkpoint")
-COLOURS = 6  # that page.css has
 
 
 class StageFailed(RuntimeError):
@@ -184,10 +183,8 @@ def _shown(names: list[str], values: dict[str, float]) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """A kill leaves the old file or the new one."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def plan(args: argparse.Namespace, train_script: Path) -> Plan:

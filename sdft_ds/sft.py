@@ -8,9 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from sdft_ds.aggregation import Shares
 from sdft_ds.chunked_loss import LossTerms
 from sdft_ds.completion_head import DistillationLoss
 from sdft_ds.config import SDFTConfig
@@ -115,20 +116,21 @@ class SFTTrainer(SDFTTrainer):
             raise TypeError(f"SFTTrainer needs an SFTConfig, which takes the settings of the {type(args).__name__}.")
         super().__init__(model, args, *arguments, **options)
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
+    def loss_request(self, scored: Scored, share: Shares) -> DistillationLoss:
         """The cross entropy of one micro-batch's demonstrations."""
-        batch, share = inputs["scored"].batch, inputs["shares"]
-        request = DistillationLoss(
-            positions_N=batch.student.positions_N,
-            terms=LossTerms(CrossEntropy(), None, None, batch.tokens_N, share.weights_N),
+        return DistillationLoss(
+            positions_N=scored.batch.student.positions_N,
+            terms=LossTerms(CrossEntropy(), None, None, scored.batch.tokens_N, share.weights_N),
             scale=share.scale,
             chunk_tokens=self.args.loss_chunk_tokens,
         )
-        loss = model(**batch.student.inputs, request=request)
-        self.meters["train" if model.training else "eval"].add("completions/loss_tokens", len(batch.tokens_N))
-        return loss * self.args.distillation_weight  # a product, also by 1: see SDFTTrainer
+
+    def look_at(self, request: DistillationLoss, scored: Scored) -> list[int]:
+        """At nothing: there is one side only."""
+        return []
+
+    def record(self, request: DistillationLoss, scored: Scored, rows: list[int], meters: Meters) -> None:
+        meters.add("completions/loss_tokens", len(scored.batch.tokens_N))
 
     def save_own_state(self, folder: str) -> None:
         """Nothing: demonstrations are read again."""

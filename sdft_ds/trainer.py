@@ -256,9 +256,9 @@ class SDFTTrainer(ResumableTrainer):
             raise ValueError("SDFTTrainer computes no outputs beside the loss: logits are never in memory.")
         scored: Scored = inputs["scored"]
         request = self.loss_request(scored, inputs["shares"])
-        looked_at = self._look_at(request, scored) if model.training else []
+        looked_at = self.look_at(request, scored) if model.training else []
         loss = model(**scored.batch.student.inputs, request=request)
-        self._record(request, scored, looked_at, self.meters["train" if model.training else "eval"])
+        self.record(request, scored, looked_at, self.meters["train" if model.training else "eval"])
         # A product, also by 1: at ZeRO stage 0 DeepSpeed divides the gradient of what its forward returned, if exactly
         # that tensor is given to its backward, by the accumulation steps once more.
         return loss * self.args.distillation_weight
@@ -280,27 +280,28 @@ class SDFTTrainer(ResumableTrainer):
             chunk_tokens=self.args.loss_chunk_tokens,
         )
 
-    def _look_at(self, request: DistillationLoss, scored: Scored) -> list[int]:
-        """Let the request see a sample of the tokens, and all of the rows that are returned, which are to be shown."""
-        sample_M = evenly_spaced(len(scored.batch.tokens_N), self.args.inspect_tokens, self.args.device)
+    def look_at(self, request: DistillationLoss, scored: Scored) -> list[int]:
+        """Let the request see a sample of the tokens, and after it all of the rows that are returned, which are to be
+        shown."""
+        at_M = evenly_spaced(len(scored.batch.tokens_N), self.args.inspect_tokens, self.args.device)
         rows = self.completion_log.wanted(self.state.global_step + 1, scored)
-        at_M = torch.cat([sample_M, self.completion_log.tokens_of(rows, scored)])
+        if rows:  # to look for their tokens waits for the device
+            at_M = torch.cat([at_M, self.completion_log.tokens_of(rows, scored)])
         request.inspect_M = at_M if len(at_M) else None
         return rows
 
-    def _record(self, request: DistillationLoss, scored: Scored, rows: list[int], meters: Meters) -> None:
+    def record(self, request: DistillationLoss, scored: Scored, rows: list[int], meters: Meters) -> None:
         """Add to the metrics what the forward found, and keep the rows that are to be shown."""
         meters.add_divergences(request.per_token_N, scored.batch.offsets_N)
         if request.seen is None:
             return
-        at_M, seen, sampled = request.inspect_M, request.seen, len(request.inspect_M)
+        sampled = min(len(scored.batch.tokens_N), self.args.inspect_tokens)
+        sample_M, shown_M = request.inspect_M[:sampled], request.inspect_M[sampled:]
         if rows:
-            shown_M = self.completion_log.tokens_of(rows, scored)
-            sampled -= len(shown_M)
-            step = self.state.global_step + 1
-            self.completion_log.take(step, rows, scored, request.per_token_N[shown_M], seen[sampled:])
-        old_M = None if scored.old_log_probs_N is None else scored.old_log_probs_N[at_M[:sampled]]
-        meters.add_two_sides(seen[:sampled], old_M, self.args.distillation_is_clip)
+            step, seen = self.state.global_step + 1, request.seen[sampled:]
+            self.completion_log.take(step, rows, scored, request.per_token_N[shown_M], seen)
+        old_M = None if scored.old_log_probs_N is None else scored.old_log_probs_N[sample_M]
+        meters.add_two_sides(request.seen[:sampled], old_M, self.args.distillation_is_clip)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -41,15 +41,12 @@ def start_process_group(deepspeed_config: Any, use_cpu: bool, timeout_seconds: i
         return
     _own_programs_first()
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         alone = {
             "RANK": "0",
             "LOCAL_RANK": "0",
             "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(free_port()),
         }
         os.environ.update(alone)
     if use_cpu:
@@ -78,6 +75,13 @@ def build_operator() -> str:
     builder = get_accelerator().create_op_builder("CPUAdamBuilder")
     builder.load()
     return builder.name
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def stage(engine: nn.Module) -> int:

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "sdft_ds"
 
 # A module may import those before it. Packages count as one room.
 ORDER = [
-    "processes", "machine", "doctor", "module_state", "thin_products", "ranks", "checkpoint", "output_folder",
+    "processes", "machine", "doctor", "whole_files", "module_state", "thin_products", "ranks", "checkpoint",
+    "output_folder",
     "preemption", "rows", "prompts", "streams", "paired_batch", "prefix", "divergence", "zero", "packing", "config",
     "recipes", "model_card", "schedule", "rollouts", "aggregation", "chunked_loss", "inspection", "head",
     "completion_head", "models", "teacher", "scoring", "run_state", "lookout", "resumable", "metrics", "step_guard",

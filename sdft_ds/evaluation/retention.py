@@ -12,7 +12,6 @@ and the others.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from sdft_ds.chunked_loss import CHUNK_ELEMENTS, HeadValues, LogitsTransform, whole_logits
 from sdft_ds.paired_batch import View, lay_out, one_line_each
+from sdft_ds.whole_files import written_aside
 
 LIKELIEST = 128
 FILE = "evaluations/retention.safetensors"  # not beside a model, where some loaders take every safetensors file
@@ -131,18 +131,15 @@ def mean(sums: list[float], start: list[Continuation]) -> float:
 
 
 def save(folder: str | Path, prompts: list[list[int]], start: list[Continuation]) -> None:
-    """Write FILE; a file of that name is complete."""
+    """Write FILE."""
     tensors = {
         "counts": torch.tensor([len(row.tokens) for row in start]),
         "tokens": torch.tensor([token for row in start for token in row.tokens]),
         "indices": torch.cat([row.indices_MK for row in start]),
         "log_probs": torch.cat([row.log_probs_MB for row in start]),
     }
-    path = Path(folder, FILE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    save_file(tensors, aside, {"prompts": _digest(prompts)})
-    os.replace(aside, path)
+    with written_aside(Path(folder, FILE)) as aside:
+        save_file(tensors, aside, {"prompts": _digest(prompts)})
 
 
 def load(folder: str | Path, prompts: list[list[int]]) -> list[Continuation]:

@@ -5,7 +5,6 @@ Greedy answers are scored, row by row; the retention set also says how far the m
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from sdft_ds.paired_batch import Completion
 from sdft_ds.prompts import PromptBuilder
 from sdft_ds.schedule import evaluation_batches
 from sdft_ds.trainer import SDFTTrainer
+from sdft_ds.whole_files import written_aside
 
 FIGURES = {
     "accuracy": "share of the rows with an answer whose completion is right",
@@ -236,11 +236,9 @@ def record(result: Result) -> dict[str, Any]:
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
-    """As JSON Lines; a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    aside.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records), "utf-8")
-    os.replace(aside, path)
+    """As JSON Lines."""
+    with written_aside(path) as aside:
+        aside.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records), "utf-8")
 
 
 def print_table(columns: dict[str, list[dict[str, Any]]]) -> None:

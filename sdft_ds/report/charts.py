@@ -16,12 +16,13 @@ from sdft_ds.report.scales import Axis, as_json_number, averages, number, step_a
 WIDTH, HEIGHT = 460, 224  # units of the SVG, about a pixel each
 LEFT, RIGHT, TOP, BOTTOM = 50, 450, 10, 202  # of the plot within it
 COLUMNS = RIGHT - LEFT  # a curve keeps its extremes in each of these
+COLOURS = 6  # that page.css has: c0 to c5
 SMOOTH_FROM = 80  # points; from here on an average is drawn over the faint curve
 
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: y over x (ascending), and the class of page.css that colours it (c0..c5; o0..o4 are ordered)."""
+    """A curve: y over x (ascending), and the class of page.css that colours it (c0 ...; o0..o4 are ordered)."""
 
     name: str
     x: Sequence[float]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sdft_ds.metrics import METRICS
 from sdft_ds.progress import PHASES
-from sdft_ds.report.charts import Series
+from sdft_ds.report.charts import COLOURS, Series
 from sdft_ds.report.run_folder import Run
 
 
@@ -24,7 +24,9 @@ class Chart:
     def of(self, run: Run) -> list[Series]:
         """The curves that the run has numbers for."""
         colour = "o" if self.ordered else "c"
-        series = [Series(name, *run.series(m), f"{colour}{i % 6}") for i, (m, name) in enumerate(self.curves.items())]
+        series = [
+            Series(name, *run.series(m), f"{colour}{i % COLOURS}") for i, (m, name) in enumerate(self.curves.items())
+        ]
         return [s for s in series if s.x]
 
 

@@ -7,10 +7,11 @@ import faulthandler
 import importlib
 import multiprocessing
 import os
-import socket
 import tempfile
 import traceback
 from typing import Any
+
+from sdft_ds.zero import free_port
 
 
 class RankError(AssertionError):
@@ -56,10 +57,7 @@ class Ranks:
         self.processes = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        context, port = multiprocessing.get_context("spawn"), free_port()
         self.pipes, self.logs = [], []
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()

@@ -4,12 +4,13 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from sdft_ds.zero import free_port
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "teacher_model_kind": "ema",
@@ -40,12 +41,6 @@ def start_by(launcher: str, folder: Path, faults=(), **settings: Any) -> list[su
     """A launcher that starts two ranks, in a process group of its own."""
     program = [MODULE[launcher], "tests.faults.program", str(folder), as_json(faults, settings)]
     return [_process([*LAUNCHERS[launcher], str(free_port()), *program], {})]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def as_json(faults, settings: dict[str, Any]) -> str:

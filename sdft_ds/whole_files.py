@@ -1,0 +1,15 @@
+"""Files are written aside and renamed into place, so that a kill leaves the old one, or none: never a part of one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Where to write what takes the place of `path` when the block ends; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    yield aside
+    os.replace(aside, path)
