@@ -2,26 +2,26 @@
 
 The teacher sees the same question as the student, cut in the same way, and the privileged context around it. What is
 cut is always the user's text, before templating: the prompt loses its beginning, the context its end. Tokens of a chat
-template or of the teacher's template are never cut, nor are the earlier messages of a conversation.
+template or of the teacher's template are never cut, nor are the earlier messages of a conversation. A teacher prompt
+that a row brings itself is never cut either.
 """
 
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from sdft_ds.rows import Example, Prompt, check_columns, example_from_row
+from sdft_ds.rows import DataError, Example, Prompt, RowError
 
 TRUNCATIONS = ("truncate", "drop", "error")
 PLACEHOLDERS = ("prompt", "privileged_context")
 
 
-class PromptTooLong(ValueError):
+class PromptTooLong(DataError):
     """A prompt over its limit, under truncation='error' or 'drop', or one that no cut of the user's text can mend."""
 
 
@@ -47,6 +47,8 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
     ValueError for a missing or unknown placeholder, or for one with an attribute, an index, a conversion or a format.
     """
     where = "teacher_prompt_template"
+    if not isinstance(template, str):
+        raise ValueError(f"{where} must be a text, not {type(template).__name__}.")
     try:
         pieces = list(Formatter().parse(template))
     except ValueError as error:
@@ -86,27 +88,33 @@ class PromptBuilder:
         self.counts = Counter()
 
     def build(self, example: Example, index: int) -> PromptPair:
-        """Both prompts of row `index`. Raises PromptTooLong where the policy or the lengths forbid a cut."""
-        student = self._fit(
-            _user_text(example.prompt),
-            lambda text: _with_user_text(example.prompt, text),
-            self.max_prompt_length,
-            keep="end",
-            what=f"Row {index}: the student's prompt (max_prompt_length)",
-            counter="student_prompts_cut",
-        )
-        question = _user_text(student.prompt)
-        teacher = self._fit(
-            example.privileged_context,
-            lambda text: _with_user_text(example.prompt, self._fill(question, text)),
-            self.max_teacher_prompt_length,
-            keep="start",
-            what=f"Row {index}: the teacher's prompt (max_teacher_prompt_length)",
-            counter="teacher_prompts_cut",
-        )
+        """Both prompts of row `index`. Raises PromptTooLong where the policy or the lengths forbid a cut, and RowError
+        for a conversation that the chat template refuses."""
+        try:
+            student = self._fit(
+                _user_text(example.prompt),
+                lambda text: self.render(_with_user_text(example.prompt, text), example.tools),
+                self.max_prompt_length,
+                keep="end",
+                what=f"Row {index}: the student's prompt (max_prompt_length)",
+                counter="student_prompts_cut",
+            )
+            # Of a teacher prompt of the row's own nothing is the context, which could be cut.
+            teacher = self._fit(
+                "" if example.teacher_prompt is not None else example.privileged_context,
+                lambda text: self.render(self._teacher_prompt(example, student, text), example.tools),
+                self.max_teacher_prompt_length,
+                keep="start",
+                what=f"Row {index}: the teacher's prompt (max_teacher_prompt_length)",
+                counter="teacher_prompts_cut",
+            )
+        except TemplateError as error:
+            raise RowError(
+                index, "prompt", f"the model's chat template refuses the conversation: {' '.join(str(error).split())}."
+            ) from None
         return PromptPair(student, teacher)
 
-    def render(self, prompt: Prompt) -> RenderedPrompt:
+    def render(self, prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> RenderedPrompt:
         """Plain text as it is, with the tokenizer's own special tokens; a conversation through the chat template."""
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt)["input_ids"]
@@ -115,24 +123,30 @@ class PromptBuilder:
                 ids = ids[:-1]
             return RenderedPrompt(prompt, prompt, ids)
         if self.tokenizer.chat_template is None:
-            raise ValueError(
+            raise DataError(
                 f"The prompt is a conversation, but the tokenizer {self.tokenizer.name_or_path!r} has no chat "
                 "template: use plain-text prompts, or set tokenizer.chat_template."
             )
-        text = self.tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
-        )
+        options = {**self.chat_template_kwargs, **({"tools": tools} if tools else {})}
+        text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
         return RenderedPrompt(prompt, text, self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _teacher_prompt(self, example: Example, student: RenderedPrompt, context: str) -> Prompt:
+        """What the teacher sees: the question as the student sees it, and the context; or what the row says itself."""
+        own = example.teacher_prompt
+        if own is None:
+            return _with_user_text(example.prompt, self._fill(_user_text(student.prompt), context))
+        return _with_user_text(example.prompt, own) if isinstance(own, str) else own
 
     def _fill(self, question: str, context: str) -> str:
         values = {"prompt": question, "privileged_context": context}
         return "".join(literal + (values[name] if name else "") for literal, name in self.template)
 
     def _fit(
-        self, text: str, compose: Callable[[str], Prompt], limit: int | None, keep: str, what: str, counter: str
+        self, text: str, render: Callable[[str], RenderedPrompt], limit: int | None, keep: str, what: str, counter: str
     ) -> RenderedPrompt:
-        """The prompt composed with the longest end (or start) of the text that fits into `limit` tokens."""
-        rendered = self.render(compose(text))
+        """The prompt rendered with the longest end (or start) of the text that fits into `limit` tokens."""
+        rendered = render(text)
         length = len(rendered.ids)
         if limit is None or length <= limit:
             return rendered
@@ -144,8 +158,8 @@ class PromptBuilder:
         # Cutting by the tokens of the text alone can leave one too many once it is rendered: cut until it fits.
         while len(rendered.ids) > limit and text:
             text = self._without_tokens(text, len(rendered.ids) - limit, keep)
-            rendered = self.render(compose(text))
-        if len(rendered.ids) > limit or (keep == "end" and not text):
+            rendered = render(text)
+        if len(rendered.ids) > limit or not text:
             raise PromptTooLong(
                 f"{what} has {length} tokens, over the limit of {limit}, and cutting the user's text cannot mend it: "
                 "the template and the other messages are never cut. Raise the limit."
@@ -169,36 +183,3 @@ def _user_text(prompt: Prompt) -> str:
 
 def _with_user_text(prompt: Prompt, text: str) -> Prompt:
     return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
-
-
-def usable_rows(dataset: Dataset, name: str, builder: PromptBuilder) -> Dataset:
-    """Validate every row before the first step; with truncation='drop', leave out those that are too long.
-
-    Raises RowError or PromptTooLong for a row that cannot be used, ValueError for a data set without any that can.
-    """
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(f"{name} is an IterableDataset: only train_dataset can be a stream.")
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty.")
-    check_columns(list(dataset[0]))
-    kept = []
-    for index, row in enumerate(dataset):
-        try:
-            builder.build(example_from_row(row, index), index)
-        except PromptTooLong:
-            if builder.truncation != "drop":
-                raise
-            continue
-        kept.append(index)
-    dropped, cut = len(dataset) - len(kept), dict(builder.counts)
-    builder.counts.clear()
-    if not kept:
-        raise ValueError(f"{name}: all {dropped} rows are over max_prompt_length or max_teacher_prompt_length.")
-    if dropped or cut:
-        warnings.warn(
-            f"{name}: of {len(dataset)} rows {dropped} are dropped, {cut.get('student_prompts_cut', 0)} lose the "
-            f"beginning of the prompt and {cut.get('teacher_prompts_cut', 0)} the end of the context, because of "
-            "max_prompt_length and max_teacher_prompt_length.",
-            stacklevel=3,
-        )
-    return dataset.select(kept) if dropped else dataset
