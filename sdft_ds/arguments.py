@@ -3,21 +3,29 @@
 import argparse
 import difflib
 import json
+import os
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from datetime import date
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 import torch
-import yaml
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, HfArgumentParser
 
+from sdft_ds import settings_file
 from sdft_ds.config import SDFTConfig
 
 
 def _field(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
+
+
+FORMATS = {
+    "prompt_golden_response": {"prompt_column": "prompt", "golden_response_column": "golden_response"},
+    "messages_output_text": {"prompt_column": "messages", "golden_response_column": "output_text"},
+}
 
 
 @dataclass
@@ -28,11 +36,20 @@ class ScriptArguments:
 
     dataset_name: str | None = _field(None, "A data set on the Hugging Face hub.")
     dataset_config: str | None = _field(None, "Its configuration.")
-    dataset_path: str | None = _field(
-        None, "A data set on disk: a save_to_disk folder, a json/jsonl/parquet/csv file, or a folder of such files."
+    dataset_revision: str | None = _field(None, "Its branch, tag or commit.")
+    dataset_path: list[str] | None = _field(
+        None,
+        "A data set on disk: a save_to_disk folder; or json, jsonl, parquet, csv or arrow files: one, several, a "
+        "pattern, or a folder of them.",
+    )
+    dataset_format: Literal["prompt_golden_response", "messages_output_text"] | None = _field(
+        None, "The columns of the SDFT authors' data sets, in place of --prompt_column and --golden_response_column."
     )
     dataset_train_split: str = _field("train", "The split to train on.")
     dataset_test_split: str = _field("test", "The split to evaluate on, where eval_strategy asks for it.")
+    eval_fraction: float | None = _field(
+        None, "Evaluate on this share of the training split, chosen by the seed and not trained on, instead."
+    )
     dataset_streaming: bool = _field(
         False, "Read the training split as a stream, in its order, without loading it; needs --max_steps."
     )
@@ -43,6 +60,10 @@ class ScriptArguments:
     privileged_context_column: str = _field(
         "privileged_context", "Column that holds what only the teacher sees: text, or messages."
     )
+    teacher_prompt_column: str = _field(
+        "teacher_prompt", "Column that holds what the teacher sees in place of the filled template, where it is set."
+    )
+    tools_column: str = _field("tools", "Column that holds function schemas for the chat template, or their JSON.")
     golden_response_column: str = _field(
         "golden_response", "Column that holds a demonstration, used where a row has no privileged context."
     )
@@ -63,6 +84,36 @@ class ScriptArguments:
     retention_file: str | None = _field(
         None, "Prompts, and answers if there are any, on which the model is compared with the one it was at the start."
     )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for settings that contradict each other or change nothing."""
+        if self.dataset_path and self.dataset_name:
+            raise ValueError("--dataset_path and --dataset_name are both set: give one of them.")
+        for name in ("dataset_config", "dataset_revision"):
+            if getattr(self, name) is not None and self.dataset_name is None:
+                raise ValueError(f"--{name} needs --dataset_name: a data set on disk has none.")
+        if self.eval_fraction is not None and not 0.0 < self.eval_fraction < 1.0:
+            raise ValueError(f"--eval_fraction must be between 0 and 1, not {self.eval_fraction}.")
+        if self.eval_fraction is not None and self.dataset_streaming:
+            raise ValueError("--eval_fraction cannot be taken of a stream: set --dataset_test_split instead.")
+        for name, column in FORMATS.get(self.dataset_format, {}).items():
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) not in (default, column):
+                raise ValueError(
+                    f"--{name}={getattr(self, name)} contradicts --dataset_format={self.dataset_format}, whose column "
+                    f"is {column!r}: give one of the two."
+                )
+            setattr(self, name, column)
+
+
+# What flags that begin so need.
+NEEDED = {
+    "lora_": "use_peft",
+    "use_rslora": "use_peft",
+    "use_dora": "use_peft",
+    "bnb_4bit_": "load_in_4bit",
+    "use_bnb_": "load_in_4bit",
+}
 
 
 @dataclass
@@ -96,6 +147,13 @@ class ModelArguments:
         "Dtype that packs the 4-bit weights. Unset: the engine's under ZeRO-3, which shards floats only; else uint8.",
     )
     use_bnb_nested_quant: bool = _field(False, "Quantize the 4-bit scales as well.")
+
+    def __post_init__(self) -> None:
+        """Warns of settings that change nothing."""
+        for prefix, flag in NEEDED.items():
+            for f in fields(self):
+                if f.name.startswith(prefix) and not getattr(self, flag) and getattr(self, f.name) != f.default:
+                    warnings.warn(f"--{f.name} has no effect without --{flag}.", stacklevel=3)
 
     def init_kwargs(self, args: SDFTConfig) -> dict[str, Any]:
         """What goes to from_pretrained."""
@@ -159,43 +217,61 @@ class ModelArguments:
 
 
 Parsed = tuple[ScriptArguments, SDFTConfig, ModelArguments]
+KINDS = (ScriptArguments, SDFTConfig, ModelArguments)
 
 
 def parse(argv: Sequence[str], recipe: dict[str, Any]) -> Parsed:
     """The command line, over a YAML file (--config), over `recipe` where neither a model nor a data set is named.
 
     Prints one line and exits with status 2 for a flag or a key that does not exist, or a value of the wrong type.
+    Raises ValueError for a file that is no YAML, and for settings that cannot be.
     """
     parser = _parser()
     settings, _ = parser.parse_known_args(argv)
-    from_file = _read_yaml(settings.config, parser) if settings.config else {}
+    from_file = _read_file(settings.config, parser) if settings.config else {}
     named = {**vars(settings), **from_file}
     if any(named.get(key) or vars(settings)[key] for key in ("model_name_or_path", "dataset_name", "dataset_path")):
         recipe = {}
-    tokens = [token for name, value in {**recipe, **from_file}.items() for token in _tokens(name, value)]
+    given = {**recipe, **from_file}
+    # What no token can say: nothing at all.
+    parser.set_defaults(**{name: value for name, value in given.items() if value is None or value == []})
+    tokens = [token for name, value in given.items() for token in _tokens(name, value, parser)]
     namespace, unknown = parser.parse_known_args([*tokens, *argv])
     if unknown:
         parser.error(_unknown(unknown, parser))
     values = vars(namespace)
-    return tuple(
-        kind(**{name: values[name] for name, f in kind.__dataclass_fields__.items() if f.init})
-        for kind in (ScriptArguments, SDFTConfig, ModelArguments)
-    )
+    return tuple(kind(**{f.name: values[f.name] for f in fields(kind) if f.init}) for kind in KINDS)
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong in one line, on the first rank, instead of after all flags on all of them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"sdft_ds: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = HfArgumentParser(
-        (ScriptArguments, SDFTConfig, ModelArguments),
+    parser = _Parser(
+        KINDS,
         prog="train.py",
         description="Self-distilled fine-tuning. With neither a model nor a data set: the embedded demo.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings from a YAML file; the command line wins.")
+    optional = _optional_fields()
     for action in parser._actions:
         # A number that may be None can be said to be: --distillation_topk none.
-        if action.type in (int, float):
+        if action.type in (int, float) and action.dest in optional:
             action.type = _optional(action.type)
     return parser
+
+
+def _optional_fields() -> set[str]:
+    """The settings that may be None."""
+    hints = {name: hint for kind in KINDS for name, hint in get_type_hints(kind).items()}
+    return {
+        f.name for kind in KINDS for f in fields(kind) if f.default is None or type(None) in get_args(hints[f.name])
+    }
 
 
 def _optional(convert: type) -> Any:
@@ -206,22 +282,36 @@ def _optional(convert: type) -> Any:
     return parse_value
 
 
-def _read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        parser.error(f"--config {path}: a mapping of settings is needed, found {type(content).__name__}")
-    known = {action.dest for action in parser._actions}
-    for key in content:
+def _read_file(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    content = settings_file.read(path)
+    known = {f.name for kind in KINDS for f in fields(kind) if f.init}
+    optional = _optional_fields()
+    for key, value in content.items():
         if key not in known:
             parser.error(f"--config {path}: " + _unknown([f"--{key}"], parser))
+        if value is None and key not in optional:
+            parser.error(f"--config {path}: {key} cannot be null")
     return content
 
 
-def _tokens(name: str, value: Any) -> list[str]:
-    """A setting as command-line tokens."""
+def _tokens(name: str, value: Any, parser: argparse.ArgumentParser) -> list[str]:
+    """A setting as command-line tokens. Ends the program for a value that none can be."""
+    action = parser._option_string_actions[f"--{name}"]
+    if value is None or value == []:
+        return []
+    if value is False and action.choices and "no" in action.choices:  # as YAML reads `no`
+        value = "no"
+    scalars = value if isinstance(value, list) else [value]
+    a_dict = isinstance(value, dict) and name in SDFTConfig._VALID_DICT_FIELDS
+    if isinstance(value, list) and action.nargs not in ("+", "*"):
+        parser.error(f"{name}: one value is needed, found a list")
+    if not a_dict and not all(isinstance(each, str | int | float | date) for each in scalars):
+        parser.error(f"{name}: found {type(scalars[0]).__name__}, which it cannot be")
+    if isinstance(value, bool) and action.type is str and name != "resume_from_checkpoint":
+        parser.error(f"{name}: a text is needed, found {value}; quote it if it is one")
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
-    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return [f"--{name}={json.dumps(value) if a_dict else value}"]
 
 
 def _unknown(tokens: list[str], parser: argparse.ArgumentParser) -> str:

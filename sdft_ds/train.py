@@ -20,7 +20,8 @@ from sdft_ds.demo import run as demo
 from sdft_ds.evaluation.task_evaluation import TaskEvaluation
 from sdft_ds.evaluation.tasks import Task, read_tasks
 from sdft_ds.output_folder import OutputFolderInUse
-from sdft_ds.rows import RowError
+from sdft_ds.rows import DataError
+from sdft_ds.settings_file import SavedSettings
 from sdft_ds.step_guard import TooManyBadSteps
 from sdft_ds.trainer import SDFTTrainer
 
@@ -30,16 +31,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     _quiet_unless_first_rank()
     try:
         script, args, model = arguments.parse(sys.argv[1:] if argv is None else argv, demo.RECIPE)
+        settings = SavedSettings((script, args, model))
         questions = _questions(script)
         is_demo = model.model_name_or_path is None and script.dataset_name is None and script.dataset_path is None
         trainer = demo.trainer(args, model.peft_config()) if is_demo else _trainer(script, args, model)
         if questions:
             trainer.add_callback(TaskEvaluation(trainer, questions, script.eval_tasks_steps))
-    except (ValueError, FileNotFoundError) as error:
+        trainer.add_callback(settings)
+    except (ValueError, OSError) as error:
         sys.exit(_one_line(error))
     try:
         trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
-    except RowError as error:  # of a stream: perhaps on this rank alone
+    except DataError as error:  # of a stream: perhaps on this rank alone
         sys.exit(f"sdft_ds: {error}")
     except (CannotResume, OutputFolderInUse, TooManyBadSteps) as error:
         sys.exit(_one_line(error))
@@ -64,22 +67,21 @@ def _trainer(
         raise ValueError("A data set is named, but no model: set --model_name_or_path.")
     if script.dataset_name is None and script.dataset_path is None:
         raise ValueError("A model is named, but no data set: set --dataset_path or --dataset_name.")
-    splits = sources.load_splits(script)
     evaluates = args.eval_strategy != "no"
-    if evaluates and script.dataset_test_split not in splits:
-        raise ValueError(
-            f"eval_strategy={args.eval_strategy.value} needs the split {script.dataset_test_split!r}; the data set "
-            f"has {', '.join(splits)}. Set --dataset_test_split."
-        )
+    train_dataset, eval_dataset = sources.load(script, evaluates, args.seed)
     args.model_init_kwargs = {**model.init_kwargs(args), **(args.model_init_kwargs or {})}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        model.model_name_or_path, revision=model.model_revision, trust_remote_code=model.trust_remote_code
-    )
+    name = model.model_name_or_path
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name, revision=model.model_revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:  # which need not name what was asked for
+        raise ValueError(f"--model_name_or_path {name}: {error}") from None
     trainer = SDFTTrainer(
-        model=model.model_name_or_path,
+        model=name,
         args=args,
-        train_dataset=sources.map_columns(splits[script.dataset_train_split], script),
-        eval_dataset=sources.map_columns(splits[script.dataset_test_split], script) if evaluates else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=model.peft_config(),
     )
@@ -113,8 +115,8 @@ def _quiet_unless_first_rank() -> None:
 
 
 def _one_line(error: Exception) -> str | int:
-    """What to exit with: the message, said by the first rank only, and status 1 on every rank."""
-    return f"sdft_ds: {error}" if os.environ.get("RANK", "0") == "0" else 1
+    """What to exit with: the message in one line, said by the first rank only, and status 1 on every rank."""
+    return f"sdft_ds: {' '.join(str(error).split())}" if os.environ.get("RANK", "0") == "0" else 1
 
 
 def _learned(log_history: list[dict[str, float]]) -> str:

@@ -10,10 +10,11 @@ PACKAGE = Path(__file__).parent.parent / "sdft_ds"
 # A module may import those before it. Packages count as one room.
 ORDER = [
     "processes", "machine", "doctor", "module_state", "thin_products", "ranks", "checkpoint", "output_folder",
-    "preemption", "rows", "prompts", "streams", "paired_batch", "prefix", "divergence", "zero", "packing", "config",
-    "schedule", "rollouts", "aggregation", "chunked_loss", "head", "completion_head", "models", "teacher", "scoring",
-    "run_state", "resumable", "metrics", "step_guard", "generation_batch", "progress", "report", "compare", "trainer",
-    "completions", "evaluation", "arguments", "sources", "demo", "train", "evaluate",
+    "preemption", "rows", "prompts", "screening", "streams", "paired_batch", "prefix", "divergence", "zero",
+    "packing", "config_checks", "config", "schedule", "rollouts", "aggregation", "chunked_loss", "head",
+    "completion_head", "models", "teacher", "scoring", "run_state", "resumable", "metrics", "step_guard",
+    "generation_batch", "progress", "report", "compare", "trainer", "completions", "evaluation",
+    "settings_file", "arguments", "sources", "demo", "train", "evaluate",
 ]  # fmt: skip
 PURE = [
     "processes",
