@@ -5,7 +5,9 @@ reads on from where it was by skipping what was used.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 from datasets import IterableDataset
@@ -24,7 +26,9 @@ class Stream:
 
     def __init__(self, dataset: IterableDataset, builder: PromptBuilder, bad_rows: BadRows):
         self.dataset = dataset
-        self.screen = Screen(name_of(dataset, "train_dataset"), builder, bad_rows)
+        looking = copy(builder)  # what is cut counts when the row is used
+        looking.counts = Counter()
+        self.screen = Screen(name_of(dataset, "train_dataset"), looking, bad_rows)
         self.rows = self._endless()
         self.position = -1
         self.current: dict[str, Any] = {}

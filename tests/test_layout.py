@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
+from sdft_ds import settings_file
+
 PACKAGE = Path(__file__).parent.parent / "sdft_ds"
 
 # A module may import those before it. Packages count as one room.
@@ -72,6 +76,18 @@ def test_only_zero_knows_deepspeed():
             text = path.read_text()
             assert not any(name.split(".")[0] == "deepspeed" for name in imports(path)), path
             assert not any(word in text for word in ("ds_id", "ds_tensor", "GatheredParameters")), path
+
+
+def test_nothing_runs_what_it_reads():
+    """No evaluation of text, no pickles but DeepSpeed's own, and YAML by a safe loader."""
+    for path in modules():
+        calls = {
+            ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+        }
+        assert not calls & {"eval", "exec", "pickle.load", "pickle.loads", "yaml.unsafe_load", "yaml.full_load"}, path
+        assert "torch.load" not in calls or room(path) == "zero", path
+        assert "yaml.load" not in calls or room(path) == "settings_file", path
+    assert issubclass(settings_file._Loader, yaml.SafeLoader)
 
 
 def test_pure_modules_import_without_deepspeed():

@@ -6,7 +6,6 @@ from datasets import Dataset, load_dataset
 
 from sdft_ds.prompts import PromptBuilder
 from sdft_ds.screening import BadRows, usable_rows
-from sdft_ds.streams import Stream
 
 
 def builder(tokenizer, student=None, truncation="truncate"):
@@ -94,29 +93,3 @@ def test_a_data_set_on_disk_is_looked_at_once(tokenizer, tmp_path, monkeypatch):
     assert look(BadRows("skip", 7)) and looked
     stored(tmp_path, MIXED[::-1])
     assert look() and looked
-
-
-def stream(rows, tokenizer, bad_rows=SKIP, **options):
-    return Stream(Dataset.from_list(rows).to_iterable_dataset(), builder(tokenizer, **options), bad_rows)
-
-
-def test_a_stream_leaves_bad_rows_out_as_they_come(tokenizer):
-    rows = stream(MIXED, tokenizer)
-    with pytest.warns(UserWarning, match="train_dataset: left out: Row 1, column 'privileged_context'"):
-        assert [rows[i]["prompt"] for i in range(7)] == ["Q0", "Q2", "Q4", "Q0", "Q2", "Q4", "Q0"]
-
-
-def test_a_bad_row_of_a_stream_ends_the_run_when_it_comes(tokenizer):
-    rows = stream(MIXED, tokenizer, BadRows())
-    assert rows[0]["prompt"] == "Q0"
-    with pytest.raises(ValueError, match="train_dataset: Row 1, column 'privileged_context'"):
-        rows[1]
-    with pytest.raises(ValueError, match="more rows than max_bad_rows=1 .*Row 3"), pytest.warns(UserWarning):
-        stream(MIXED, tokenizer, BadRows("skip", 1))[2]
-    with pytest.raises(ValueError, match="without a row"), pytest.warns(UserWarning):
-        stream(MIXED[1:2], tokenizer)[0]
-
-
-def test_a_stream_drops_rows_that_are_too_long(tokenizer):
-    rows = stream(lengths().to_list(), tokenizer, student=8, truncation="drop")
-    assert [rows[i]["prompt"] for i in range(3)] == ["ab", "abab", "ab"]
