@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from datetime import date
-from typing import Any, Literal, NoReturn, get_args, get_type_hints
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 from peft import LoraConfig
@@ -233,9 +234,9 @@ def parse(argv: Sequence[str], recipe: dict[str, Any]) -> Parsed:
     if any(named.get(key) or vars(settings)[key] for key in ("model_name_or_path", "dataset_name", "dataset_path")):
         recipe = {}
     given = {**recipe, **from_file}
+    tokens = [token for name, value in given.items() for token in _tokens(name, value, parser)]
     # What no token can say: nothing at all.
     parser.set_defaults(**{name: value for name, value in given.items() if value is None or value == []})
-    tokens = [token for name, value in given.items() for token in _tokens(name, value, parser)]
     namespace, unknown = parser.parse_known_args([*tokens, *argv])
     if unknown:
         parser.error(_unknown(unknown, parser))
@@ -258,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings from a YAML file; the command line wins.")
-    optional = _optional_fields()
+    optional = _fields_that_may_be(NoneType)
     for action in parser._actions:
         # A number that may be None can be said to be: --distillation_topk none.
         if action.type in (int, float) and action.dest in optional:
@@ -266,11 +267,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _optional_fields() -> set[str]:
-    """The settings that may be None."""
-    hints = {name: hint for kind in KINDS for name, hint in get_type_hints(kind).items()}
+def _fields_that_may_be(kind: type) -> set[str]:
+    """The settings whose type is, or includes, this one."""
+    hints = {name: hint for part in KINDS for name, hint in get_type_hints(part).items()}
     return {
-        f.name for kind in KINDS for f in fields(kind) if f.default is None or type(None) in get_args(hints[f.name])
+        name for name, hint in hints.items() if kind in {get_origin(each) or each for each in (hint, *get_args(hint))}
     }
 
 
@@ -285,7 +286,7 @@ def _optional(convert: type) -> Any:
 def _read_file(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     content = settings_file.read(path)
     known = {f.name for kind in KINDS for f in fields(kind) if f.init}
-    optional = _optional_fields()
+    optional = _fields_that_may_be(NoneType)
     for key, value in content.items():
         if key not in known:
             parser.error(f"--config {path}: " + _unknown([f"--{key}"], parser))
@@ -297,7 +298,7 @@ def _read_file(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
 def _tokens(name: str, value: Any, parser: argparse.ArgumentParser) -> list[str]:
     """A setting as command-line tokens. Ends the program for a value that none can be."""
     action = parser._option_string_actions[f"--{name}"]
-    if value is None or value == []:
+    if value is None or (value == [] and name in _fields_that_may_be(list)):
         return []
     if value is False and action.choices and "no" in action.choices:  # as YAML reads `no`
         value = "no"

@@ -130,10 +130,23 @@ def _load_files(files: dict[str, list[Path]], args: ScriptArguments) -> DatasetD
             f"{where}: files of one kind out of {', '.join(LOADERS)} are needed, found {', '.join(sorted(suffixes))}."
         )
     for file in everything:
-        if file.stat().st_size == 0:
-            raise ValueError(f"{where}: {file} is empty.")
+        _check_beginning(file, where)
     names = {split: [str(file) for file in some] for split, some in files.items()}
     return _load(where, args, LOADERS[suffixes.pop()], data_files=names)
+
+
+def _check_beginning(file: Path, where: str) -> None:
+    """Refuse what holds no rows. pyarrow's JSON reader ends the process where `null` stands in the place of the first
+    row (apache/arrow#47409)."""
+    with file.open("rb") as opened:
+        begins = opened.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not begins:
+        raise ValueError(f"{where}: {file} is empty.")
+    if LOADERS[file.suffix] == "json" and begins[:1] not in (b"{", b"["):
+        raise ValueError(
+            f"{where} cannot be read: {file} begins with {begins[:10].decode(errors='replace')!r}; needed is JSON "
+            "Lines, one object a line, or a list of objects."
+        )
 
 
 def _load(where: str, args: ScriptArguments, kind: str, **options: Any) -> DatasetDict | IterableDatasetDict:
@@ -196,7 +209,10 @@ def map_columns(dataset: AnyDataset, args: ScriptArguments) -> AnyDataset:
     if isinstance(dataset, Dataset):
         folders = {os.path.dirname(file["filename"]) for file in dataset.cache_files}
         how |= {"desc": "Mapping columns", "keep_in_memory": not all(os.access(f, os.W_OK) for f in folders)}
-    mapped = dataset.map(convert, **how)
+    try:
+        mapped = dataset.map(convert, **how)
+    except (DatasetGenerationError, ValueError) as error:  # of the file: text that is no UTF-8 shows here
+        raise ValueError(f"{source} cannot be read: {_cause(error)}") from None
     renamed = [f"prompt from column {args.prompt_column!r}"] if args.prompt_column != "prompt" else []
     if contexts and contexts != ["privileged_context"]:
         renamed.append(f"privileged_context from {' or '.join(repr(name) for name in contexts)}")

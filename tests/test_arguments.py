@@ -60,6 +60,7 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys, argv, words):
         ("max_steps: null", "max_steps cannot be null"),
         ("max_steps: true", "invalid int value: 'True'"),
         ("max_steps: [1, 2]", "max_steps: one value is needed, found a list"),
+        ("max_steps: []", "max_steps: one value is needed, found a list"),
         ("run_name: yes", "run_name: a text is needed, found True; quote it"),
         ("output_dir: {a: 1}", "output_dir: found dict, which it cannot be"),
         ("eval_tasks: [[a]]", "eval_tasks: found list, which it cannot be"),

@@ -146,6 +146,8 @@ BROKEN = {
     "binary.jsonl": b"\xff\xfe\x00garbage",
     "empty.jsonl": b"",
     "blank.jsonl": b"\n\n",
+    "latin.jsonl": b'{"prompt": [{"role": "us\xe9r", "content": "a"}], "golden_response": "b"}\n',
+    "null.jsonl": b"null\n",  # on which pyarrow ends the process
     "short.csv": b"prompt,answer\na,b\nc,d,e\n",
     "no.parquet": b"nope",
     "no.arrow": b"nope",
@@ -154,14 +156,13 @@ BROKEN = {
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_named(tmp_path, name, streaming):
+def test_a_broken_file_is_named(tmp_path, tokenizer, name, streaming):
     (tmp_path / name).write_bytes(BROKEN[name])
     args = ScriptArguments(dataset_path=[str(tmp_path / name)], dataset_streaming=streaming,
                            golden_response_column="answer" if name == "short.csv" else "golden_response")  # fmt: skip
     with pytest.raises(ValueError, match=name) as error:
         train, _ = load(args, False, 0)
-        screened = Stream(train, None, STRICT)
-        screened[2]
+        Stream(train, PromptBuilder(tokenizer, "{prompt} {privileged_context}", None, None), STRICT)[2]
     assert "\n" not in str(error.value)
 
 
