@@ -3,6 +3,8 @@
 import glob
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from string import Template
@@ -16,7 +18,6 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from datasets.exceptions import DatasetGenerationError
 
 from sdft_ds.arguments import ScriptArguments
 from sdft_ds.rows import OPTIONAL_COLUMNS, check_columns, message_text
@@ -150,17 +151,20 @@ def _check_beginning(file: Path, where: str) -> None:
 
 
 def _load(where: str, args: ScriptArguments, kind: str, **options: Any) -> DatasetDict | IterableDatasetDict:
-    try:
+    with _reading(where):
         return load_dataset(kind, streaming=args.dataset_streaming, **options)
-    except (DatasetGenerationError, ValueError, StopIteration) as error:
-        raise ValueError(f"{where} cannot be read: {_cause(error)}") from None
 
 
-def _cause(error: BaseException) -> str:
-    """What first went wrong, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split()) or "there are no rows."
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """Name the data set in whatever its readers raise inside; for odd files they raise all kinds of errors."""
+    try:
+        yield
+    except Exception as error:
+        first = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        raise ValueError(f"{where} cannot be read: {type(first).__name__}: {' '.join(str(first).split())}") from error
 
 
 def _named(paths: list[str]) -> str:
@@ -209,10 +213,8 @@ def map_columns(dataset: AnyDataset, args: ScriptArguments) -> AnyDataset:
     if isinstance(dataset, Dataset):
         folders = {os.path.dirname(file["filename"]) for file in dataset.cache_files}
         how |= {"desc": "Mapping columns", "keep_in_memory": not all(os.access(f, os.W_OK) for f in folders)}
-    try:
+    with _reading(source):
         mapped = dataset.map(convert, **how)
-    except (DatasetGenerationError, ValueError) as error:  # of the file: text that is no UTF-8 shows here
-        raise ValueError(f"{source} cannot be read: {_cause(error)}") from None
     renamed = [f"prompt from column {args.prompt_column!r}"] if args.prompt_column != "prompt" else []
     if contexts and contexts != ["privileged_context"]:
         renamed.append(f"privileged_context from {' or '.join(repr(name) for name in contexts)}")
@@ -222,10 +224,8 @@ def map_columns(dataset: AnyDataset, args: ScriptArguments) -> AnyDataset:
 
 def _columns(dataset: AnyDataset, source: str) -> list[str]:
     """Its columns; a stream may not know them before it is read."""
-    try:
+    with _reading(source):
         return dataset.column_names or list(next(iter(dataset)))
-    except (ValueError, StopIteration) as error:
-        raise ValueError(f"{source} cannot be read: {_cause(error)}") from None
 
 
 def _check_template(template: Template) -> None:

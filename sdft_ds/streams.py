@@ -63,5 +63,6 @@ class Stream:
     def _stored(self) -> Iterator[dict[str, Any]]:
         try:
             yield from self.dataset
-        except (ValueError, OSError) as error:  # pyarrow's and the file system's
-            raise DataError(f"{self.screen.where} cannot be read: {' '.join(str(error).split())}") from None
+        except Exception as error:  # for odd files its readers raise all kinds
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise DataError(f"{self.screen.where} cannot be read: {what}") from error
