@@ -9,6 +9,7 @@ told to give large blocks back at once, so that what was freed does not count.
 """
 
 import argparse
+import gc
 import json
 import os
 import socket
@@ -39,8 +40,9 @@ def free_port() -> int:
 
 
 def cell(tool: str, stage: int, kind: str, model: str) -> None:
-    """One rank of one run; prints its peak as the last line."""
+    """One rank of one run; prints its figures, in MB, as the last line: see `run`."""
     import deepspeed
+    import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
 
@@ -50,10 +52,21 @@ def cell(tool: str, stage: int, kind: str, model: str) -> None:
     else:
         from sdft_ds import SDFTConfig, SDFTTrainer
 
+    figures = {}
+
     class Peak(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 1:
                 Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+            if state.global_step == state.max_steps:
+                figures.update(peak_mb=status("VmHWM"), between_steps_mb=status("VmRSS"), tensors_mb=tensors_mb())
+
+    def tensors_mb() -> int:
+        tensors = [
+            thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and thing.device.type == "cpu"
+        ]
+        storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
+        return sum(storages.values()) >> 20
 
     prompt = [{"role": "user", "content": "Name the capital of France, and say why it matters. " * 4}]
     dataset = Dataset.from_list([{"prompt": prompt, "privileged_context": "The capital is Paris. " * 8}] * 8)
@@ -62,16 +75,21 @@ def cell(tool: str, stage: int, kind: str, model: str) -> None:
         output_dir=tempfile.mkdtemp(), deepspeed=str(CONFIGS / f"zero{stage}.json"), teacher_model_kind=kind,
         activation_checkpointing=True, **SETTINGS, **named,
     )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    figures["before_model_mb"] = status("VmRSS")
     trainer = SDFTTrainer(
-        model=model, args=args, train_dataset=dataset, processing_class=AutoTokenizer.from_pretrained(model),
-        callbacks=[Peak()],
+        model=model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[Peak()]
     )  # fmt: skip
     trainer.train()
-    print(json.dumps({"peak_mb": status("VmHWM")}), flush=True)
+    print(json.dumps(figures), flush=True)
 
 
-def run(tool: str, stage: int, kind: str, model: str) -> int | str:
-    """The larger peak of two ranks in MB, or the last line of the error."""
+def run(tool: str, stage: int, kind: str, model: str) -> dict[str, int] | str:
+    """Figures of the rank with the larger peak, in MB, or the last line of the error.
+
+    peak_mb: its largest resident set. before_model_mb: the resident set before a model is made: the interpreter and
+    the libraries. between_steps_mb, tensors_mb: after the last step, the resident set, and all tensors that are alive.
+    """
     port = free_port()
     ranks = []
     for rank in range(2):
@@ -93,7 +111,7 @@ def run(tool: str, stage: int, kind: str, model: str) -> int | str:
     for process, (_, errors) in zip(ranks, outputs, strict=True):
         if process.returncode:
             return next((line for line in reversed(errors.splitlines()) if "Error" in line), "failed")[:120]
-    return max(json.loads(out.splitlines()[-1])["peak_mb"] for out, _ in outputs)
+    return max((json.loads(out.splitlines()[-1]) for out, _ in outputs), key=lambda figures: figures["peak_mb"])
 
 
 def main() -> None:
@@ -123,7 +141,8 @@ def main() -> None:
     for stage in args.stages:
         for kind in KINDS:
             for tool in ("ours", "trl"):
-                figures[tool, stage, kind] = run(tool, stage, kind, args.model)
+                found = run(tool, stage, kind, args.model)
+                figures[tool, stage, kind] = found if isinstance(found, str) else found["peak_mb"]
             row = [str(stage), kind]
             for tool in ("ours", "trl"):
                 peak, live = figures[tool, stage, kind], figures[tool, stage, "live"]

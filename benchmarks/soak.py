@@ -1,6 +1,6 @@
 """Kills a two-rank run at random moments, resumes it each time, and compares its end with that of an unbroken run.
 
-    python -m benchmarks.soak [--kills 50] [--steps 1500] [--stage 2] [--seed 0]
+    python -m benchmarks.soak [--kills 50] [--steps 1500] [--stage 2] [--within 10] [--seed 0]
 
 A tiny Llama with an EMA teacher under ZeRO-2, a checkpoint every 10 steps. Each time one rank or both get SIGKILL some
 seconds after their start, wherever they are: importing, rolling out, training, or in the middle of a save. The run
@@ -61,13 +61,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--stage", type=int, default=2, help="ZeRO stage")
+    parser.add_argument("--within", type=float, default=10.0, help="seconds of a start within which it is killed")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     random_numbers = random.Random(args.seed)
     settings = {
         "stage": args.stage, "max_steps": args.steps, "save_strategy": "steps", "save_steps": 10,
         "save_total_limit": 3, "teacher_model_kind": "ema", "teacher_sync_steps": 1, "teacher_update_rate": 0.05,
-        "learning_rate": 1e-3, "steps_per_generation": 2, "num_iterations": 2, "resume": True, "ddp_timeout": 60,
+        "learning_rate": 1e-3, "steps_per_generation": 2, "num_iterations": 2, "resume": True, "ddp_timeout": 20,
     }  # fmt: skip
     whole, broken = (Path(tempfile.mkdtemp(prefix=f"soak-{name}-")) for name in ("whole", "broken"))
     codes = finish(start(whole, settings), 1800)
@@ -76,7 +77,7 @@ def main() -> None:
     kills = 0
     while kills < args.kills:
         processes = start(broken, settings)
-        time.sleep(random_numbers.uniform(1.0, 6.0))
+        time.sleep(random_numbers.uniform(1.0, args.within))
         victims = random_numbers.choice([processes[:1], processes[1:], processes])
         alive = [process for process in victims if process.is_alive()]
         for process in alive:

@@ -26,9 +26,6 @@ make_environment() {
     echo "Installing the tested packages into $VENV (several minutes the first time) ..."
     python -m pip install --quiet --constraint sdft_ds/constraints.txt --editable ".${extras:+[$extras]}" ||
       fail "pip could not install the packages; its message is above."
-    # On a CPU DeepSpeed compiles an operator for communication at its first use: do it here, not in the first run.
-    python -c 'import deepspeed; from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null 2>"$VENV/operators.log" ||
-      echo "sdft_ds: DeepSpeed could not build its CPU operator; $VENV/bin/python -m sdft_ds.doctor says why." >&2
     touch "$stamp"
   fi
 }

@@ -19,7 +19,7 @@ done
 if [ -d .venv/bin ]; then
   export PATH="$PWD/.venv/bin:$PATH" TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}"
 fi
-NPROC_PER_NODE=${NPROC_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+NPROC_PER_NODE=${NPROC_PER_NODE:-$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)}
 [ "$NPROC_PER_NODE" -gt 0 ] || NPROC_PER_NODE=1
 COMMAND=(torchrun --nnodes "$NODES" --nproc_per_node "$NPROC_PER_NODE" --rdzv_backend c10d
   --rdzv_id "${RUN_ID:-sdft}" --rdzv_endpoint "$MASTER:${PORT:-29500}" launch/train.py "$@")

@@ -5,12 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdft_ds.config import SDFTConfig
+    from sdft_ds.sft import SFTConfig, SFTTrainer
     from sdft_ds.trainer import SDFTTrainer
 
-__all__ = ["SDFTConfig", "SDFTTrainer"]
+__all__ = ["SDFTConfig", "SDFTTrainer", "SFTConfig", "SFTTrainer"]
 __version__ = "0.1.0"
 
-_HOMES = {"SDFTConfig": "sdft_ds.config", "SDFTTrainer": "sdft_ds.trainer"}
+_HOMES = {
+    "SDFTConfig": "sdft_ds.config",
+    "SDFTTrainer": "sdft_ds.trainer",
+    "SFTConfig": "sdft_ds.sft",
+    "SFTTrainer": "sdft_ds.sft",
+}
 
 
 def __getattr__(name: str) -> Any:

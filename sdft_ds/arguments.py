@@ -13,10 +13,11 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, HfArgumentParser
+from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, PreTrainedTokenizerBase
 
-from sdft_ds import settings_file
+from sdft_ds import recipes, settings_file
 from sdft_ds.config import SDFTConfig
+from sdft_ds.sft import UNREAD, SFTConfig
 
 
 def _field(default: Any, help: str) -> Any:
@@ -31,10 +32,19 @@ FORMATS = {
 
 @dataclass
 class ScriptArguments:
-    """Where the data comes from and how its columns map."""
+    """How to train, where the data comes from and how its columns map, and what is asked of the model."""
 
-    _argument_group_name = "data"
+    _argument_group_name = "method and data"
 
+    method: Literal["sdft", "sft"] = _field(
+        "sdft",
+        "sdft: self-distillation; sft: supervised fine-tuning on the demonstrations of the same rows, to compare.",
+    )
+    recipe: str | None = _field(
+        None,
+        f"Settings that belong together, below all that are given: {' or '.join(recipes.RECIPES)}. paper: forward KL, "
+        "full vocabulary, EMA teacher; trl: the defaults.",
+    )
     dataset_name: str | None = _field(None, "A data set on the Hugging Face hub.")
     dataset_config: str | None = _field(None, "Its configuration.")
     dataset_revision: str | None = _field(None, "Its branch, tag or commit.")
@@ -66,7 +76,8 @@ class ScriptArguments:
     )
     tools_column: str = _field("tools", "Column that holds function schemas for the chat template, or their JSON.")
     golden_response_column: str = _field(
-        "golden_response", "Column that holds a demonstration, used where a row has no privileged context."
+        "golden_response",
+        "Column that holds a demonstration, used where a row has no privileged context, and by method sft.",
     )
     demonstration_template: str = _field(
         "Example response: $output_text",
@@ -85,6 +96,14 @@ class ScriptArguments:
     retention_file: str | None = _field(
         None, "Prompts, and answers if there are any, on which the model is compared with the one it was at the start."
     )
+
+    @property
+    def source(self) -> str:
+        """What to call the data set."""
+        if self.dataset_name is not None:
+            return self.dataset_name
+        first, *more = self.dataset_path or ["in memory"]
+        return f"{first} and {len(more)} more" if more else first
 
     def __post_init__(self) -> None:
         """Raises ValueError for settings that contradict each other or change nothing."""
@@ -167,6 +186,15 @@ class ModelArguments:
         }
         return {name: value for name, value in named.items() if value is not None}
 
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        name = self.model_name_or_path
+        try:
+            return AutoTokenizer.from_pretrained(
+                name, revision=self.model_revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError) as error:  # which need not name what was asked for
+            raise ValueError(f"--model_name_or_path {name}: {error}") from None
+
     def _quantization(self, args: SDFTConfig) -> BitsAndBytesConfig | None:
         """Raises ValueError for what cannot train, with what to use instead."""
         if not (self.load_in_4bit or self.load_in_8bit):
@@ -221,27 +249,34 @@ Parsed = tuple[ScriptArguments, SDFTConfig, ModelArguments]
 KINDS = (ScriptArguments, SDFTConfig, ModelArguments)
 
 
-def parse(argv: Sequence[str], recipe: dict[str, Any]) -> Parsed:
-    """The command line, over a YAML file (--config), over `recipe` where neither a model nor a data set is named.
+def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
+    """The command line, over a YAML file (--config), over a recipe (--recipe), over the settings of `demo` where
+    neither a model nor a data set is named.
 
-    Prints one line and exits with status 2 for a flag or a key that does not exist, or a value of the wrong type.
-    Raises ValueError for a file that is no YAML, and for settings that cannot be.
+    Prints one line and exits with status 2 for a flag or a key that does not exist, or a value of the wrong type;
+    raises ValueError for a file that is no YAML, and for values that cannot work.
     """
     parser = _parser()
-    settings, _ = parser.parse_known_args(argv)
-    from_file = _read_file(settings.config, parser) if settings.config else {}
-    named = {**vars(settings), **from_file}
-    if any(named.get(key) or vars(settings)[key] for key in ("model_name_or_path", "dataset_name", "dataset_path")):
-        recipe = {}
-    given = {**recipe, **from_file}
-    tokens = [token for name, value in given.items() for token in _tokens(name, value, parser)]
-    # What no token can say: nothing at all.
-    parser.set_defaults(**{name: value for name, value in given.items() if value is None or value == []})
-    namespace, unknown = parser.parse_known_args([*tokens, *argv])
+    file = parser.parse_known_args(argv)[0].config
+    from_file = _read_file(file, parser) if file else {}
+    tokens = [token for name, value in from_file.items() for token in _tokens(name, value, parser)] + list(argv)
+    given, unknown = parser.parse_known_args(tokens)
     if unknown:
         parser.error(_unknown(unknown, parser))
-    values = vars(namespace)
-    return tuple(kind(**{f.name: values[f.name] for f in fields(kind) if f.init}) for kind in KINDS)
+    below = {} if given.model_name_or_path or given.dataset_name or given.dataset_path else dict(demo)
+    if given.recipe is not None:
+        below |= recipes.recipe(given.recipe) | recipes.OF_THE_COMMAND_LINE[given.recipe]
+    if given.method == "sft":  # what is not read is warned about where it was given, not where it comes from below
+        below = {name: value for name, value in below.items() if name not in UNREAD}
+    # What no token can say, nothing at all, is given as well.
+    below |= {name: value for name, value in from_file.items() if value is None or value == []}
+    parser.set_defaults(**below)
+    values = vars(parser.parse_args(tokens))
+    config = SFTConfig if given.method == "sft" else SDFTConfig
+    return tuple(
+        kind(**{f.name: values[f.name] for f in fields(kind) if f.init})
+        for kind in (ScriptArguments, config, ModelArguments)
+    )
 
 
 class _Parser(HfArgumentParser):
@@ -249,6 +284,16 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"sdft_ds: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
+
+
+def is_demo(script: ScriptArguments, model: ModelArguments) -> bool:
+    """Whether neither a model nor a data set is named. Raises ValueError where one of the two is missing."""
+    data_set = script.dataset_name is not None or script.dataset_path is not None
+    if data_set and model.model_name_or_path is None:
+        raise ValueError("A data set is named, but no model: set --model_name_or_path.")
+    if model.model_name_or_path is not None and not data_set:
+        raise ValueError("A model is named, but no data set: set --dataset_path or --dataset_name.")
+    return not data_set
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdft_ds.divergence import (
+    CrossEntropy,
     Divergence,
     importance_weight,
     interpolated_divergence_and_gradient,
@@ -60,14 +61,14 @@ class HeadValues:
 class LossTerms:
     """What the loss of N completion tokens needs beside the student's hidden states and head.
 
-    teacher_hidden_ND: the teacher's last hidden states at the same tokens.
+    teacher_hidden_ND: the teacher's last hidden states at the same tokens; None for a cross entropy.
     teacher_head: the teacher's head; None where it is the student's own.
     tokens_N: the completion tokens; weights_N: each token's share in the sum, 0 where it is not part of the loss.
     old_log_probs_N: the sampler's log-probabilities (None: no importance weight), clipped at `is_clip`.
     """
 
-    divergence: Divergence
-    teacher_hidden_ND: Tensor
+    divergence: Divergence | CrossEntropy
+    teacher_hidden_ND: Tensor | None
     teacher_head: HeadValues | None
     tokens_N: Tensor
     weights_N: Tensor
@@ -169,7 +170,7 @@ def chunked_token_log_probs(
     """Log-probability of each token at the given temperature, [N] fp32, without a gradient."""
     projection = _Projection(head, hidden_ND, finish)
     log_probs_N = torch.empty(len(tokens_N), dtype=torch.float32, device=hidden_ND.device)
-    for chunk in _chunks(len(tokens_N), head.weight_VD.shape[0], chunk_tokens):
+    for chunk in chunks_of(len(tokens_N), head.weight_VD.shape[0], chunk_tokens):
         log_probs_N[chunk] = token_log_probs(projection.logits(hidden_ND[chunk]) / temperature, tokens_N[chunk])
     return log_probs_N
 
@@ -179,7 +180,8 @@ def whole_logits(hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -
     return _Projection(head, hidden_ND, finish).logits(hidden_ND)
 
 
-def _chunks(n: int, elements_per_token: int, chunk_tokens: int | None) -> list[slice]:
+def chunks_of(n: int, elements_per_token: int, chunk_tokens: int | None = None) -> list[slice]:
+    """Slices of n tokens, as many in each as CHUNK_ELEMENTS holds, or chunk_tokens."""
     size = chunk_tokens or max(1, CHUNK_ELEMENTS // elements_per_token)
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
@@ -305,7 +307,7 @@ def _sparse_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gra
 
 def _other_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> Tensor:
     """Any divergence, with the gradient by autograd."""
-    teacher_CV = teacher.logits(terms.teacher_hidden_ND[chunk])
+    teacher_CV = None if terms.teacher_hidden_ND is None else teacher.logits(terms.teacher_hidden_ND[chunk])
     raw_CV = student.raw_logits(hidden_CD).requires_grad_()
     with torch.enable_grad(), torch.autocast(student.device_type, enabled=False):
         loss_C = terms.per_token(student.finish(raw_CV), teacher_CV, chunk)
@@ -333,7 +335,7 @@ class _ChunkedLoss(torch.autograd.Function):
         sparse = sparse and student.adapter is None and teacher.adapter is None
         elements = max(vocabulary, divergence.topk * weight_VD.shape[1]) if sparse else vocabulary
 
-        for chunk in _chunks(len(hidden_ND), elements, chunk_tokens):
+        for chunk in chunks_of(len(hidden_ND), elements, chunk_tokens):
             if sparse:
                 loss_C = _sparse_chunk(student, teacher, hidden_ND[chunk], terms, gradients, chunk)
             elif divergence.is_full(vocabulary):

@@ -26,6 +26,7 @@ from sdft_ds.chunked_loss import (
     whole_logits,
 )
 from sdft_ds.head import tensors_of as head_tensors
+from sdft_ds.inspection import TwoSides, two_sides
 from sdft_ds.module_state import evaluating
 
 # Config attribute -> what the model does to its logits after the head. `check` refuses whatever is missing here.
@@ -57,19 +58,26 @@ class TokenLogProbs:
 
 @dataclass
 class DistillationLoss:
-    """Ask for the loss: a scalar, scale x sum of weight x divergence; `per_token_N` holds the terms afterwards."""
+    """Ask for the loss: a scalar, scale x sum of weight x divergence; `per_token_N` holds the terms afterwards.
+
+    inspect_M: numbers of loss tokens at which `seen` says afterwards what both sides think.
+    """
 
     positions_N: Tensor
     terms: LossTerms
     scale: Tensor
     chunk_tokens: int | None = None
+    inspect_M: Tensor | None = None
     per_token_N: Tensor | None = None
+    seen: TwoSides | None = None
 
     def answer(self, hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -> Tensor:
         # The terms are left on the request: every output of a module is a tensor that DDP and ZeRO-3 hook.
         loss, self.per_token_N = chunked_distillation_loss(
             hidden_ND, head, self.terms, self.scale, finish, self.chunk_tokens
         )
+        if self.inspect_M is not None:
+            self.seen = two_sides(hidden_ND, head, self.terms, finish, self.inspect_M)
         return loss
 
 

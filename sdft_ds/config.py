@@ -4,13 +4,14 @@ Names and defaults are those of TRL's experimental SDFT, so that a script moves 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
 from sdft_ds import config_checks, zero
 from sdft_ds.config_checks import TEACHER_KINDS, json_object
 from sdft_ds.divergence import MODES, Divergence
+from sdft_ds.paired_batch import LossMask
 
 
 def _field(default: Any, help: str, **metadata: Any) -> Any:
@@ -27,6 +28,8 @@ class SDFTConfig(TrainingArguments):
 
     Raises ValueError, naming the field and the remedy, for values and combinations that cannot work.
     """
+
+    method: ClassVar[str] = "sdft"
 
     _argument_group_name = "training and self-distillation"
     _OWN_DICT_FIELDS = ["model_init_kwargs", "generation_kwargs", "chat_template_kwargs"]
@@ -135,6 +138,14 @@ class SDFTConfig(TrainingArguments):
     shuffle_dataset: bool = _field(True, "Shuffle the training rows anew in every epoch.")
 
     # Faults.
+    log_completions: int = _field(
+        50, "Write completions with each token's divergence, at the first step and every so many; 0: never."
+    )
+    log_completions_rows: int = _field(4, "How many completions are written then.")
+    print_completions: bool = _field(False, "Print them in the terminal as well.")
+    inspect_tokens: int = _field(
+        16, "Tokens of each micro-batch at which entropies, agreement and top-k mass are measured; 0: none."
+    )
     logging_nan_inf_filter: bool = _field(False, "Hide losses that are not finite from the log.")
     max_nonfinite_steps: int = _field(
         5, "Optimizer steps in a row whose gradient is not finite, each of them left out, after which the run ends."
@@ -219,6 +230,10 @@ class SDFTConfig(TrainingArguments):
         config_checks.refuse_contradictions(self)
         config_checks.warn_of_ineffective(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the token: transformers pickles the arguments as they are, into every folder that it saves."""
+        return {**self.__dict__, "hub_token": None}
+
     def keep_rows(self, rows_of_step: int, generation_batch_size: int) -> None:
         """Accumulate and generate so that an optimizer step and a generation batch have as many rows, over all ranks,
         as those of a checkpoint that another number of ranks made. Raises ValueError where none divides them."""
@@ -254,6 +269,11 @@ class SDFTConfig(TrainingArguments):
             add_tail=self.distillation_add_tail,
             temperature=self.temperature,
         )
+
+    @property
+    def loss_mask(self) -> LossMask:
+        """Which tokens of a completion these settings leave out of the loss."""
+        return LossMask(self.num_loss_tokens_to_skip, self.mask_truncated_completions)
 
     @property
     def generation_options(self) -> dict[str, Any]:

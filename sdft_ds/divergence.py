@@ -59,6 +59,23 @@ class Divergence:
         return interpolated_divergence(student, teacher, self.alpha)
 
 
+@dataclass(frozen=True)
+class CrossEntropy:
+    """In the place of a divergence: -log of the student's probability of a given token. It asks no teacher."""
+
+    temperature: float = 1.0
+
+    def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: None, tokens_N: Tensor) -> Tensor:
+        """Loss of each token, [N]."""
+        return -token_log_probs(student_logits_NV / self.temperature, tokens_N)
+
+    def has_support(self, vocabulary: int) -> bool:
+        return False
+
+    def is_full(self, vocabulary: int) -> bool:
+        return False
+
+
 def kl(p_log: Tensor, q_log: Tensor) -> Tensor:
     """KL(p||q) over the last dimension from log-probabilities; where p is 0 the term is 0, whatever q is."""
     p = p_log.exp()

@@ -16,7 +16,7 @@ from sdft_ds.config import SDFTConfig
 from sdft_ds.head import tensors_of as head_tensors
 from sdft_ds.metrics import Meters
 from sdft_ds.packing import Packing
-from sdft_ds.paired_batch import Completion, LossMask, PairedBatch, Rollout, by_length, pad_left, pad_right, pair
+from sdft_ds.paired_batch import Completion, PairedBatch, Rollout, by_length, pad_left, pad_right, pair
 from sdft_ds.prompts import PromptBuilder
 from sdft_ds.rollouts import Sampler
 from sdft_ds.rows import example_from_row
@@ -68,7 +68,7 @@ class GenerationBatches:
             scorer = Scorer(
                 engine=self.engine(),
                 teacher=self.teacher,
-                loss_mask=self.loss_mask,
+                loss_mask=args.loss_mask,
                 pad_token_id=pad,
                 dtype=self._compute_dtype(),
                 keep_on=keep_on or args.device,
@@ -83,20 +83,16 @@ class GenerationBatches:
         for rows in by_length(rollouts, batch_size, batches_per_step):
             batch = self.pair(rows)
             at = [number[rollout.row] for rollout in rows]
-            first = [self.loss_mask.first_token(rollout) for rollout in rows]
+            first = [args.loss_mask.first_token(rollout) for rollout in rows]
             old_N = torch.cat([old[i][start:] for i, start in zip(at, first, strict=True)]) if old else None
             scored.append(Scored(batch, torch.cat([states.hidden[i] for i in at]), states.head, old_N))
             meters.count_positions(batch)
         return scored
 
-    @property
-    def loss_mask(self) -> LossMask:
-        return LossMask(self.args.num_loss_tokens_to_skip, self.args.mask_truncated_completions)
-
     def pair(self, rollouts: list[Rollout]) -> PairedBatch:
         """The micro-batch of the given rollouts."""
         pad_token_id = self.tokenizer.pad_token_id
-        return pair(rollouts, self.loss_mask, pad_token_id, self.args.device, self.packing.lines_of)
+        return pair(rollouts, self.args.loss_mask, pad_token_id, self.args.device, self.packing.lines_of)
 
     def generate(self, prompts: list[list[int]], keys: list[str], **options: Any) -> list[Completion]:
         """A completion of each prompt (token ids) from the student's current weights.

@@ -1,5 +1,6 @@
 """Every metric of a run: its name, its unit and how ranks and steps are joined, in one table."""
 
+import math
 import resource
 import sys
 import time
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdft_ds.inspection import TwoSides
 from sdft_ds.paired_batch import PairedBatch, Rollout
 
 
 @dataclass(frozen=True)
 class Metric:
     """reduction: mean (weighted by what was counted), norm ratio (the root of one), max, min, sum, rate (sum per
-    second of wall-clock), or slowest (largest rank's sum per step)."""
+    second of wall-clock), slowest (largest rank's sum per step), quantile (of all ranks' tokens)."""
 
     unit: str
     reduction: str
@@ -25,6 +27,28 @@ class Metric:
 
 METRICS = {
     "sdft/distillation_loss": Metric("nats/token", "mean", "divergence of a loss token, before any weighting"),
+    **{
+        f"divergence/{name}": Metric("nats/token", "mean", f"that of completion tokens {first} to {last}")
+        for name, first, last in (
+            ("position_0_4", "0", "3"),
+            ("position_4_16", "4", "15"),
+            ("position_16_64", "16", "63"),
+            ("position_64_256", "64", "255"),
+            ("position_256_up", "256", "the last"),
+        )
+    },
+    "divergence/p50": Metric("nats/token", "quantile", "half of the loss tokens lie below, to 4 %"),
+    "divergence/p90": Metric("nats/token", "quantile", "90 % of the loss tokens lie below"),
+    "divergence/p99": Metric("nats/token", "quantile", "99 % of the loss tokens lie below"),
+    "entropy/student": Metric("nats/token", "mean", "of the student's distribution, at `inspect_tokens` tokens"),
+    "entropy/teacher": Metric("nats/token", "mean", "of the teacher's distribution, at the same"),
+    "agreement/argmax": Metric("share", "mean", "of these, where both hold the same token likeliest"),
+    "topk/student_mass": Metric("share", "mean", "the student's probability of its top-k, there"),
+    "topk/teacher_mass": Metric("share", "mean", "the teacher's probability of the student's top-k, there"),
+    "is/ratio": Metric(
+        "ratio", "mean", "student's probability now to when it was sampled, there; older rollouts only"
+    ),
+    "is/clip_share": Metric("share", "mean", "of these, where the ratio is clipped"),
     "completions/mean_length": Metric("tokens", "mean", "length of a completion, end-of-sequence token included"),
     "completions/min_length": Metric("tokens", "min", "shortest completion"),
     "completions/max_length": Metric("tokens", "max", "longest completion"),
@@ -47,15 +71,34 @@ METRICS = {
 }
 
 
+POSITIONS = (0, 4, 16, 64, 256)  # where the buckets of divergence by position begin
+QUANTILES = {"divergence/p50": 0.5, "divergence/p90": 0.9, "divergence/p99": 0.99}
+# Bins of the divergences' histogram: in equal ratios from LEAST to MOST nats, the first and the last with all beyond.
+BINS, LEAST, MOST = 256, 1e-7, 1e2
+LATE = 1.5  # times the others' mean, from which on a rank is named
+
+
 class Meters:
     """Collects values on this rank and joins them with the other ranks' when a log line is due.
 
-    reduce: (tensor, "sum" | "max") -> the tensor joined over the ranks, in place or not.
+    reduce: (tensor, "sum" | "max") -> the tensor joined over the ranks, in place or not. enter: called with the name
+    of each phase that begins. rank, ranks: this one's number, and how many there are.
     """
 
-    def __init__(self, reduce: Callable[[Tensor, str], Tensor], device: torch.device):
+    def __init__(
+        self,
+        reduce: Callable[[Tensor, str], Tensor],
+        device: torch.device,
+        enter: Callable[[str], None] = lambda phase: None,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
         self.reduce = reduce
         self.device = device
+        self.enter = enter
+        self.rank = rank
+        self.ranks = ranks
+        self.straggler: str | None = None  # after `collect`: the rank that the others waited for, and in what
         self.inner_seconds = 0.0  # of the phases inside the one that runs
         self.reset()
 
@@ -63,6 +106,7 @@ class Meters:
         self.since = time.perf_counter()
         self.sums = {name: [0.0, 0.0] for name in METRICS}
         self.extremes = {name: float("-inf") for name in METRICS}
+        self.histogram = torch.zeros(BINS, dtype=torch.float64, device=self.device)
 
     def add(self, name: str, total: float | Tensor, count: float = 1.0) -> None:
         """Add a value (max, min) or a sum of `count` values (mean, sum, slowest). Tensors are not waited for."""
@@ -87,10 +131,38 @@ class Meters:
         """Add how much of a micro-batch is padding."""
         self.add("tokens/padding_share", batch.padding, batch.student.input_ids_LT.numel())
 
+    def add_divergences(self, per_token_N: Tensor, offsets_N: Tensor) -> None:
+        """Add the divergence of loss tokens, and their places in their completions."""
+        self.add("sdft/distillation_loss", per_token_N.sum(), len(per_token_N))
+        self.add("completions/loss_tokens", len(per_token_N))
+        bucket_N = torch.bucketize(offsets_N, torch.tensor(POSITIONS[1:], device=offsets_N.device), right=True)
+        zeros = torch.zeros(len(POSITIONS), device=per_token_N.device)
+        sums = zeros.index_add(0, bucket_N, per_token_N)
+        counts = zeros.index_add(0, bucket_N, torch.ones_like(per_token_N))
+        for i, name in enumerate(name for name in METRICS if name.startswith("divergence/position")):
+            self.add(name, sums[i], counts[i])
+        per_token_N = per_token_N.double().nan_to_num(nan=MOST)
+        share_N = (per_token_N.clamp(LEAST, MOST) / LEAST).log() / math.log(MOST / LEAST)
+        bins_N = (share_N * BINS).long().clamp(max=BINS - 1)
+        self.histogram.index_add_(0, bins_N, torch.ones_like(share_N))
+
+    def add_two_sides(self, seen: TwoSides, old_log_probs_M: Tensor | None, clip: float | None) -> None:
+        """Add what student and teacher think at some tokens."""
+        count = len(seen)
+        for name, side in (("student", seen.student), ("teacher", seen.teacher)):
+            self.add(f"entropy/{name}", side.entropy_M.sum(), count)
+            self.add(f"topk/{name}_mass", side.mass_M.sum(), count)
+        self.add("agreement/argmax", seen.agree_M.sum(), count)
+        if old_log_probs_M is not None and clip is not None:
+            ratio_M = (seen.log_prob_M - old_log_probs_M).exp()
+            self.add("is/ratio", ratio_M.sum(), count)
+            self.add("is/clip_share", (ratio_M >= clip).sum(), count)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the seconds spent inside to `seconds/<name>`, those of a phase within it to that one alone; waits for
         the device, where there is one."""
+        self.enter(name)
         start, self.inner_seconds, outer = self._now(), 0.0, self.inner_seconds
         yield
         seconds = self._now() - start
@@ -111,13 +183,19 @@ class Meters:
             dtype=torch.float64,
             device=self.device,
         )
-        slowest = self.reduce(sums[:, 0].clone(), "max").tolist()
+        mine = sums[:, 0].clone()
+        slowest = self.reduce(mine.clone(), "max")
+        # The number of the rank whose sum is the largest; where there are several the last one.
+        slowest_rank = self.reduce(torch.where(mine == slowest, float(self.rank), -1.0), "max").tolist()
+        slowest = slowest.tolist()
         sums = self.reduce(sums, "sum").tolist()
+        histogram = self.reduce(self.histogram, "sum")
         extremes = self.reduce(
             torch.tensor(list(self.extremes.values()), dtype=torch.float64, device=self.device), "max"
         ).tolist()
         self.reset()
-        values = {}
+        self.straggler = None
+        values = _quantiles(histogram)
         for i, (name, metric) in enumerate(METRICS.items()):
             total, count = sums[i]
             if metric.reduction in ("max", "min"):
@@ -128,11 +206,33 @@ class Meters:
                     values[name] = total / count if metric.reduction == "mean" else (total / count) ** 0.5
             elif metric.reduction == "slowest":
                 values[name] = slowest[i] / max(1, steps)
+                self._note_straggler(name, slowest[i], total, int(slowest_rank[i]), elapsed)
             elif metric.reduction == "rate":
                 values[name] = total / elapsed
-            else:
+            elif metric.reduction == "sum":
                 values[name] = total
         return values
+
+    def _note_straggler(self, name: str, most: float, total: float, rank: int, elapsed: float) -> None:
+        """The first phase in which one rank takes far longer than the others on average, and that costs time: in the
+        phases after it the others wait."""
+        others = (total - most) / max(1, self.ranks - 1)
+        if (
+            self.straggler is None
+            and self.ranks > 1
+            and most > LATE * others
+            and most - others > max(1.0, 0.2 * elapsed)
+        ):
+            self.straggler = f"rank {rank} took {most:.3g} s in {name.removeprefix('seconds/')}, others {others:.3g} s"
+
+
+def _quantiles(histogram: Tensor) -> dict[str, float]:
+    """Each to the middle of its bin, in nats."""
+    cumulated = histogram.cumsum(0)
+    if not cumulated[-1]:
+        return {}
+    found = {name: int(torch.searchsorted(cumulated, share * cumulated[-1])) for name, share in QUANTILES.items()}
+    return {name: LEAST * (MOST / LEAST) ** ((bin + 0.5) / BINS) for name, bin in found.items()}
 
 
 def _peak_bytes(device: torch.device) -> int:

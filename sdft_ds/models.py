@@ -1,4 +1,4 @@
-"""A model by name or as an object -> the causal LM to train, its tokenizer and its stop tokens.
+"""A model by name or as an object -> the causal LM to train, its tokenizer, its stop tokens, its limits of prompts.
 
 What the data is checked by, tokenizer and config, is there before the weights are loaded.
 """
@@ -25,6 +25,7 @@ from transformers.utils import find_adapter_config_file
 from sdft_ds import zero
 from sdft_ds.completion_head import causal_lm_of
 from sdft_ds.config import SDFTConfig
+from sdft_ds.prompts import PromptBuilder
 
 
 def load_model(model: str | PreTrainedModel | nn.Module, args: SDFTConfig) -> nn.Module:
@@ -62,6 +63,12 @@ def _hub_options(args: SDFTConfig) -> dict[str, Any]:
 
 def _default_dtype(args: SDFTConfig) -> torch.dtype:
     return args.hf_deepspeed_config.dtype() if args.deepspeed else torch.float32
+
+
+def name_of(model: nn.Module) -> str:
+    """The name or folder that the model was loaded from; of one that was not, its class."""
+    causal_lm = causal_lm_of(model)
+    return causal_lm.config.name_or_path or type(causal_lm).__name__
 
 
 def add_adapter(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
@@ -129,10 +136,23 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
     return sorted(ids)
 
 
-def prompt_limits(config: PreTrainedConfig, args: SDFTConfig) -> tuple[int | None, int | None]:
+def prompt_builder(
+    tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, args: SDFTConfig
+) -> PromptBuilder:
+    """What makes both prompts of a row for this model. Raises ValueError for limits that exceed its context."""
+    return PromptBuilder(
+        tokenizer,
+        args.teacher_prompt_template,
+        *_prompt_limits(model_config, args),
+        args.truncation,
+        args.chat_template_kwargs,
+    )
+
+
+def _prompt_limits(model_config: PreTrainedConfig, args: SDFTConfig) -> tuple[int | None, int | None]:
     """Most tokens of the student's and of the teacher's prompt: either fits into the model's context together with the
     longest completion. None where neither the config of the model nor a setting says anything."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return args.max_prompt_length, args.max_teacher_prompt_length
     room = context - args.max_completion_length

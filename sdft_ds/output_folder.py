@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sdft_ds import ranks
 
-LOCK = ".lock"
+LOCK = "_lock"  # the hub leaves names with an underscore out of what it uploads
 
 
 class OutputFolderInUse(ValueError):

@@ -107,7 +107,8 @@ def lay_out(rows: list[list[int]], counts: list[int], lines: Lines, pad_token_id
 
 @dataclass(frozen=True)
 class PairedBatch:
-    """R rollouts as the student sees them. tokens_N and rows_N give each loss token's id and its row of this batch.
+    """R rollouts as the student sees them. tokens_N, rows_N and offsets_N give each loss token's id, its row of this
+    batch, and its place in the completion, from 0.
 
     padding: positions that are computed for nothing.
     """
@@ -115,6 +116,7 @@ class PairedBatch:
     student: View
     tokens_N: Tensor
     rows_N: Tensor
+    offsets_N: Tensor
     rollouts: list[Rollout]
     padding: int
 
@@ -131,11 +133,14 @@ def pair(
     counts = [loss_mask.count(rollout) for rollout in rollouts]
     tokens = [token for row, count in zip(rows, counts, strict=True) for token in row[len(row) - count :]]
     lengths = [len(row) for row in rows]
+    ends = [len(rollout.completion.ids) for rollout in rollouts]
+    offsets = [place for end, count in zip(ends, counts, strict=True) for place in range(end - count, end)]
     student = lay_out(rows, counts, lines_of(lengths), pad_token_id, device)
     return PairedBatch(
         student=student,
         tokens_N=torch.tensor(tokens, dtype=torch.long, device=device),
         rows_N=torch.repeat_interleave(torch.arange(len(rollouts)), torch.tensor(counts)).to(device),
+        offsets_N=torch.tensor(offsets, dtype=torch.long, device=device),
         rollouts=rollouts,
         padding=student.input_ids_LT.numel() - sum(lengths),
     )

@@ -8,17 +8,18 @@ that a row brings itself is never cut either.
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from sdft_ds.rows import DataError, Example, Prompt, RowError
 
 TRUNCATIONS = ("truncate", "drop", "error")
 PLACEHOLDERS = ("prompt", "privileged_context")
+MARKS = [chr(code) for code in range(0xE000, 0xF900)]  # characters without a meaning (private use)
 
 
 class PromptTooLong(DataError):
@@ -27,17 +28,31 @@ class PromptTooLong(DataError):
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """One prompt: as given to the chat template, as the text the model reads, and as token ids."""
+    """One prompt: as given to the chat template, as the text the model reads, and as token ids.
+
+    tools: what the chat template was given besides. own: a teacher prompt of the row's, not the filled template.
+    """
 
     prompt: Prompt
     text: str
     ids: list[int]
+    tools: list[dict[str, Any]] | None = None
+    own: bool = False
 
 
 @dataclass(frozen=True)
 class PromptPair:
     student: RenderedPrompt
     teacher: RenderedPrompt
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of a text, which came in for the placeholder `name`."""
+
+    name: str
+    start: int
+    end: int
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
@@ -92,7 +107,7 @@ class PromptBuilder:
         for a conversation that the chat template refuses."""
         try:
             student = self._fit(
-                _user_text(example.prompt),
+                user_text(example.prompt),
                 lambda text: self.render(_with_user_text(example.prompt, text), example.tools),
                 self.max_prompt_length,
                 keep="end",
@@ -102,7 +117,7 @@ class PromptBuilder:
             # Of a teacher prompt of the row's own nothing is the context, which could be cut.
             teacher = self._fit(
                 "" if example.teacher_prompt is not None else example.privileged_context,
-                lambda text: self.render(self._teacher_prompt(example, student, text), example.tools),
+                lambda text: self._render_for_teacher(example, student, text),
                 self.max_teacher_prompt_length,
                 keep="start",
                 what=f"Row {index}: the teacher's prompt (max_teacher_prompt_length)",
@@ -116,31 +131,95 @@ class PromptBuilder:
 
     def render(self, prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> RenderedPrompt:
         """Plain text as it is, with the tokenizer's own special tokens; a conversation through the chat template."""
+        text = self._text(prompt, tools)
+        ids = self._encoded(prompt, text)["input_ids"]
+        # A tokenizer that closes every text with EOS would have the model answer after the end.
+        while isinstance(prompt, str) and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
+        return RenderedPrompt(prompt, text, ids, tools)
+
+    def spans(self, pair: PromptPair) -> tuple[list[Span], list[Span]]:
+        """Where the question stands in the student's text, and question and context in the teacher's.
+
+        None in a conversation whose chat template does more to the user's text than to strip it, and in a teacher
+        prompt of the row's own.
+        """
+        question = Span("prompt", 0, len(user_text(pair.student.prompt)))
+        return self._in_text(pair.student, [question]), self._in_text(pair.teacher, self._filled_in(pair))
+
+    def context_left(self, pair: PromptPair) -> str:
+        """The context as far as it was not cut; none where the row has a teacher prompt of its own."""
+        if pair.teacher.own:
+            return ""
+        span = next(span for span in self._filled_in(pair) if span.name == "privileged_context")
+        return user_text(pair.teacher.prompt)[span.start : span.end]
+
+    def offsets(self, rendered: RenderedPrompt) -> list[tuple[int, int]]:
+        """Which characters [start, end) of its text each token of a prompt stands for; (0, 0) for one that the
+        tokenizer adds. Raises ValueError for a tokenizer that cannot tell."""
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} cannot tell where its tokens stand in a text: a fast tokenizer "
+                "(tokenizer.json) is needed."
+            )
+        encoded = self._encoded(rendered.prompt, rendered.text, return_offsets_mapping=True)
+        return encoded["offset_mapping"][: len(rendered.ids)]
+
+    def _encoded(self, prompt: Prompt, text: str, **options: Any) -> BatchEncoding:
+        return self.tokenizer(text, add_special_tokens=isinstance(prompt, str), **options)
+
+    def _text(self, prompt: Prompt, tools: list[dict[str, Any]] | None) -> str:
         if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
-            # A tokenizer that closes every text with EOS would have the model answer after the end.
-            while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-                ids = ids[:-1]
-            return RenderedPrompt(prompt, prompt, ids)
+            return prompt
         if self.tokenizer.chat_template is None:
             raise DataError(
                 f"The prompt is a conversation, but the tokenizer {self.tokenizer.name_or_path!r} has no chat "
                 "template: use plain-text prompts, or set tokenizer.chat_template."
             )
         options = {**self.chat_template_kwargs, **({"tools": tools} if tools else {})}
-        text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
-        return RenderedPrompt(prompt, text, self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
 
-    def _teacher_prompt(self, example: Example, student: RenderedPrompt, context: str) -> Prompt:
-        """What the teacher sees: the question as the student sees it, and the context; or what the row says itself."""
+    def _render_for_teacher(self, example: Example, student: RenderedPrompt, context: str) -> RenderedPrompt:
+        """The question as the student sees it, and the context; or what the row says itself."""
         own = example.teacher_prompt
         if own is None:
-            return _with_user_text(example.prompt, self._fill(_user_text(student.prompt), context))
-        return _with_user_text(example.prompt, own) if isinstance(own, str) else own
+            filled = self._fill(user_text(student.prompt), context)
+            return self.render(_with_user_text(example.prompt, filled), example.tools)
+        prompt = _with_user_text(example.prompt, own) if isinstance(own, str) else own
+        return replace(self.render(prompt, example.tools), own=True)
 
     def _fill(self, question: str, context: str) -> str:
         values = {"prompt": question, "privileged_context": context}
         return "".join(literal + (values[name] if name else "") for literal, name in self.template)
+
+    def _filled_in(self, pair: PromptPair) -> list[Span]:
+        """Question and context in the user's text of the teacher's prompt."""
+        if pair.teacher.own:
+            return []
+        question, text = user_text(pair.student.prompt), user_text(pair.teacher.prompt)
+        contexts = sum(name == "privileged_context" for _, name in self.template)
+        context_length = (len(text) - len(self._fill(question, ""))) // contexts
+        lengths = {"prompt": len(question), "privileged_context": context_length}
+        at, spans = 0, []
+        for literal, name in self.template:
+            at += len(literal)
+            if name:
+                spans.append(Span(name, at, at + lengths[name]))
+                at += lengths[name]
+        return spans
+
+    def _in_text(self, rendered: RenderedPrompt, spans: list[Span]) -> list[Span]:
+        """Spans of the user's text as spans of the whole text."""
+        if isinstance(rendered.prompt, str):
+            return spans
+        filled, text = user_text(rendered.prompt), rendered.text
+        mark = next(mark for mark in MARKS if mark not in text)
+        marked = self._text(_with_user_text(rendered.prompt, f"{mark}{filled}{mark}"), rendered.tools)
+        start, end = len(marked.partition(mark)[0]), len(text) - len(marked.rpartition(mark)[2])
+        stripped = filled.find(text[start:end]) if start <= end else -1  # so many characters at its beginning
+        if stripped < 0:
+            return []
+        return [Span(s.name, *(min(max(start + at - stripped, start), end) for at in (s.start, s.end))) for s in spans]
 
     def _fit(
         self, text: str, render: Callable[[str], RenderedPrompt], limit: int | None, keep: str, what: str, counter: str
@@ -177,7 +256,7 @@ class PromptBuilder:
         return ""
 
 
-def _user_text(prompt: Prompt) -> str:
+def user_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 

@@ -19,6 +19,11 @@ def count() -> int:
     return distributed.get_world_size() if started() else 1
 
 
+def store() -> distributed.Store:
+    """What the ranks met in; only where they were started together."""
+    return distributed.distributed_c10d._get_default_store()
+
+
 def barrier() -> None:
     if count() > 1:
         distributed.barrier()

@@ -13,6 +13,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from sdft_ds import checkpoint, ranks, run_state, zero
 from sdft_ds.config import SDFTConfig
+from sdft_ds.lookout import Lookout
 from sdft_ds.output_folder import locked
 from sdft_ds.preemption import Preemption
 
@@ -32,6 +33,7 @@ class ResumableTrainer(Trainer):
             self.args.preemption_deadline_seconds,
             self.args.device,
         )
+        self.lookout = Lookout(self.args.ddp_timeout)
         self.add_callback(_LeaveAfterStep(self))
 
     @abstractmethod
@@ -51,7 +53,7 @@ class ResumableTrainer(Trainer):
         Raises CannotResume (DamagedCheckpoint where it names a file), OutputFolderInUse, and Preempted, which leaves
         the program, after a signal was obeyed.
         """
-        with locked(self.args.output_dir), self.preemption:
+        with locked(self.args.output_dir), self.preemption, self.lookout:
             folder = self._checkpoint_to_resume(resume_from_checkpoint)
             if folder is not None:
                 self._check_settings(folder)
@@ -67,6 +69,10 @@ class ResumableTrainer(Trainer):
             if self.state.global_step not in (0, self.saved_step):
                 self._save_checkpoint(self.model_wrapped, None)
             self.preemption.leave(self.state.global_step)
+
+    def say_phase(self, phase: str) -> None:
+        """This rank begins a phase of an optimizer step."""
+        self.lookout.enter(phase, self.state.global_step + 1)
 
     def _tell(self, text: str) -> None:
         if ranks.index() == 0:
@@ -174,14 +180,6 @@ class ResumableTrainer(Trainer):
                     kept[name].append(each.state())
                 else:
                     kept[name] = each.state()
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Without secrets: transformers pickles the arguments as they are, tokens included."""
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args.hub_token = token
 
 
 def _with_deepspeed(stage: int | None) -> str:

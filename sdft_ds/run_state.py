@@ -155,13 +155,17 @@ def settings_of(args: SDFTConfig, rows: int | None, zero_stage: int | None) -> d
         "world_size": args.world_size,
         "zero_stage": zero_stage,
         "config": {name: value for name, value in args.to_dict().items() if name not in UNTOLD_FIELDS},
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
 
 
 # With another value of these a resumed run would not be the run that was interrupted, in its data or its teacher.
 STEP_FIELDS = (
-    "seed", "data_seed", "shuffle_dataset", "num_generations", "num_iterations", "teacher_model_kind",
+    "method", "seed", "data_seed", "shuffle_dataset", "num_generations", "num_iterations", "teacher_model_kind",
     "generate_from_teacher", "dataloader_drop_last",
 )  # fmt: skip
 # These say where and how a run is started, not what it does; or they are compared above.

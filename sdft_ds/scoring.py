@@ -34,10 +34,10 @@ class TeacherStates:
 
 @dataclass(frozen=True)
 class Scored:
-    """A paired micro-batch and what the teacher, and the sampler where it is needed, think of it."""
+    """A paired micro-batch and what the teacher, if there is one, and the sampler where it is needed, think of it."""
 
     batch: PairedBatch
-    teacher_hidden_ND: Tensor
+    teacher_hidden_ND: Tensor | None
     teacher_head: HeadValues | None
     old_log_probs_N: Tensor | None = None
 

@@ -13,6 +13,7 @@ import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sdft_ds import zero
+from sdft_ds.sft import UNREAD, SFTConfig
 
 FILE = "config.yaml"
 SECRETS = {"hub_token"}
@@ -66,7 +67,8 @@ class SavedSettings(TrainerCallback):
 
 
 def _told(part: Any) -> list[Field]:
-    return [f for f in fields(part) if f.init and f.name not in SECRETS | DERIVED]
+    unread = UNREAD if isinstance(part, SFTConfig) else ()
+    return [f for f in fields(part) if f.init and f.name not in {*SECRETS, *DERIVED, *unread}]
 
 
 def _default(f: Field) -> Any:

@@ -124,7 +124,7 @@ def _files_of(given: str) -> list[Path]:
 
 def _load_files(files: dict[str, list[Path]], args: ScriptArguments) -> DatasetDict | IterableDatasetDict:
     everything = [file for some in files.values() for file in some]
-    where = f"--dataset_path {_named(args.dataset_path)}"
+    where = f"--dataset_path {args.source}"
     suffixes = {file.suffix for file in everything}
     if len({LOADERS.get(suffix) for suffix in suffixes}) > 1 or not suffixes <= set(LOADERS):
         raise ValueError(
@@ -167,18 +167,14 @@ def _reading(where: str) -> Iterator[None]:
         raise ValueError(f"{where} cannot be read: {type(first).__name__}: {' '.join(str(first).split())}") from error
 
 
-def _named(paths: list[str]) -> str:
-    return paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-
-
 def map_columns(dataset: AnyDataset, args: ScriptArguments) -> AnyDataset:
-    """The data set with the columns `prompt` and `privileged_context`, and those of `teacher_prompt` and `tools` that
-    it has; it knows where it comes from, for messages.
+    """The data set with the columns `prompt` and `privileged_context`; with `teacher_prompt` and `tools`, and for
+    supervised fine-tuning `golden_response`, where it has them. It knows where it comes from, for messages.
 
     The context is the row's own; where it has none, the demonstration template around its golden response. Rows that
     cannot be used stay so, for the trainer to name.
     """
-    source = args.dataset_name or _named(args.dataset_path or ["in memory"])
+    source = args.source
     columns = _columns(dataset, source)
     for f in fields(args):
         name = getattr(args, f.name)
@@ -194,6 +190,7 @@ def map_columns(dataset: AnyDataset, args: ScriptArguments) -> AnyDataset:
         raise ValueError(f"{source}: {error}") from None
     template = Template(args.demonstration_template)
     _check_template(template)
+    responses = args.method == "sft" and args.golden_response_column in columns
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         prompt = row[args.prompt_column]
@@ -205,9 +202,8 @@ def map_columns(dataset: AnyDataset, args: ScriptArguments) -> AnyDataset:
             prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             if row[args.system_column] and isinstance(prompt, list):
                 prompt = [{"role": "system", "content": row[args.system_column]}, *prompt]
-        return {"prompt": prompt, "privileged_context": context} | {
-            column: row[name] for column, name in given.items()
-        }
+        mapped = {"prompt": prompt, "privileged_context": context} | {to: row[name] for to, name in given.items()}
+        return mapped | {"golden_response": response or None} if responses else mapped
 
     how = {"remove_columns": columns}
     if isinstance(dataset, Dataset):

@@ -22,18 +22,19 @@ from sdft_ds.evaluation.tasks import Task, read_tasks
 from sdft_ds.output_folder import OutputFolderInUse
 from sdft_ds.rows import DataError
 from sdft_ds.settings_file import SavedSettings
+from sdft_ds.sft import TRAINERS
 from sdft_ds.step_guard import TooManyBadSteps
 from sdft_ds.trainer import SDFTTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says. A mistake in it, or in the data, is one line and exit status 2."""
-    _quiet_unless_first_rank()
+    quiet_unless_first_rank()
     try:
         script, args, model = arguments.parse(sys.argv[1:] if argv is None else argv, demo.RECIPE)
         settings = SavedSettings((script, args, model))
         questions = _questions(script)
-        is_demo = model.model_name_or_path is None and script.dataset_name is None and script.dataset_path is None
+        is_demo = arguments.is_demo(script, model)
         trainer = demo.trainer(args, model.peft_config()) if is_demo else _trainer(script, args, model)
         if questions:
             trainer.add_callback(TaskEvaluation(trainer, questions, script.eval_tasks_steps))
@@ -54,35 +55,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
-        print(_learned(trainer.state.log_history))
+        print(_learned(trainer.state.log_history, args.method))
         print(f"Saved to {args.output_dir}")
+    about = {"dataset": script.source, "recipe": script.recipe}
+    trainer.create_model_card(**about)
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(**about)
 
 
 def _trainer(
     script: arguments.ScriptArguments, args: arguments.SDFTConfig, model: arguments.ModelArguments
 ) -> SDFTTrainer:
-    if model.model_name_or_path is None:
-        raise ValueError("A data set is named, but no model: set --model_name_or_path.")
-    if script.dataset_name is None and script.dataset_path is None:
-        raise ValueError("A model is named, but no data set: set --dataset_path or --dataset_name.")
     evaluates = args.eval_strategy != "no"
     train_dataset, eval_dataset = sources.load(script, evaluates, args.seed)
     args.model_init_kwargs = {**model.init_kwargs(args), **(args.model_init_kwargs or {})}
-    name = model.model_name_or_path
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            name, revision=model.model_revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:  # which need not name what was asked for
-        raise ValueError(f"--model_name_or_path {name}: {error}") from None
-    trainer = SDFTTrainer(
-        model=name,
+    trainer = TRAINERS[args.method](
+        model=model.model_name_or_path,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=tokenizer,
+        processing_class=model.tokenizer(),
         peft_config=model.peft_config(),
     )
     if evaluates and script.eval_num_prompts:
@@ -102,7 +94,7 @@ def _resume(value: str | None) -> str | bool | None:
     return {"true": True, "false": None}.get((value or "false").lower(), value)
 
 
-def _quiet_unless_first_rank() -> None:
+def quiet_unless_first_rank() -> None:
     """Other ranks say the same; what goes wrong on one of them alone is an exception, and still shows."""
     # Names that the libraries below us still use among each other, and that no user can do anything about.
     for module in ("transformers", "torch.distributed"):
@@ -119,12 +111,20 @@ def _one_line(error: Exception) -> str | int:
     return f"sdft_ds: {' '.join(str(error).split())}" if os.environ.get("RANK", "0") == "0" else 1
 
 
-def _learned(log_history: list[dict[str, float]]) -> str:
-    """One sentence about the run: how far the student is from its teacher, at first and at last."""
-    distances = [log["sdft/distillation_loss"] for log in log_history if "sdft/distillation_loss" in log]
+def _learned(log_history: list[dict[str, float]], method: str) -> str:
+    """One sentence about the run: how far the student is from its teacher or its demonstrations, at first and at
+    last."""
+    metric = {"sdft": "sdft/distillation_loss", "sft": "loss"}[method]
+    distances = [log[metric] for log in log_history if metric in log]
     if not distances:
         return "No step was logged: lower logging_steps to see what was learned."
+    if method == "sft":
+        return f"The loss on the demonstrations was {distances[0]:.3g} at first and {distances[-1]:.3g} at last."
     return (
         f"The student's answers without the context were {distances[0]:.3g} nats per token from the teacher's at "
         f"first and {distances[-1]:.3g} at last."
     )
+
+
+if __name__ == "__main__":
+    main()

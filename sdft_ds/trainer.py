@@ -4,8 +4,10 @@ Once per generation batch: prompts -> rollouts -> pairing -> teacher's pass. Onc
 share in the loss. Once per micro-batch: the student's forward, the loss in chunks, backward.
 """
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,18 +26,21 @@ from transformers import (
     TrainerState,
 )
 
-from sdft_ds import completion_head, models, ranks, run_state, teacher, zero
+from sdft_ds import completion_head, model_card, models, ranks, run_state, teacher, zero
 from sdft_ds.aggregation import Shares, shares
 from sdft_ds.chunked_loss import LossTerms
 from sdft_ds.completion_head import DistillationLoss
+from sdft_ds.completion_log import CompletionLog
 from sdft_ds.config import SDFTConfig
+from sdft_ds.evaluation_loader import EvaluationBatches
 from sdft_ds.generation_batch import GenerationBatches
+from sdft_ds.inspection import evenly_spaced
 from sdft_ds.metrics import Meters
 from sdft_ds.packing import packing_for
 from sdft_ds.progress import LogLines, TimeReport, TrainingProgress
-from sdft_ds.prompts import PromptBuilder
 from sdft_ds.resumable import ResumableTrainer
 from sdft_ds.rollouts import Sampler
+from sdft_ds.run_record import RunRecord
 from sdft_ds.run_state import GenerationBatch
 from sdft_ds.schedule import MicroBatch, Schedule, data_loader, evaluation_batches, for_generation_batches
 from sdft_ds.scoring import Scored
@@ -52,6 +57,8 @@ class SDFTTrainer(ResumableTrainer):
     callbacks, optimizers, and a PEFT configuration for a fresh adapter. Raises ValueError, naming field or row and the
     remedy, for what cannot be trained.
     """
+
+    batches_from = GenerationBatches
 
     def __init__(
         self,
@@ -73,13 +80,7 @@ class SDFTTrainer(ResumableTrainer):
         config = models.config_of(model, args)
         models.check_support(config, args)
         processing_class, tokenizer = models.load_tokenizer(processing_class, config._name_or_path, args)
-        prompts = PromptBuilder(
-            tokenizer,
-            args.teacher_prompt_template,
-            *models.prompt_limits(config, args),
-            args.truncation,
-            args.chat_template_kwargs,
-        )
+        prompts = models.prompt_builder(tokenizer, config, args)
         # All that can be wrong with the data shows before the weights are loaded.
         bad_rows = BadRows(args.bad_rows, args.max_bad_rows)
         if isinstance(train_dataset, IterableDataset):
@@ -115,7 +116,10 @@ class SDFTTrainer(ResumableTrainer):
         # Every loss is normalised over the whole optimizer step already.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = False
-        self.meters = {mode: Meters(ranks.reduce, args.device) for mode in ("train", "eval")}
+        self.meters = {
+            mode: Meters(ranks.reduce, args.device, self.say_phase, ranks.index(), ranks.count())
+            for mode in ("train", "eval")
+        }
         self.steps_at_last_log = 0
         self.teacher = teacher.make(model, args)
         if args.save_teacher and not self.teacher.has_state:
@@ -124,11 +128,14 @@ class SDFTTrainer(ResumableTrainer):
         self.add_callback(self.guard)
         self.add_callback(_AfterStep(self))
         self.add_callback(TimeReport)
+        self.completion_log = CompletionLog(args, tokenizer, ranks.index() == 0)
+        self.add_callback(self.completion_log)
+        self.add_callback(RunRecord(args.method, models.name_of(model)))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TrainingProgress)
         if self.pop_callback(PrinterCallback) is not None:
             self.add_callback(LogLines)
-        self.generation_batches = GenerationBatches(
+        self.generation_batches = self.batches_from(
             args=args,
             accelerator=self.accelerator,
             model=self.model,
@@ -147,7 +154,7 @@ class SDFTTrainer(ResumableTrainer):
             dispatch=self._dispatch,
         )
         if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags(["sdft"])
+            self.model.add_model_tags([args.method])
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -255,8 +262,17 @@ class SDFTTrainer(ResumableTrainer):
         if return_outputs:
             raise ValueError("SDFTTrainer computes no outputs beside the loss: logits are never in memory.")
         scored: Scored = inputs["scored"]
-        share: Shares = inputs["shares"]
-        request = DistillationLoss(
+        request = self.loss_request(scored, inputs["shares"])
+        looked_at = self._look_at(request, scored) if model.training else []
+        loss = model(**scored.batch.student.inputs, request=request)
+        self._record(request, scored, looked_at, self.meters["train" if model.training else "eval"])
+        # A product, also by 1: at ZeRO stage 0 DeepSpeed divides the gradient of what its forward returned, if exactly
+        # that tensor is given to its backward, by the accumulation steps once more.
+        return loss * self.args.distillation_weight
+
+    def loss_request(self, scored: Scored, share: Shares) -> DistillationLoss:
+        """What the student's forward is asked for: the loss of a micro-batch, and the divergence of each token."""
+        return DistillationLoss(
             positions_N=scored.batch.student.positions_N,
             terms=LossTerms(
                 divergence=self.args.divergence,
@@ -270,13 +286,28 @@ class SDFTTrainer(ResumableTrainer):
             scale=share.scale,
             chunk_tokens=self.args.loss_chunk_tokens,
         )
-        meters = self.meters["train" if model.training else "eval"]
-        loss = model(**scored.batch.student.inputs, request=request)
-        meters.add("sdft/distillation_loss", request.per_token_N.sum(), len(request.per_token_N))
-        meters.add("completions/loss_tokens", len(request.per_token_N))
-        # A product, also by 1: at ZeRO stage 0 DeepSpeed divides the gradient of what its forward returned, if exactly
-        # that tensor is given to its backward, by the accumulation steps once more.
-        return loss * self.args.distillation_weight
+
+    def _look_at(self, request: DistillationLoss, scored: Scored) -> list[int]:
+        """Let the request see a sample of the tokens, and all of the rows that are returned, which are to be shown."""
+        sample_M = evenly_spaced(len(scored.batch.tokens_N), self.args.inspect_tokens, self.args.device)
+        rows = self.completion_log.wanted(self.state.global_step + 1, scored)
+        at_M = torch.cat([sample_M, self.completion_log.tokens_of(rows, scored)])
+        request.inspect_M = at_M if len(at_M) else None
+        return rows
+
+    def _record(self, request: DistillationLoss, scored: Scored, rows: list[int], meters: Meters) -> None:
+        """Add to the metrics what the forward found, and keep the rows that are to be shown."""
+        meters.add_divergences(request.per_token_N, scored.batch.offsets_N)
+        if request.seen is None:
+            return
+        at_M, seen, sampled = request.inspect_M, request.seen, len(request.inspect_M)
+        if rows:
+            shown_M = self.completion_log.tokens_of(rows, scored)
+            sampled -= len(shown_M)
+            step = self.state.global_step + 1
+            self.completion_log.take(step, rows, scored, request.per_token_N[shown_M], seen[sampled:])
+        old_M = None if scored.old_log_probs_N is None else scored.old_log_probs_N[at_M[:sampled]]
+        meters.add_two_sides(seen[:sampled], old_M, self.args.distillation_is_clip)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -313,7 +344,7 @@ class SDFTTrainer(ResumableTrainer):
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> "_EvaluationBatches":
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> EvaluationBatches:
         """All batches of this rank, made when the loop asks for the first: one swap of weights per evaluation."""
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
@@ -344,7 +375,7 @@ class SDFTTrainer(ResumableTrainer):
             )
             return self._with_shares(scored)
 
-        return _EvaluationBatches(eval_dataset, len(slots), make)
+        return EvaluationBatches(eval_dataset, len(slots), make)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -361,6 +392,21 @@ class SDFTTrainer(ResumableTrainer):
 
     # ---- reporting --------------------------------------------------------------------------------------------------
 
+    def create_model_card(self, model_name: str | None = None, **about: Any) -> None:
+        """Write OUTPUT_DIR/README.md on the first rank. about: dataset and finetuned_from, hub ids or paths; recipe,
+        tags, license, language. `push_to_hub` calls it, and hands on what it is given."""
+        if self.is_world_process_zero():
+            facts = model_card.Facts(
+                model_name=model_name or Path(self.args.hub_model_id or os.path.abspath(self.args.output_dir)).name,
+                args=self.args,
+                log=self.state.log_history,
+                steps=self.state.global_step,
+                rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+                adapter=hasattr(self.model, "peft_config"),
+                **{"finetuned_from": completion_head.causal_lm_of(self.model).config._name_or_path, **about},
+            )
+            Path(self.args.output_dir, "README.md").write_text(model_card.render(facts), encoding="utf-8")
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Join the metrics of all ranks into each line about losses."""
         if "loss" in logs:
@@ -371,6 +417,8 @@ class SDFTTrainer(ResumableTrainer):
             if drift is not None:
                 self.meters["train"].add("teacher/distance", *drift)
             logs.update(self.meters["train"].collect(steps))
+            if self.meters["train"].straggler is not None:
+                self._tell(f"Up to step {self.state.global_step} {self.meters['train'].straggler}.")
         elif "eval_loss" in logs:
             logs.update({f"eval_{name}": value for name, value in self.meters["eval"].collect(steps=1).items()})
         super().log(logs, start_time)
@@ -405,19 +453,3 @@ class _AfterStep(TrainerCallback):
     def on_step_end(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.trainer.guard.skipped:
             self.trainer.teacher.after_step(self.trainer.model_wrapped, state.global_step)
-
-
-class _EvaluationBatches:
-    """What the evaluation loop wants of a data loader; the batches are made at the first iteration."""
-
-    def __init__(self, dataset: Dataset, length: int, make: Callable[[], list[dict[str, Any]]]):
-        self.dataset = dataset
-        self.length = length
-        self.make = make
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.make():
-            yield {**batch, "batches": self.length}

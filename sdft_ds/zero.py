@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from sdft_ds import ranks
 
@@ -26,13 +27,16 @@ def no_accelerator() -> bool:
 
 
 def start_process_group(deepspeed_config: Any, use_cpu: bool, timeout_seconds: int) -> None:
-    """Start DeepSpeed's process group where accelerate would not do it right; nothing without a configuration.
+    """Start DeepSpeed's process group where accelerate would not do it right, which it does without a configuration.
 
     On a CPU it has to exist before TrainingArguments builds accelerate's state: that starts torch's group but not
     deepspeed.comm, after which zero.Init believes that the world has one rank. Plain `python` becomes rank 0 of 1.
     """
     if use_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # also where DeepSpeed would find something else
+    # Also for the groups that DeepSpeed makes itself, without saying how long they may wait.
+    timeout = timedelta(seconds=timeout_seconds)
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     if not deepspeed_config:
         return
     _own_programs_first()
@@ -51,7 +55,10 @@ def start_process_group(deepspeed_config: Any, use_cpu: bool, timeout_seconds: i
     if use_cpu:
         import deepspeed
 
-        deepspeed.init_distributed("gloo", verbose=False, timeout=timedelta(seconds=timeout_seconds))
+        # A way of reducing that training never takes. It needs a compiler, and where a rank dies while it is set up
+        # the others wait for its shared memory without end.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("gloo", verbose=False, timeout=timeout)
 
 
 def _own_programs_first() -> None:
@@ -60,18 +67,15 @@ def _own_programs_first() -> None:
 
 
 def build_operator() -> str:
-    """Build an operator that runs on this machine may need, or load it where it is built; its name.
-
-    On a CPU it is the shared-memory communication that every run begins with; with a GPU the Adam of offloaded
-    optimizers. Raises what DeepSpeed and torch raise where it cannot be built.
+    """Build the operator that offloaded optimizers need, or load it where it is built; its name. Raises what
+    DeepSpeed and torch raise where it cannot be built.
     """
     _own_programs_first()
     if no_accelerator():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.accelerator import get_accelerator
 
-    name = "ShareMemCommBuilder" if get_accelerator().device_name() == "cpu" else "CPUAdamBuilder"
-    builder = get_accelerator().create_op_builder(name)
+    builder = get_accelerator().create_op_builder("CPUAdamBuilder")
     builder.load()
     return builder.name
 

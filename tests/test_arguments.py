@@ -118,12 +118,6 @@ def test_yaml_cannot_make_objects(tmp_path):
         parse(["--config", str(file)], RECIPE)
 
 
-def test_code_of_a_models_repository_is_not_run_unless_asked():
-    for argv, trusted in (([], False), (["--trust_remote_code"], True)):
-        script, args, model = parse(["--model_name_or_path", "m", *argv], {})
-        assert model.init_kwargs(args)["trust_remote_code"] is trusted
-
-
 def test_numbers_can_be_none_where_they_may(capsys):
     assert parse(["--distillation_topk", "none", "--distillation_alpha", "1"], {})[1].distillation_topk is None
     with pytest.raises(SystemExit):
@@ -149,3 +143,10 @@ def test_help_is_readable(capsys):
         parse(["--help"], RECIPE)
     text = capsys.readouterr().out
     assert "data:" in text and "model and adapter:" in text and "Train a LoRA adapter" in text
+
+
+def test_code_of_others_is_not_trusted_unless_asked():
+    _, args, model = parse([], RECIPE)
+    assert not model.trust_remote_code and not model.init_kwargs(args)["trust_remote_code"]
+    _, args, model = parse(["--trust_remote_code"], RECIPE)
+    assert model.init_kwargs(args)["trust_remote_code"]

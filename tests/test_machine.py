@@ -99,6 +99,7 @@ def test_bf16(tmp_path, flags, status):
 
 class TestOperators:
     @on_a_cpu
+    @pytest.mark.full  # it takes minutes the first time
     def test_built(self):
         assert machine.operators().status == OK
 
@@ -107,7 +108,7 @@ class TestOperators:
         variables(PATH=tmp_path, TORCH_EXTENSIONS_DIR=tmp_path)
         os.symlink("/bin/bash", tmp_path / "bash")
         finding = machine.operators()
-        assert finding.status == FAIL and "without" in finding.found and "c++" in finding.found
+        assert finding.status == WARN and "without" in finding.found and "c++" in finding.found
         assert "g++" in finding.remedy
 
     @on_a_cpu
@@ -123,14 +124,14 @@ class TestOperators:
             [tmp_path / "bare/bin/python", "-c", "from sdft_ds import machine; print(machine.operators())"],
             check=True, capture_output=True, text=True, timeout=120,
         ).stdout  # fmt: skip
-        assert "status='fail'" in found and 'without ninja"' in found and "remedy='pip install ninja'" in found
+        assert "status='warn'" in found and 'without ninja"' in found and "remedy='pip install ninja" in found
 
     @on_a_cpu
     def test_a_compiler_that_lacks_a_header(self, variables, tmp_path):
         compiler = program(tmp_path, "c++", 'exec /usr/bin/c++ -nostdinc "$@"')
         variables(CXX=compiler, TORCH_EXTENSIONS_DIR=tmp_path)
         finding = machine.operators()
-        assert finding.status == FAIL and finding.found.endswith("No such file or directory")
+        assert finding.status == WARN and finding.found.endswith("No such file or directory")
 
     @on_a_cpu
     @pytest.mark.full
@@ -139,16 +140,16 @@ class TestOperators:
         compiler = program(tmp_path, "c++", f'{wait}\nexec /usr/bin/c++ "$@"')
         variables(CXX=compiler, TORCH_EXTENSIONS_DIR=tmp_path / "extensions")
         finding = machine.operators(limit=60)
-        assert finding.status == FAIL and "not built after 60 s" in finding.found
+        assert finding.status == WARN and "not built after 60 s" in finding.found
         assert (tmp_path / "begun").exists() and not [*(tmp_path / "extensions").rglob("lock")]
 
     @on_a_cpu
     def test_a_lock_that_a_killed_build_left(self, variables, tmp_path):
-        (tmp_path / "deepspeed_shm_comm").mkdir()
-        (tmp_path / "deepspeed_shm_comm" / "lock").touch()
+        (tmp_path / "cpu_adam").mkdir()
+        (tmp_path / "cpu_adam" / "lock").touch()
         variables(TORCH_EXTENSIONS_DIR=tmp_path)
         finding = machine.operators(limit=8)
-        assert finding.status == FAIL and f"remove {tmp_path}/deepspeed_shm_comm/lock" in finding.remedy
+        assert finding.status == WARN and f"remove {tmp_path}/cpu_adam/lock" in finding.remedy
 
 
 class TestCommunication:

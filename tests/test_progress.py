@@ -48,7 +48,7 @@ def test_the_end_says_how_far_the_student_came():
 def test_every_metric_says_its_unit_and_is_joined_by_a_known_reduction():
     for name, metric in METRICS.items():
         assert metric.unit and metric.meaning, name
-        assert metric.reduction in ("mean", "norm ratio", "max", "min", "sum", "slowest", "rate"), name
+        assert metric.reduction in ("mean", "norm ratio", "max", "min", "sum", "slowest", "rate", "quantile"), name
 
 
 def test_reductions_over_two_ranks():

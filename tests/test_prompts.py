@@ -1,4 +1,5 @@
 import pytest
+from tokenizers import processors
 
 from sdft_ds.prompts import PromptBuilder, PromptTooLong, parse_template
 from sdft_ds.rows import Example, RowError
@@ -144,3 +145,69 @@ def test_a_conversation_that_the_chat_template_refuses_is_a_row_error():
         RowError, match="Row 5, column 'prompt': the model's chat template refuses.*role not supported"
     ):
         builder(strict).build(Example(chat(("system", "S"), ("user", "Q")), "H"), 5)
+
+
+def cut_out(text, spans):
+    return [(span.name, text[span.start : span.end]) for span in spans]
+
+
+def test_spans_say_where_question_and_context_stand(tokenizer):
+    template = "{privileged_context} <{prompt}> {privileged_context}"
+    for prompt in ("Q hint?", chat(("system", "hint"), ("user", "Q hint?"))):
+        made = builder(tokenizer, template)
+        pair = made.build(Example(prompt, "hint"), 0)
+        student, teacher = made.spans(pair)
+        told, asked = ("privileged_context", "hint"), ("prompt", "Q hint?")
+        assert cut_out(pair.student.text, student) == [asked]
+        assert cut_out(pair.teacher.text, teacher) == [told, asked, told]
+        assert pair.teacher.text[: teacher[0].start].count("hint") == (prompt[0] != "Q")  # not the system's
+
+
+def test_spans_where_the_template_strips_the_users_text():
+    stripping = tiny.tokenizer()
+    stripping.chat_template = "<{{ messages[-1]['content'] | trim }}>"
+    made = builder(stripping)
+    pair = made.build(Example(chat(("user", "  a a \n")), "hint \n"), 0)
+    student, teacher = made.spans(pair)
+    assert pair.student.text == "<a a>" and cut_out(pair.student.text, student) == [("prompt", "a a")]
+    assert cut_out(pair.teacher.text, teacher) == [("prompt", "a a \n"), ("privileged_context", "hint")]
+    assert made.context_left(pair) == "hint \n"
+
+
+def test_no_spans_where_the_template_rewrites_the_users_text():
+    loud = tiny.tokenizer()
+    loud.chat_template = "{{ messages[-1]['content'] | upper }}"
+    made = builder(loud)
+    assert made.spans(made.build(Example(chat(("user", "q")), "hint"), 0)) == ([], [])
+
+
+def test_spans_where_the_row_brings_tools_or_a_teacher_prompt():
+    armed = tiny.tokenizer()
+    armed.chat_template = "{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}" + tiny.CHAT_TEMPLATE
+    made = builder(armed)
+    example = Example(chat(("user", "Q?")), "hint", tools=[{"name": "search"}])
+    pair = made.build(example, 0)
+    _, teacher = made.spans(pair)
+    assert cut_out(pair.teacher.text, teacher) == [("prompt", "Q?"), ("privileged_context", "hint")]
+    own = made.build(Example(chat(("user", "Q?")), "", teacher_prompt="Told: Q?"), 0)
+    student, teacher = made.spans(own)
+    assert cut_out(own.student.text, student) == [("prompt", "Q?")] and teacher == [] and made.context_left(own) == ""
+
+
+def test_what_is_left_of_a_context(tokenizer):
+    made = builder(tokenizer, "{privileged_context}|{prompt}|", teacher=6)
+    pair = made.build(Example("Q", "abcdef"), 0)
+    assert pair.teacher.text == "abc|Q|" and made.context_left(pair) == "abc"
+    assert cut_out(pair.teacher.text, made.spans(pair)[1])[0] == ("privileged_context", "abc")
+
+
+def test_offsets_cover_the_text_and_know_what_was_added():
+    with_bos = tiny.tokenizer()
+    with_bos.add_special_tokens({"bos_token": "<s>"})
+    with_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|im_end|>",
+        special_tokens=[("<s>", with_bos.bos_token_id), ("<|im_end|>", with_bos.eos_token_id)],
+    )
+    made = builder(with_bos)
+    rendered = made.render("ab")
+    assert rendered.ids[0] == with_bos.bos_token_id and made.offsets(rendered) == [(0, 0), (0, 1), (1, 2)]

@@ -10,6 +10,8 @@ OWN = ["--model_name_or_path", "m", "--dataset_path", "a.jsonl", "b.jsonl", "--r
 CASES = {
     "the demo": [],
     "the defaults": OWN,
+    "supervised": [*OWN, "--method", "sft", "--gradient_accumulation_steps", "2"],
+    "a recipe": [*OWN, "--recipe", "paper", "--learning_rate", "1e-5"],
     "many": [
         *OWN, "--dataset_format", "messages_output_text", "--eval_fraction", "0.1", "--eval_strategy", "steps",
         "--eval_steps", "5", "--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--distillation_topk", "none",

@@ -258,3 +258,17 @@ def test_columns_that_are_missing():
         map_columns(Dataset.from_list(ROWS), ScriptArguments(prompt_column="question"))
     with pytest.raises(ValueError, match="lacks privileged_context"):
         map_columns(Dataset.from_list(ROWS), ScriptArguments())
+
+
+def test_supervised_fine_tuning_keeps_the_response_itself():
+    rows = [
+        {"prompt": "a", "privileged_context": "own", "golden_response": "x"},
+        {"prompt": "b", "privileged_context": None, "golden_response": [{"role": "assistant", "content": "y"}]},
+        {"prompt": "c", "privileged_context": "hint", "golden_response": None},
+    ]
+    mapped = map_columns(Dataset.from_list(rows[:1]), ScriptArguments(method="sft"))
+    assert mapped[0] == {"prompt": "a", "privileged_context": "own", "golden_response": "x"}
+    mapped = map_columns(Dataset.from_list(rows[1:]), ScriptArguments(method="sft"))
+    assert mapped["privileged_context"] == ["Example response: y", "hint"] and mapped["golden_response"] == ["y", None]
+    without = Dataset.from_list([{"prompt": "a", "privileged_context": "own"}])
+    assert map_columns(without, ScriptArguments(method="sft")).column_names == ["prompt", "privileged_context"]

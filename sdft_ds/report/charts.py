@@ -82,8 +82,11 @@ def stack(title: str, unit: str, x: Sequence[float], series: Sequence[Series]) -
     return _figure(title, unit, [], series, "".join(body), _hover(x_axis, y_axis, hover, stacked=True))
 
 
-def histogram(title: str, unit: str, groups: dict[str, Sequence[int]]) -> str:
-    """How many values, at least 0 and whole, fall into each of at most 24 bins of equal width; groups are stacked."""
+def histogram(title: str, unit: str, groups: dict[str, Sequence[int]], counted: str = "completions") -> str:
+    """How many values, at least 0 and whole, fall into each of at most 24 bins of equal width; groups are stacked.
+
+    counted: what each value belongs to.
+    """
     values = [value for group in groups.values() for value in group]
     width = step_of((max(values) - min(values) + 1) / 24, whole=True)
     first = min(values) // width
@@ -108,7 +111,7 @@ def histogram(title: str, unit: str, groups: dict[str, Sequence[int]]) -> str:
                 )
                 under += bins[i]
     legend = [Series(name, [], [], f"c{at}") for at, name in enumerate(groups)]
-    return _figure(title, "completions", [], legend, "".join(body), None)
+    return _figure(title, counted, [], legend, "".join(body), None)
 
 
 def shares(title: str, unit: str, rows: dict[str, Sequence[float]], parts: Sequence[str]) -> str:

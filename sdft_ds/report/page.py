@@ -20,8 +20,8 @@ FOOT = (
 )
 
 
-def document(title: str, head: str, sections: dict[str, str]) -> str:
-    """A page with the HTML `head`, and a section with an entry in the contents for each of {heading: HTML}."""
+def document(title: str, head: str, sections: dict[str, str], foot: str = FOOT) -> str:
+    """A page with the HTML `head`, a section with an entry in the contents for each of {heading: HTML}, and a note."""
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hash(STYLE)}; script-src {_hash(SCRIPT)}; "
         "base-uri 'none'; form-action 'none'"
@@ -38,7 +38,7 @@ def document(title: str, head: str, sections: dict[str, str]) -> str:
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style></head>\n"
         f"<body><header>{head}</header>\n<nav>{links}</nav>\n<main>{body}\n"
-        f'<p class="note">{FOOT}</p></main>\n'
+        f'<p class="note">{foot}</p></main>\n'
         f'<div id="tip" role="status" hidden></div>\n<script>{SCRIPT}</script></body></html>\n'
     )
 

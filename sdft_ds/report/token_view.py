@@ -27,15 +27,20 @@ def completions(run: Run) -> str:
         steps = [steps[round(i * (len(steps) - 1) / (MOST_STEPS - 1))] for i in range(MOST_STEPS)]
     shown = [c for step in reversed(steps) for c in run.completions_of(step, MOST_COMPLETIONS // len(steps))]
     rows = sum(count for _, count in run.completions.values())
-    names = ("below 0.01", *(f"from {bound:g}" for bound in LEVELS))
-    levels = "".join(f'<b class="d{i}">{name}</b>' for i, name in enumerate(names))
     return (
         f'<p class="note">{len(shown)} of {rows} logged completions, of {len(steps)} of {len(run.completions)} steps. '
         "A token is coloured by how far the student is from the teacher at its place; point at it, or use the arrow "
         "keys, for what both held most likely.</p>"
-        f'<p class="levels">nats per token:&nbsp; {levels}<b class="dx">not in the loss</b></p>'
+        + levels()
         + "".join(_completion(c, is_open=i == 0) for i, c in enumerate(shown))
     )
+
+
+def levels() -> str:
+    """What the colours of tokens mean."""
+    names = ("below 0.01", *(f"from {bound:g}" for bound in LEVELS))
+    colours = "".join(f'<b class="d{i}">{name}</b>' for i, name in enumerate(names))
+    return f'<p class="levels">nats per token:&nbsp; {colours}<b class="dx">not in the loss</b></p>'
 
 
 def level(divergence: float | None) -> str:
@@ -47,16 +52,22 @@ def _completion(c: Completion, is_open: bool) -> str:
     figures = [f"step {c.step}", f"{c.length} tokens" + (", cut off" if c.truncated else "")]
     if c.divergence_mean is not None:
         figures.append(f"{number(c.divergence_mean)} nats/token")
-    cut = "" if len(c.tokens) <= MOST_TOKENS else f"The first {MOST_TOKENS} of {len(c.tokens)} tokens."
     return (
         f"<details{' open' if is_open else ''}><summary>"
         + "".join(f'<span class="figure">{figure}</span>' for figure in figures)
         + f'<span class="said">{escape(c.completion[:200])}</span></summary>'
         f'<div class="prompts"><div><h4>The student sees</h4><pre>{escape(c.prompt)}</pre></div>'
         f"<div><h4>The teacher sees</h4><pre>{escape(c.teacher_prompt)}</pre></div></div>"
-        f'<h4>The student answers</h4><p class="tokens">{_tokens(c)}</p>'
-        f'<script type="application/json">{_tops(c)}</script>' + (f'<p class="note">{cut}</p>' if cut else "")
-        + "</details>"
+        f"<h4>The student answers</h4>{coloured(c)}</details>"
+    )
+
+
+def coloured(c: Completion) -> str:
+    """The tokens of one completion, the first 1,000 at most, and what page.js shows of each."""
+    cut = "" if len(c.tokens) <= MOST_TOKENS else f"The first {MOST_TOKENS} of {len(c.tokens)} tokens."
+    return (
+        f'<p class="tokens">{_tokens(c)}</p><script type="application/json">{_tops(c)}</script>'
+        + (f'<p class="note">{cut}</p>' if cut else "")
     )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ class Cluster:
     def state(self, job: str) -> str:
         return re.search(r"JobState=(\w+)", self.on("ctl", "scontrol", "show", "job", job))[1]
 
-    def wait(self, job: str, *states: str, seconds: float = 180) -> str:
+    def wait(self, job: str, *states: str, seconds: float = 400) -> str:
         """Until the job is in one of the states. A job that was put back into the queue need not wait two minutes."""
         given_up = time.monotonic() + seconds
         while (state := self.state(job)) not in states:
@@ -110,7 +110,7 @@ def losses(folder: Path) -> list[float]:
     return [each["loss"] for each in state["log_history"] if "loss" in each]
 
 
-def wait_for_checkpoint(folder: Path, seconds: float = 120) -> None:
+def wait_for_checkpoint(folder: Path, seconds: float = 240) -> None:
     given_up = time.monotonic() + seconds
     while checkpoint.newest_complete(folder / "run")[0] is None:
         assert time.monotonic() < given_up, (folder / "job.log").read_text()

@@ -19,6 +19,7 @@ from sdft_ds.evaluation.tasks import Task, TaskRow
 from sdft_ds.module_state import evaluating
 from sdft_ds.paired_batch import LossMask
 from sdft_ds.scoring import Scorer
+from sdft_ds.sft import TRAINERS
 from tests import tiny
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -81,6 +82,7 @@ def make_trainer(
     callbacks=(),
     rows=6,
     stream=False,
+    config=SDFTConfig,
     **settings,
 ):
     """A trainer of the tiny Llama; stage None: without DeepSpeed."""
@@ -89,9 +91,9 @@ def make_trainer(
     unset_hf_deepspeed_config()
     if stage is not None:
         settings["deepspeed"] = str(DS_CONFIGS / f"zero{stage}.json")
-    args = SDFTConfig(**{**SETTINGS, "output_dir": tempfile.mkdtemp(), **settings})
+    args = config(**{**SETTINGS, "output_dir": tempfile.mkdtemp(), **settings})
     dataset = Dataset.from_list(tiny.rows(rows))
-    return SDFTTrainer(
+    return TRAINERS[args.method](
         model=grown_student(lora, tied) if grown else model or tiny.llama(),
         args=args,
         train_dataset=dataset.to_iterable_dataset() if stream else dataset,
@@ -436,6 +438,68 @@ def gathers(stage, **settings) -> dict[str, int]:
     counts["trace is complete"] = offload.param_coordinator.is_complete_trace()
     counts["teacher's trace is complete"] = offload.sdft_scoring_coordinator.is_complete_trace()
     return counts
+
+
+def received(stage, **settings) -> dict[str, float]:
+    """Bytes that this rank receives through DeepSpeed's collectives in the last optimizer step, if they are rings."""
+    import deepspeed.comm as comm
+
+    moved = {}
+    gathers = ("all_gather_into_tensor", "all_gather", "all_gather_coalesced")
+    times = dict.fromkeys((*gathers, "reduce_scatter_tensor"), 1) | {"all_reduce": 2}
+
+    class OfLastStep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == args.max_steps - 1:
+                moved.clear()
+
+    def size(thing) -> int:
+        if isinstance(thing, (list, tuple)):
+            return sum(map(size, thing))
+        return thing.nbytes if isinstance(thing, torch.Tensor) else 0
+
+    def counted(name, call):
+        def counting(*args, **kwargs):
+            whole = max(map(size, (*args, *kwargs.values())))  # what is gathered into, or reduced
+            purpose = "weights" if name in gathers else "gradients"
+            moved[purpose] = moved.get(purpose, 0) + whole * times[name] * (ranks - 1) / ranks
+            return call(*args, **kwargs)
+
+        return counting
+
+    trainer = make_trainer(stage, callbacks=[OfLastStep()], **settings)
+    ranks = trainer.args.world_size
+    plain = {name: getattr(comm.comm.cdb, name) for name in times}
+    for name, call in plain.items():
+        setattr(comm.comm.cdb, name, counted(name, call))
+    try:
+        trainer.train()
+    finally:
+        for name, call in plain.items():
+            setattr(comm.comm.cdb, name, call)
+    return moved
+
+
+def held(stage, **settings) -> dict[str, int]:
+    """Bytes that this rank holds after training: weights, what the optimizer keeps, the teacher's shadow."""
+    trainer = make_trainer(stage, **settings)
+    trainer.train()
+    engine = trainer.model_wrapped
+    weights = [getattr(param, "ds_tensor", param) for param in trainer.model.parameters()]
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    inner = getattr(inner, "optimizer", inner)  # accelerate's wrapper
+    # ZeRO-3 shows its masters to the inner optimizer only during a step.
+    masters = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    masters = masters or [param for group in inner.param_groups for param in group["params"]]
+    known = {tensor.data_ptr() for tensor in weights}
+    states = [value for state in inner.state.values() for value in state.values()]
+    optimizer = [t for t in masters if t.data_ptr() not in known]
+    optimizer += [t for t in states if torch.is_tensor(t) and t.numel() > 1]
+    return {
+        "weights": sum(t.nbytes for t in weights),
+        "optimizer": sum(t.nbytes for t in optimizer),
+        "teacher shadow": sum(t.nbytes for t in getattr(trainer.teacher, "values", {}).values()),
+    }
 
 
 def one_rank_without_loss(stage) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import pytest
 
+from sdft_ds import SFTConfig
+
 STAGES = [None, 0, 1, 2, 3]
 # Four micro-batches of one generation batch, one for each step: step 3 is inside it.
 INSIDE = {"steps_per_generation": 2, "num_iterations": 2}
@@ -56,3 +58,8 @@ def test_continuous_batching_inside_a_generation_batch(two_ranks, tmp_path):
 def test_the_teacher_and_the_fp32_weights_can_be_exported(two_ranks, tmp_path, stage, lora):
     for rank in two_ranks.run("exports", stage, str(tmp_path), lora=lora):
         assert rank["teacher"] < 1e-4 and rank["fp32"] == 0.0
+
+
+@pytest.mark.parametrize("stage, lora, settings", [(2, False, {"gradient_accumulation_steps": 2}), (3, True, {})])
+def test_supervised_fine_tuning(two_ranks, tmp_path, stage, lora, settings):
+    assert_exact(two_ranks.run("resume", stage, str(tmp_path), config=SFTConfig, lora=lora, **settings))

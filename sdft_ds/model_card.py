@@ -1,0 +1,145 @@
+"""The model card: facts about a run -> Markdown with the hub's metadata."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from sdft_ds.config import SDFTConfig
+
+METHODS = {
+    "sdft": (
+        "Self-distilled fine-tuning ([SDFT](https://arxiv.org/abs/2601.19897)): a student that sees the prompt alone "
+        "learned, over its own answers, to say what the same network says when it sees a demonstration or a hint "
+        "besides."
+    ),
+    "sft": "Supervised fine-tuning on demonstrations, as a baseline of self-distilled fine-tuning.",
+}
+CITATION = """\
+```bibtex
+@misc{sdft,
+    title = {Self-Distillation Enables Continual Learning},
+    year = {2026},
+    eprint = {2601.19897},
+    archivePrefix = {arXiv},
+}
+```"""
+# The settings that decide what is learned: those of both methods, and those of SDFT.
+SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "loss_type",
+    "max_prompt_length", "max_completion_length", "truncation", "seed", "bf16", "fp16",
+)  # fmt: skip
+SDFT_SETTINGS = (
+    "distillation_alpha", "distillation_mode", "distillation_topk", "distillation_add_tail", "distillation_is_clip",
+    "num_loss_tokens_to_skip", "teacher_model_kind", "teacher_prompt_template", "num_generations", "num_iterations",
+    "temperature", "top_p", "top_k",
+)  # fmt: skip
+EMA_SETTINGS = ("teacher_update_rate", "teacher_sync_steps")
+# Metric of the log -> what it is called.
+LOSSES = {
+    "sdft/distillation_loss": "distance from the teacher, nats/token",
+    "loss": "loss",
+    "eval_loss": "loss on the evaluation rows",
+}
+FIGURES = {"accuracy": "accuracy", "kl_to_start": "KL from the start, nats/token"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model or a data set: its id on the hub, or the last part of its path on a disk."""
+
+    name: str
+    on_hub: bool
+
+    @classmethod
+    def of(cls, name: str) -> "Source":
+        path = Path(name)
+        return cls(path.resolve().name, False) if path.exists() else cls(name, True)
+
+    def link(self, kind: str = "") -> str:
+        return f"[{self.name}](https://huggingface.co/{kind}{self.name})" if self.on_hub else f"`{self.name}`"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card tells. log: the lines of the Trainer's log history; rows: of the data set, None for a stream;
+    finetuned_from, dataset: hub ids or paths, of which the last part alone is told."""
+
+    model_name: str
+    args: SDFTConfig
+    log: Sequence[dict[str, Any]]
+    steps: int
+    rows: int | None
+    adapter: bool
+    finetuned_from: str | None = None
+    dataset: str | None = None
+    recipe: str | None = None
+    tags: Sequence[str] = ()
+    license: str | None = None
+    language: str | None = None
+
+
+def render(facts: Facts) -> str:
+    """The card's text."""
+    args = facts.args
+    base, data = (name and Source.of(name) for name in (facts.finetuned_from, facts.dataset))
+    metadata = ModelCardData(
+        base_model=base.name if base and base.on_hub else None,
+        datasets=data.name if data and data.on_hub else None,
+        language=facts.language,
+        library_name="peft" if facts.adapter else "transformers",
+        license=facts.license,
+        model_name=facts.model_name,
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys([args.method, "sdft_ds", *facts.tags])),
+    )
+    rows_of_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    about = {
+        "Started from": base and base.link(),
+        "Trained": "a LoRA adapter" if facts.adapter else "all weights",
+        "Recipe": facts.recipe and f"`{facts.recipe}`",
+        "Data": data and data.link("datasets/") + (f", {facts.rows} rows" if facts.rows else ""),
+        "Steps": f"{facts.steps} of {rows_of_step} rows",
+    }
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---\n\n# {facts.model_name}",
+        METHODS[args.method],
+        "\n".join(f"- {name}: {value}" for name, value in about.items() if value),
+        "## Results",
+        _table(("", "first", "last"), _results(facts.log)),
+        "## Settings",
+        _table(("setting", "value"), [(f"`{name}`", _code(getattr(args, name))) for name in _names(args)]),
+    ]
+    if args.method == "sdft":
+        parts += ["## Citation", CITATION]
+    return "\n\n".join(parts) + "\n"
+
+
+def _names(args: SDFTConfig) -> tuple[str, ...]:
+    if args.method != "sdft":
+        return SETTINGS
+    return SETTINGS + SDFT_SETTINGS + (EMA_SETTINGS if args.teacher_model_kind == "ema" else ())
+
+
+def _results(log: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """First and last value of each metric that the card names."""
+    names = dict(LOSSES)
+    for name in dict.fromkeys(name for line in log for name in line):
+        task, _, figure = name.removeprefix("tasks/").rpartition("/")
+        if name.startswith("tasks/") and figure in FIGURES:
+            names[name] = f"{task}: {FIGURES[figure]}"
+    found = {label: [line[name] for line in log if name in line] for name, label in names.items()}
+    return [(label, f"{values[0]:.4g}", f"{values[-1]:.4g}") for label, values in found.items() if values]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else "Nothing was logged."
+
+
+def _code(value: Any) -> str:
+    """A value inside a table: a line, and no bar or backtick that would end its cell or its code."""
+    text = str(getattr(value, "value", value)).replace("\n", "\\n").replace("|", "\\|")
+    return f"`` {text} ``"

@@ -1,0 +1,304 @@
+"""What a training job holds in memory, in bytes for each rank, calculated: by part, and by phase of a step.
+
+Every formula says where it comes from: DeepSpeed's source (0.19), this package's own code, or a measurement. What is
+not tensors (the CUDA context, NCCL, what an allocator holds without using it) is not in here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sdft_ds.chunked_loss import CHUNK_ELEMENTS
+from sdft_ds.plan.model_shape import ModelShape
+
+PARTS = (
+    "weights", "optimizer", "gradients", "teacher shadow", "teacher head and states", "gathered weights",
+    "activations", "logits chunk", "KV cache",
+)  # fmt: skip
+PHASES = ("rollout", "teacher", "loss", "backward", "optimizer")
+
+# DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance, and its sub_group_size, each 1e9: ds_configs
+# leave them alone. Once ZeRO-3 knows the order of modules, it gathers ahead, and keeps, until as many are gathered.
+LIVE_PARAMETERS = 10**9
+SUB_GROUP = 10**9
+# NF4: half a byte, and an fp32 scale for each 64 values, which ZeRO-3 leaves whole on every rank.
+NF4_BYTES, NF4_SCALE_BYTES = 0.5, 4 / 64
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How DeepSpeed holds a job. gather: ZeRO-3 gathers the weights once for a rollout (ds3_gather_for_generation)."""
+
+    config: str  # of ds_configs, without .json
+    stage: int
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    gather: bool = True
+
+
+ZERO_0, ZERO_1, ZERO_2 = (Setup(f"zero{stage}", stage) for stage in range(3))
+ZERO_3 = Setup("zero3", 3)
+OFFLOAD_OPTIMIZER = Setup("zero3_offload_optimizer", 3, offload_optimizer=True)
+OFFLOAD = Setup("zero3_offload", 3, offload_optimizer=True, offload_parameters=True)
+SETUPS = (ZERO_0, ZERO_1, ZERO_2, ZERO_3, OFFLOAD_OPTIMIZER, OFFLOAD)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training job. Lengths are tokens; `batch` rows are a micro-batch, of which `accumulation` are a step.
+
+    tuning: full, lora or qlora. adapter: elements of the adapter. teacher: live, base or ema. topk: size of the
+    support; None: the whole vocabulary. chunk_tokens: as loss_chunk_tokens.
+    """
+
+    shape: ModelShape
+    ranks: int
+    tuning: str = "full"
+    adapter: int = 0
+    teacher: str = "live"
+    shadow_on_host: bool = False
+    bf16: bool = True
+    checkpointing: bool = True
+    batch: int = 8
+    accumulation: int = 1
+    generations: int = 8
+    prompt: int = 512
+    teacher_prompt: int = 2048
+    completion: int = 256
+    scoring_tokens: int = 16384
+    topk: int | None = 100
+    chunk_tokens: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of an element in the compute dtype, which is also that of the engine's weights."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def trained(self) -> int:
+        return self.shape.parameters if self.tuning == "full" else self.adapter
+
+    @property
+    def elements(self) -> int:
+        return self.shape.parameters + self.adapter
+
+    @property
+    def scales(self) -> float:
+        return NF4_SCALE_BYTES * self.shape.linear_parameters if self.tuning == "qlora" else 0
+
+    @property
+    def weights(self) -> float:
+        """Bytes of the whole model that a rank of stage 3 has a shard of."""
+        if self.tuning != "qlora":
+            return self.elements * self.bytes
+        quantized = self.shape.linear_parameters
+        return NF4_BYTES * quantized + (self.elements - quantized) * self.bytes
+
+    @property
+    def rows(self) -> int:
+        """Of a generation batch, which serves one optimizer step."""
+        return self.batch * self.accumulation
+
+    @property
+    def prompts(self) -> int:
+        """Different ones among those rows."""
+        return -(-self.rows // self.generations)
+
+    @property
+    def has_shadow(self) -> bool:
+        return self.teacher == "ema" or (self.teacher == "base" and self.tuning == "full")
+
+    @property
+    def scoring_rows(self) -> int:
+        """Rows of one batch of the teacher's pass."""
+        return min(self.rows, max(1, self.scoring_tokens // (self.teacher_prompt + self.completion)))
+
+    @property
+    def scoring_forwards(self) -> int:
+        """Of one teacher's pass: with shared prompts two for each batch, over the prompts and over the completions."""
+        return -(-self.rows // self.scoring_rows) * (2 if self.generations > 1 else 1)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on a rank's device in each phase, by part, and in the host's memory, for each rank as well."""
+
+    phases: dict[str, dict[str, float]]
+    host: float
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def peak(self) -> float:
+        return max(self.peaks.values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.peaks, key=self.peaks.get)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The most that each part takes in any phase. They are not all there at once: the peak is not their sum."""
+        return {name: max(parts.get(name, 0) for parts in self.phases.values()) for name in PARTS}
+
+
+def footprint(job: Job, setup: Setup) -> Footprint:
+    """What each rank holds."""
+    resident, host = _resident(job, setup)
+    phases = {phase: dict(resident) for phase in PHASES}
+    for phase, part, size in _transient(job, setup):
+        phases[phase][part] = phases[phase].get(part, 0) + size
+    return Footprint(phases, host)
+
+
+def _shards(job: Job, setup: Setup, since: int) -> int:
+    """Into how many parts a thing is cut that is sharded from a stage on."""
+    return job.ranks if setup.stage >= since else 1
+
+
+def _resident(job: Job, setup: Setup) -> tuple[dict[str, float], float]:
+    """(What is there in every phase, by part; what lies in the host's memory.)"""
+    b, trained = job.bytes, job.trained
+    share = trained / _shards(job, setup, since=1)
+    weights = job.weights / _shards(job, setup, since=3)
+    # Adam's two moments, and fp32 masters: DeepSpeed's optimizers keep some also of weights that are fp32 themselves,
+    # except at stage 0, where the given optimizer trains those directly.
+    masters = 0 if setup.stage == 0 and not job.bf16 else 4
+    optimizer = (8 + masters) * share
+    # ZeRO-3 has one flat buffer for its shard of the gradients all the time.
+    gradients = b * share if setup.stage == 3 else 0
+    shadow = 4 * share if job.has_shadow else 0
+    resident = {"weights": job.scales}
+    host = 0.0
+    if setup.offload_parameters:
+        host += weights
+    else:
+        resident["weights"] += weights
+    if setup.offload_optimizer:
+        host += optimizer + gradients + 4 * share  # and gradients in fp32 for the optimizer on the host
+    else:
+        resident |= {"optimizer": optimizer, "gradients": gradients}
+    # A shadow lies with the weights, or where the settings say.
+    if job.shadow_on_host or setup.offload_parameters:
+        host += shadow
+    else:
+        resident["teacher shadow"] = shadow
+    return resident, host
+
+
+def _transient(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
+    """(phase, part, bytes) of what comes and goes."""
+    yield from _of_passes(job, setup)
+    yield from _of_gradients(job, setup)
+    if setup.stage == 3:
+        bytes_per_element = job.weights / job.elements
+        ahead = min(job.weights, (LIVE_PARAMETERS + job.shape.largest) * bytes_per_element)
+        for phase in ("teacher", "loss", "backward"):
+            yield phase, "gathered weights", ahead
+        yield "rollout", "gathered weights", job.weights if setup.gather else ahead
+
+
+def _of_passes(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
+    """Activations, logits, keys and values, and what is kept of the teacher: nothing of it is sharded."""
+    shape, b = job.shape, job.bytes
+    cached = 2 * shape.key_value * shape.layers * b  # bytes of a token's keys and values
+
+    # Rollouts: all rows together; the prompts once for all of their completions. Taking rows out of the cache, and
+    # giving it room, copies one layer at a time. Choosing a token makes fp32 scores, probabilities and an fp64 sum.
+    yield "rollout", "KV cache", job.rows * (job.prompt + job.completion) * cached * (1 + 1 / shape.layers)
+    yield "rollout", "activations", job.prompts * job.prompt * _without_grad(job)
+    yield "rollout", "logits chunk", job.rows * shape.vocabulary * (b + 4 + 4 + 4 + 8)
+
+    # The teacher's pass: batches of whole rows, or, where prompts are shared, of prompts and then of completions.
+    rows, length = job.scoring_rows, job.teacher_prompt + job.completion
+    if job.generations > 1:
+        prompts = -(-rows // job.generations)
+        yield "teacher", "KV cache", rows * length * cached * (1 + 1 / shape.layers)
+        tokens = max(prompts * job.teacher_prompt, rows * job.completion)
+    else:
+        tokens = rows * length
+    yield "teacher", "activations", tokens * _without_grad(job)
+
+    # What the pass leaves for the loss: hidden states, and the teacher's head where it will not be the student's.
+    states = job.rows * job.completion * shape.hidden * b
+    head = shape.head * b if job.has_shadow and job.tuning == "full" else 0
+    for phase in ("teacher", "loss", "backward", "optimizer"):
+        yield phase, "teacher head and states", states + head
+
+    if job.tuning == "qlora":  # each layer's weights in the compute dtype, for as long as it computes
+        whole = b * max(width * height for _, width, height in shape.linears)
+        for phase in ("rollout", "teacher", "loss", "backward"):
+            yield phase, "gathered weights", whole
+
+    # The student: with checkpointing each layer's input, and one layer at a time in full, when it is computed again.
+    tokens = job.batch * (job.prompt + job.completion)
+    # ZeRO-3 leaves adapters in the fp32 that PEFT makes them in; at other stages the engine makes them bf16.
+    layer = _of_layer(job, fp32_adapter=job.bf16 and job.tuning != "full" and setup.stage == 3)
+    kept = shape.layers * (shape.hidden * b if job.checkpointing else layer)
+    yield "loss", "activations", tokens * kept
+    # Gradients of the feed-forward layer and of the layer's output, as measured (tests/test_footprint.py).
+    in_backward = (layer if job.checkpointing else 0) + b * (2 * shape.intermediate + shape.hidden)
+    yield "backward", "activations", tokens * (kept + in_backward)
+    yield "loss", "logits chunk", _loss_chunk(job)
+
+
+def _without_grad(job: Job) -> float:
+    """Bytes of a token's activations while nothing is kept for a backward: those of the widest moment of a layer, its
+    feed-forward part or its attention (as measured; attention without a matrix of scores)."""
+    shape = job.shape
+    feed_forward = 3 * shape.intermediate + 4 * shape.hidden
+    attention = 3 * shape.hidden + 3 * shape.query + 4 * shape.key_value
+    return job.bytes * max(feed_forward, attention)
+
+
+def _of_layer(job: Job, fp32_adapter: bool) -> float:
+    """Bytes of a token that a layer of a gated decoder keeps for its backward: the inputs of its norms in fp32, those
+    of its projections, queries, keys, values, attention's output, and four of the feed-forward layer's width."""
+    shape, b = job.shape, job.bytes
+    if fp32_adapter:  # keeps its inputs in fp32; the frozen layers beside it keep none
+        inputs = 4 * (5 * shape.hidden + shape.query + shape.intermediate)
+        return inputs + 8 * shape.hidden + b * (2 * shape.query + 2 * shape.key_value + 3 * shape.intermediate)
+    return shape.hidden * (8 + 4 * b) + b * (2 * shape.query + 2 * shape.key_value + 4 * shape.intermediate)
+
+
+def _loss_chunk(job: Job) -> float:
+    """Bytes of one chunk of the loss (chunked_loss.py). Full vocabulary: about seven fp32 matrices of logits, and both
+    sides' in the compute dtype. Top-k: one, and K rows of the head for each token with their gradient."""
+    shape, b = job.shape, job.bytes
+    support = 0 if job.topk is None else job.topk * shape.hidden
+    tokens = job.chunk_tokens or max(1, CHUNK_ELEMENTS // max(shape.vocabulary, support))
+    tokens = min(tokens, job.batch * job.completion)
+    half = b if b < 4 else 0  # where logits are fp32 anyhow they are not copied
+    if job.topk is None:
+        return tokens * shape.vocabulary * (7 * 4 + 2 * half)
+    return tokens * (shape.vocabulary * (4 + half) + support * (b + 4))
+
+
+def _of_gradients(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
+    """Gradients on their way into the optimizer, and the buckets that are reduced together."""
+    shape, b, trained = job.shape, job.bytes, job.trained
+    share = trained / _shards(job, setup, since=1)
+    # Stages 0 and 1 have whole gradients until the step, stage 2 a shard; stage 3's buffer is resident.
+    whole = b * (trained if setup.stage < 2 else share if setup.stage == 2 else 0)
+    # reduce_bucket_size "auto" is hidden x hidden; overlap_comm makes two of stages 1 and 2.
+    bucket = min(shape.hidden**2, trained) * b * {0: 0, 1: 2, 2: 2, 3: 1}[setup.stage]
+    for phase in PHASES:
+        yield phase, "gradients", bucket
+    yield "loss", "gradients", whole if job.accumulation > 1 else 0
+    yield "backward", "gradients", whole
+    if job.tuning == "full":
+        # A parameter's whole gradient before it is reduced; that of a tied head waits for the embedding's.
+        yield "backward", "gradients", b * (shape.largest + (shape.head if shape.tied else 0))
+        # The head's own in the loss: summed over chunks in fp32, then in its dtype.
+        yield "loss", "gradients", shape.head * (4 + (b if b < 4 else 0))
+    # The step flattens gradients, and makes them fp32: stage 3 a sub-group at a time; stage 1 copies its shard first.
+    in_fp32 = 4 if job.bf16 else 0
+    if setup.offload_optimizer:
+        return
+    if setup.stage == 3:
+        yield "optimizer", "gradients", min(share, SUB_GROUP) * (b + in_fp32)
+    elif setup.stage > 0:
+        yield "optimizer", "gradients", whole + share * (b + in_fp32 + (b if setup.stage == 1 else 0))
+    else:
+        yield "optimizer", "gradients", whole + trained * (b + in_fp32 if job.bf16 else 0)

@@ -1,0 +1,129 @@
+"""What training would see, before it starts: both prompts of the first rows, what is cut, which tokens count in the
+loss, and the whole data set in numbers.
+
+    python -m sdft_ds.preview [flags of training]               no weights are loaded
+    python -m sdft_ds.preview --score [flags of training]       also answers, with the KL at each token
+
+All flags of training apply (launch/train.py --help); what spreads it over ranks and batches is ignored: one process
+looks, without DeepSpeed. Without a model and a data set: the embedded demo.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset
+from rich.console import Console
+from rich.progress import track
+from transformers import PreTrainedTokenizerBase
+
+from sdft_ds import arguments, models, sources
+from sdft_ds.arguments import ModelArguments, ScriptArguments
+from sdft_ds.config import SDFTConfig
+from sdft_ds.demo import run as demo
+from sdft_ds.preview import page, terminal
+from sdft_ds.preview.scores import scores
+from sdft_ds.preview.view import Preview, preview
+from sdft_ds.preview.wording import described
+from sdft_ds.train import quiet_unless_first_rank
+from sdft_ds.trainer import SDFTTrainer
+
+STREAMED = 1000  # rows of a stream that are looked at: it may have no end
+# In the place of what spreads training over ranks and batches, which another number of ranks would contradict.
+ALONE = {
+    "deepspeed": "",
+    "num_generations": 1,
+    "num_generations_eval": None,
+    "generation_batch_size": None,
+    "steps_per_generation": None,
+    "num_iterations": 1,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Preview as the command line says. A mistake in it, or in the data, is one line and exit status 1 or 2."""
+    own, flags = _parser().parse_known_args(argv)
+    quiet_unless_first_rank()
+    try:
+        view = look(flags, own.rows, own.score)
+        if own.html:
+            own.html.write_text(page.render(view), encoding="utf-8")
+    except (ValueError, OSError) as error:
+        sys.exit(f"sdft_ds: {' '.join(str(error).split())}")
+    console = Console(highlight=False)
+    terminal.show(view, console)
+    if own.html:
+        console.print(f"Wrote {own.html}")
+
+
+def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
+    """What training with these flags would see. score: load the model, and let it answer the rows that are shown."""
+    if shown < 1:
+        raise ValueError(f"--rows must be at least 1, not {shown}.")
+    alone = [token for name, value in ALONE.items() for token in (f"--{name}", str(value))]
+    script, args, model = arguments.parse([*flags, *alone], demo.RECIPE)
+    dataset, name = _data(script, args, model)
+    args.model_init_kwargs = {**model.init_kwargs(args), **(args.model_init_kwargs or {})}
+    tokenizer = model.tokenizer()
+    builder = models.prompt_builder(tokenizer, models.config_of(model.model_name_or_path, args), args)
+    stream = isinstance(dataset, IterableDataset)
+    rows = islice(dataset, STREAMED) if stream else dataset
+    progress = track(
+        rows, "Reading rows", None if stream else len(dataset), console=Console(stderr=True), transient=True
+    )
+    view = preview(progress, builder, args, shown)
+    view.facts = [name, f"{view.statistics.rows:,} rows", f"truncation={args.truncation}"]
+    if stream:
+        view.notes.append(f"A stream: its first {view.statistics.rows:,} rows were looked at.")
+    if score:
+        used = {shown.look.index: shown for shown in view.rows if shown.look.taken}
+        if not used:
+            raise ValueError(
+                "--score: none of the rows shown can be used. Show more of them, or see without --score why."
+            )
+        with _trainer(args, model, tokenizer) as trainer:
+            found = scores(trainer, {index: vars(shown.look.example) for index, shown in used.items()})
+        for index, completion in found.items():
+            used[index].scored = completion
+        view.facts += [f"teacher {args.teacher_model_kind}", described(args.divergence), "one process, no DeepSpeed"]
+    return view
+
+
+def _data(script: ScriptArguments, args: SDFTConfig, model: ModelArguments) -> tuple[Dataset | IterableDataset, str]:
+    """The rows that would be trained on, and what to call model and data."""
+    if arguments.is_demo(script, model):
+        model.model_name_or_path = str(demo.MODEL_DIR)
+        return demo.dataset(), "the embedded demo"
+    dataset, _ = sources.load(script, args.eval_strategy != "no", args.seed)
+    return dataset, f"{model.model_name_or_path} · {script.source}"
+
+
+@contextmanager
+def _trainer(args: SDFTConfig, model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[SDFTTrainer]:
+    """The trainer that would train; it leaves nothing behind, here or on the hub."""
+    with tempfile.TemporaryDirectory() as folder:
+        args.output_dir, args.report_to, args.push_to_hub, args.eval_strategy = folder, [], False, "no"
+        yield SDFTTrainer(
+            model=model.model_name_or_path, args=args, processing_class=tokenizer, peft_config=model.peft_config()
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sdft_ds.preview",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="show the first N rows (3)")
+    parser.add_argument("--score", action="store_true", help="load the model and let it answer them")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

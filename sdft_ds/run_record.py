@@ -1,0 +1,80 @@
+"""Writes down what a run does, beside its weights, as report.run_folder reads it: metrics.jsonl and run.json, and at
+the end the page."""
+
+import json
+import os
+import platform
+import socket
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from sdft_ds import report
+from sdft_ds.config import SDFTConfig
+from sdft_ds.run_state import versions
+
+
+class RunRecord(TrainerCallback):
+    """On the first rank alone. method: sdft, or the baseline's name; model: its name or folder."""
+
+    def __init__(self, method: str, model: str):
+        self.method = method
+        self.model = model
+
+    def on_train_begin(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.about = {
+                "method": self.method,
+                "model": self.model,
+                "config": args.to_dict(),
+                "versions": versions(),
+                "environment": environment(args),
+                "started": time.time(),
+                "finished": None,
+            }
+            self._write(args)
+
+    def on_log(
+        self, args: SDFTConfig, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            line = {"step": state.global_step, "epoch": state.epoch, "time": time.time(), **logs}
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)  # an evaluation before any training logs, too
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def on_train_end(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.about["finished"] = time.time()
+        self._write(args)
+        try:
+            report.write(args.output_dir)
+        except Exception as error:  # a page is not worth the weights that are saved next
+            warnings.warn(f"The report was not written: {type(error).__name__}: {error}", stacklevel=2)
+
+    def _write(self, args: SDFTConfig) -> None:
+        path = Path(args.output_dir, "run.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".part")
+        aside.write_text(json.dumps(self.about, indent=1, default=str))
+        os.replace(aside, path)
+
+
+def environment(args: SDFTConfig) -> dict[str, Any]:
+    """Where a run runs. SLURM's job, where there is one."""
+    device = args.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    found = {
+        "host": socket.gethostname(),
+        "accelerator": f"{device.type}: {name}",
+        "world_size": args.world_size,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+    return found | {name: os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if name in os.environ}

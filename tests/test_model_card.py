@@ -1,0 +1,105 @@
+import pickle
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from sdft_ds import SDFTConfig, SFTConfig
+from sdft_ds.model_card import Facts, render
+from tests.distributed.scenarios import make_trainer
+from tests.hub import Hub
+from tests.test_train import PLAIN, TWO_STEPS, command, model_and_data  # noqa: F401
+
+TOKEN = "hf_thisIsAToken123"
+LOG = [
+    {"step": 0, "tasks/new/accuracy": 0.0, "tasks/new/mean_length": 4.0, "tasks/retention/kl_to_start": 0.0},
+    {"step": 1, "loss": 0.5, "sdft/distillation_loss": 0.25},
+    {"step": 2, "loss": 0.125, "sdft/distillation_loss": 0.0625},
+    {"step": 2, "tasks/new/accuracy": 0.75, "tasks/retention/kl_to_start": 0.0123},
+]
+
+
+def facts(args=None, **changes):
+    args = args or SDFTConfig(teacher_model_kind="ema", teacher_update_rate=0.01, teacher_sync_steps=1)
+    sources = {"finetuned_from": "org/base", "dataset": "org/rows"}
+    return Facts(**{"model_name": "mine", "args": args, "log": LOG, "steps": 2, "adapter": False, "rows": 7, **sources,
+                    **changes})  # fmt: skip
+
+
+def test_metadata():
+    data = ModelCard(render(facts(tags=["sdft", "mine"], license="mit", language="en"))).data
+    assert (data.base_model, data.datasets, data.library_name) == ("org/base", "org/rows", "transformers")
+    assert (data.tags, data.license, data.language) == (["sdft", "sdft_ds", "mine"], "mit", "en")
+    assert ModelCard(render(facts(adapter=True))).data.library_name == "peft"
+
+
+def test_method_recipe_data_results_settings_and_citation():
+    text = render(facts(recipe="paper"))
+    assert "Self-distilled fine-tuning" in text and "Recipe: `paper`" in text and "eprint = {2601.19897}" in text
+    assert "Data: [org/rows](https://huggingface.co/datasets/org/rows), 7 rows" in text
+    assert (
+        "| new: accuracy | 0 | 0.75 |" in text and "| retention: KL from the start, nats/token | 0 | 0.0123 |" in text
+    )
+    assert "| distance from the teacher, nats/token | 0.25 | 0.0625 |" in text and "mean_length" not in text
+    assert "| `teacher_update_rate` | `` 0.01 `` |" in text and "| `lr_scheduler_type` | `` linear `` |" in text
+    assert "teacher_update_rate" not in render(facts(SDFTConfig()))
+
+
+def test_supervised_fine_tuning_says_nothing_of_a_teacher():
+    text = render(facts(SFTConfig()))
+    assert "Supervised fine-tuning" in text and "teacher_model_kind" not in text and "bibtex" not in text
+
+
+def test_what_lies_on_a_disk_is_told_by_name_alone(tmp_path):
+    (tmp_path / "secret" / "rows").mkdir(parents=True)
+    source = str(tmp_path / "secret" / "rows")
+    text = render(facts(finetuned_from=source, dataset=source))
+    assert "Data: `rows`, 7 rows" in text and "secret" not in text
+    metadata = yaml.safe_load(text.split("---\n")[1])
+    assert "base_model" not in metadata and "datasets" not in metadata
+
+
+def test_text_of_a_setting_stays_in_its_cell():
+    text = render(facts(SDFTConfig(teacher_prompt_template="{prompt}\n| `a` |\n{privileged_context}")))
+    (line,) = [line for line in text.splitlines() if "teacher_prompt_template" in line]
+    assert line == r"| `teacher_prompt_template` | `` {prompt}\n\| `a` \|\n{privileged_context} `` |"
+
+
+def test_a_stream_and_no_log():
+    text = render(facts(rows=None, dataset=None, finetuned_from="", log=[]))
+    assert "Data" not in text and "Started from" not in text and "Nothing was logged." in text
+
+
+def test_the_trainer_writes_it(tmp_path):
+    trainer = make_trainer(output_dir=str(tmp_path / "mine"), lora=True, max_steps=1)
+    trainer.train()
+    trainer.save_model()  # PEFT leaves a card of its own
+    trainer.create_model_card(dataset="org/rows", recipe="trl", license="mit")
+    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    assert card.data.model_name == "mine" and card.data.library_name == "peft" and card.data.license == "mit"
+    assert "[org/rows]" in card.text and "6 rows" in card.text and "1 of 2 rows" in card.text
+
+
+def test_a_pickled_configuration_has_no_token():
+    args = SDFTConfig(hub_token=TOKEN)
+    assert pickle.loads(pickle.dumps(args)).hub_token is None and args.hub_token == TOKEN
+
+
+@pytest.mark.parametrize("strategy", ["end", "checkpoint"])
+def test_push_to_hub_sends_the_token_and_writes_it_nowhere(model_and_data, tmp_path, monkeypatch, strategy):  # noqa: F811
+    with Hub("org/mine") as hub:
+        for name, value in {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        push = ["--push_to_hub", "--hub_model_id", "org/mine", "--hub_token", TOKEN, "--hub_strategy", strategy]
+        command(*PLAIN, *model_and_data, *TWO_STEPS, *push, "--save_strategy", "steps", "--save_steps", "1",
+                "--recipe", "trl", "--output_dir", tmp_path / "run")  # fmt: skip
+    assert {authorization for _, authorization in hub.calls} == {f"Bearer {TOKEN}"}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= hub.files.keys()
+    assert hub.files["README.md"] == (tmp_path / "run" / "README.md").read_bytes()
+    card = ModelCard(hub.files["README.md"].decode())
+    assert card.data.model_name == "mine" and "Recipe: `trl`" in card.text and "`train.jsonl`, 6 rows" in card.text
+    assert (strategy == "checkpoint") == any(name.startswith("last-checkpoint/") for name in hub.files)
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 20 and not any(TOKEN.encode() in content for content in [*written, *hub.files.values()])
+    assert not any(str(tmp_path).encode() in hub.files[name] for name in ("README.md", "config.json"))
