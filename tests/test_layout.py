@@ -20,7 +20,8 @@ ORDER = [
     "chunked_loss", "inspection", "head", "completion_head", "models", "teacher", "scoring", "run_state",
     "lookout", "resumable", "metrics", "step_guard", "generation_batch", "progress", "report", "compare",
     "completion_log", "run_record", "evaluation_loader", "trainer", "sft", "completions", "evaluation",
-    "settings_file", "arguments", "plan", "sources", "demo", "train", "evaluate", "preview", "sequential",
+    "settings_file", "model_arguments", "arguments", "plan", "sources", "demo", "train", "evaluate",
+    "preview", "sequential",
 ]  # fmt: skip
 PURE = [
     "processes",
