@@ -41,8 +41,8 @@ def test_a_phase_within_a_phase_has_its_own_time(monkeypatch):
 
 def test_the_end_says_how_far_the_student_came():
     history = [{"sdft/distillation_loss": 1.25}, {"eval_loss": 1.0}, {"sdft/distillation_loss": 0.125}]
-    assert "1.25 nats per token from the teacher's at first and 0.125 at last" in _learned(history)
-    assert "lower logging_steps" in _learned([])
+    assert "1.25 nats per token from the teacher's at first and 0.125 at last" in _learned(history, "sdft")
+    assert "lower logging_steps" in _learned([], "sdft")
 
 
 def test_every_metric_says_its_unit_and_is_joined_by_a_known_reduction():

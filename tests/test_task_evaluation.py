@@ -67,7 +67,16 @@ def test_the_figures_are_logged_and_no_other_line_is_lost(demo):
     assert [log["step"] for log in history if "loss" in log] == list(range(10, 121, 10))
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora": "head saved"}, {"rollout_backend": "continuous"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        *(
+            pytest.param(s, marks=pytest.mark.full)
+            for s in ({"lora": "head saved"}, {"rollout_backend": "continuous"})
+        ),
+    ],
+)
 def test_training_is_bit_by_bit_that_without_questions(tmp_path, settings):
     asked = scenarios.examined(None, str(tmp_path / "asked"), every=1, **settings)
     plain = scenarios.examined(None, str(tmp_path / "plain"), tasks=False, **settings)
