@@ -3,23 +3,29 @@
 import argparse
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal
+from datetime import date
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-import torch
-import yaml
-from peft import LoraConfig
-from transformers import AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import HfArgumentParser
 
-from sdft_ds import recipes
+from sdft_ds import recipes, settings_file
 from sdft_ds.config import SDFTConfig
+from sdft_ds.model_arguments import ModelArguments
 from sdft_ds.sft import UNREAD, SFTConfig
 
 
 def _field(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
+
+
+FORMATS = {
+    "prompt_golden_response": {"prompt_column": "prompt", "golden_response_column": "golden_response"},
+    "messages_output_text": {"prompt_column": "messages", "golden_response_column": "output_text"},
+}
 
 
 @dataclass
@@ -39,11 +45,20 @@ class ScriptArguments:
     )
     dataset_name: str | None = _field(None, "A data set on the Hugging Face hub.")
     dataset_config: str | None = _field(None, "Its configuration.")
-    dataset_path: str | None = _field(
-        None, "A data set on disk: a save_to_disk folder, a json/jsonl/parquet/csv file, or a folder of such files."
+    dataset_revision: str | None = _field(None, "Its branch, tag or commit.")
+    dataset_path: list[str] | None = _field(
+        None,
+        "A data set on disk: a save_to_disk folder; or json, jsonl, parquet, csv or arrow files: one, several, a "
+        "pattern, or a folder of them.",
+    )
+    dataset_format: Literal["prompt_golden_response", "messages_output_text"] | None = _field(
+        None, "The columns of the SDFT authors' data sets, in place of --prompt_column and --golden_response_column."
     )
     dataset_train_split: str = _field("train", "The split to train on.")
     dataset_test_split: str = _field("test", "The split to evaluate on, where eval_strategy asks for it.")
+    eval_fraction: float | None = _field(
+        None, "Evaluate on this share of the training split, chosen by the seed and not trained on, instead."
+    )
     dataset_streaming: bool = _field(
         False, "Read the training split as a stream, in its order, without loading it; needs --max_steps."
     )
@@ -54,6 +69,10 @@ class ScriptArguments:
     privileged_context_column: str = _field(
         "privileged_context", "Column that holds what only the teacher sees: text, or messages."
     )
+    teacher_prompt_column: str = _field(
+        "teacher_prompt", "Column that holds what the teacher sees in place of the filled template, where it is set."
+    )
+    tools_column: str = _field("tools", "Column that holds function schemas for the chat template, or their JSON.")
     golden_response_column: str = _field(
         "golden_response",
         "Column that holds a demonstration, used where a row has no privileged context, and by method sft.",
@@ -76,106 +95,37 @@ class ScriptArguments:
         None, "Prompts, and answers if there are any, on which the model is compared with the one it was at the start."
     )
 
+    @property
+    def source(self) -> str:
+        """What to call the data set."""
+        if self.dataset_name is not None:
+            return self.dataset_name
+        first, *more = self.dataset_path or ["in memory"]
+        return f"{first} and {len(more)} more" if more else first
 
-@dataclass
-class ModelArguments:
-    """Which model, in which form, with which adapter."""
-
-    _argument_group_name = "model and adapter"
-
-    model_name_or_path: str | None = _field(None, "The model: a hub id or a folder. Unset: the embedded demo model.")
-    model_revision: str = _field("main", "Branch, tag or commit on the hub.")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = _field(
-        None, "Load the weights in this dtype. Unset: float32, or that of DeepSpeed's engine."
-    )
-    attn_implementation: str | None = _field(None, "Attention: eager, sdpa, flash_attention_2, ...")
-    trust_remote_code: bool = _field(False, "Run code from the model's repository. Only for authors you trust.")
-    use_peft: bool = _field(False, "Train a LoRA adapter instead of all weights.")
-    lora_r: int = _field(16, "Rank of LoRA.")
-    lora_alpha: int = _field(32, "Scale of LoRA, divided by its rank.")
-    lora_dropout: float = _field(0.05, "Dropout of LoRA; disable_dropout sets it to 0.")
-    lora_target_modules: list[str] | None = _field(None, "Modules to adapt; all-linear for every linear layer.")
-    lora_target_parameters: list[str] | None = _field(None, "Parameters to adapt, such as fused expert weights.")
-    lora_modules_to_save: list[str] | None = _field(None, "Modules to train in full beside the adapter.")
-    lora_task_type: str = _field("CAUSAL_LM", "Task type of the adapter.")
-    use_rslora: bool = _field(False, "Scale by lora_alpha / sqrt(lora_r).")
-    use_dora: bool = _field(False, "Weight-decomposed LoRA.")
-    load_in_4bit: bool = _field(False, "QLoRA: hold the frozen weights in 4 bits (bitsandbytes); needs use_peft.")
-    load_in_8bit: bool = _field(False, "Hold the frozen weights in 8 bits; needs use_peft, not possible with ZeRO-3.")
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _field("nf4", "The 4-bit type.")
-    bnb_4bit_quant_storage: str | None = _field(
-        None,
-        "Dtype that packs the 4-bit weights. Unset: the engine's under ZeRO-3, which shards floats only; else uint8.",
-    )
-    use_bnb_nested_quant: bool = _field(False, "Quantize the 4-bit scales as well.")
-
-    def init_kwargs(self, args: SDFTConfig) -> dict[str, Any]:
-        """What goes to from_pretrained."""
-        named = {
-            "revision": self.model_revision,
-            "attn_implementation": self.attn_implementation,
-            "trust_remote_code": self.trust_remote_code,
-            "dtype": self.dtype,
-            "quantization_config": self._quantization(args),
-        }
-        return {name: value for name, value in named.items() if value is not None}
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(
-            self.model_name_or_path, revision=self.model_revision, trust_remote_code=self.trust_remote_code
-        )
-
-    def _quantization(self, args: SDFTConfig) -> BitsAndBytesConfig | None:
-        """Raises ValueError for what cannot train, with what to use instead."""
-        if not (self.load_in_4bit or self.load_in_8bit):
-            return None
-        zero3 = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
-        refusals = [
-            (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit are both set: choose one."),
-            (
-                not self.use_peft,
-                "Quantized weights cannot be trained: add --use_peft, which trains an adapter on them.",
-            ),
-            (self.load_in_8bit and zero3, "8-bit weights cannot be sharded by ZeRO-3: use --load_in_4bit, or ZeRO-2."),
-            (
-                zero3 and self.bnb_4bit_quant_storage not in (None, "bfloat16", "float16", "float32"),
-                f"ZeRO-3 shards floats only: bnb_4bit_quant_storage={self.bnb_4bit_quant_storage} cannot be; leave it "
-                "unset.",
-            ),
-        ]
-        for refused, reason in refusals:
-            if refused:
-                raise ValueError(reason)
-        if self.load_in_8bit:
-            return BitsAndBytesConfig(load_in_8bit=True)
-        compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
-            bnb_4bit_compute_dtype=compute,
-            bnb_4bit_quant_storage=self.bnb_4bit_quant_storage or (compute if zero3 else None),
-        )
-
-    def peft_config(self) -> LoraConfig | None:
-        """The adapter asked for, or None."""
-        if not self.use_peft:
-            return None
-        targets = self.lora_target_modules
-        return LoraConfig(
-            task_type=self.lora_task_type,
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=targets[0] if targets and len(targets) == 1 else targets,
-            target_parameters=self.lora_target_parameters,
-            modules_to_save=self.lora_modules_to_save,
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-        )
+    def __post_init__(self) -> None:
+        """Raises ValueError for settings that contradict each other or change nothing."""
+        if self.dataset_path and self.dataset_name:
+            raise ValueError("--dataset_path and --dataset_name are both set: give one of them.")
+        for name in ("dataset_config", "dataset_revision"):
+            if getattr(self, name) is not None and self.dataset_name is None:
+                raise ValueError(f"--{name} needs --dataset_name: a data set on disk has none.")
+        if self.eval_fraction is not None and not 0.0 < self.eval_fraction < 1.0:
+            raise ValueError(f"--eval_fraction must be between 0 and 1, not {self.eval_fraction}.")
+        if self.eval_fraction is not None and self.dataset_streaming:
+            raise ValueError("--eval_fraction cannot be taken of a stream: set --dataset_test_split instead.")
+        for name, column in FORMATS.get(self.dataset_format, {}).items():
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) not in (default, column):
+                raise ValueError(
+                    f"--{name}={getattr(self, name)} contradicts --dataset_format={self.dataset_format}, whose column "
+                    f"is {column!r}: give one of the two."
+                )
+            setattr(self, name, column)
 
 
 Parsed = tuple[ScriptArguments, SDFTConfig, ModelArguments]
+KINDS = (ScriptArguments, SDFTConfig, ModelArguments)
 
 
 def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
@@ -183,12 +133,12 @@ def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
     neither a model nor a data set is named.
 
     Prints one line and exits with status 2 for a flag or a key that does not exist, or a value of the wrong type;
-    raises ValueError for values that cannot work.
+    raises ValueError for a file that is no YAML, and for values that cannot work.
     """
     parser = _parser()
     file = parser.parse_known_args(argv)[0].config
-    from_file = _read_yaml(file, parser) if file else {}
-    tokens = [token for name, value in from_file.items() for token in _tokens(name, value)] + list(argv)
+    from_file = _read_file(file, parser) if file else {}
+    tokens = [token for name, value in from_file.items() for token in _tokens(name, value, parser)] + list(argv)
     given, unknown = parser.parse_known_args(tokens)
     if unknown:
         parser.error(_unknown(unknown, parser))
@@ -197,6 +147,8 @@ def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
         below |= recipes.recipe(given.recipe) | recipes.OF_THE_COMMAND_LINE[given.recipe]
     if given.method == "sft":  # what is not read is warned about where it was given, not where it comes from below
         below = {name: value for name, value in below.items() if name not in UNREAD}
+    # What no token can say, nothing at all, is given as well.
+    below |= {name: value for name, value in from_file.items() if value is None or value == []}
     parser.set_defaults(**below)
     values = vars(parser.parse_args(tokens))
     config = SFTConfig if given.method == "sft" else SDFTConfig
@@ -204,6 +156,13 @@ def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
         kind(**{f.name: values[f.name] for f in fields(kind) if f.init})
         for kind in (ScriptArguments, config, ModelArguments)
     )
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong in one line, on the first rank, instead of after all flags on all of them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"sdft_ds: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
 
 
 def is_demo(script: ScriptArguments, model: ModelArguments) -> bool:
@@ -217,18 +176,27 @@ def is_demo(script: ScriptArguments, model: ModelArguments) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = HfArgumentParser(
-        (ScriptArguments, SDFTConfig, ModelArguments),
+    parser = _Parser(
+        KINDS,
         prog="train.py",
         description="Self-distilled fine-tuning. With neither a model nor a data set: the embedded demo.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings from a YAML file; the command line wins.")
+    optional = _fields_that_may_be(NoneType)
     for action in parser._actions:
         # A number that may be None can be said to be: --distillation_topk none.
-        if action.type in (int, float):
+        if action.type in (int, float) and action.dest in optional:
             action.type = _optional(action.type)
     return parser
+
+
+def _fields_that_may_be(kind: type) -> set[str]:
+    """The settings whose type is, or includes, this one."""
+    hints = {name: hint for part in KINDS for name, hint in get_type_hints(part).items()}
+    return {
+        name for name, hint in hints.items() if kind in {get_origin(each) or each for each in (hint, *get_args(hint))}
+    }
 
 
 def _optional(convert: type) -> Any:
@@ -239,22 +207,36 @@ def _optional(convert: type) -> Any:
     return parse_value
 
 
-def _read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        parser.error(f"--config {path}: a mapping of settings is needed, found {type(content).__name__}")
-    known = {action.dest for action in parser._actions}
-    for key in content:
+def _read_file(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    content = settings_file.read(path)
+    known = {f.name for kind in KINDS for f in fields(kind) if f.init}
+    optional = _fields_that_may_be(NoneType)
+    for key, value in content.items():
         if key not in known:
             parser.error(f"--config {path}: " + _unknown([f"--{key}"], parser))
+        if value is None and key not in optional:
+            parser.error(f"--config {path}: {key} cannot be null")
     return content
 
 
-def _tokens(name: str, value: Any) -> list[str]:
-    """A setting as command-line tokens."""
+def _tokens(name: str, value: Any, parser: argparse.ArgumentParser) -> list[str]:
+    """A setting as command-line tokens. Ends the program for a value that none can be."""
+    action = parser._option_string_actions[f"--{name}"]
+    if value is None or (value == [] and name in _fields_that_may_be(list)):
+        return []
+    if value is False and action.choices and "no" in action.choices:  # as YAML reads `no`
+        value = "no"
+    scalars = value if isinstance(value, list) else [value]
+    a_dict = isinstance(value, dict) and name in SDFTConfig._VALID_DICT_FIELDS
+    if isinstance(value, list) and action.nargs not in ("+", "*"):
+        parser.error(f"{name}: one value is needed, found a list")
+    if not a_dict and not all(isinstance(each, str | int | float | date) for each in scalars):
+        parser.error(f"{name}: found {type(scalars[0]).__name__}, which it cannot be")
+    if isinstance(value, bool) and action.type is str and name != "resume_from_checkpoint":
+        parser.error(f"{name}: a text is needed, found {value}; quote it if it is one")
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
-    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return [f"--{name}={json.dumps(value) if a_dict else value}"]
 
 
 def _unknown(tokens: list[str], parser: argparse.ArgumentParser) -> str:

@@ -102,18 +102,33 @@ def problem(folder: str | Path) -> str | None:
     manifest = folder / MANIFEST
     if not manifest.exists():
         return f"{manifest} is missing: the checkpoint was not completed, or not written by this program"
-    try:
-        entries = sorted(json.loads(manifest.read_text())["files"].items())
-    except (ValueError, KeyError):
+    entries = _entries(manifest)
+    if not entries:
         return f"{manifest} is damaged"
     found = None
-    for name, entry in entries[ranks.index() :: ranks.count()]:
+    for name, entry in sorted(entries.items())[ranks.index() :: ranks.count()]:
         found = found or _file_problem(folder / name, entry)
     return next((each for each in ranks.gather(found) if each), None)
 
 
+def _entries(manifest: Path) -> dict[str, dict[str, int | str]] | None:
+    """What a manifest lists; None for a file that is none."""
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    files = content.get("files") if isinstance(content, dict) else None
+    if isinstance(files, dict) and all(name.isprintable() and _is_entry(entry) for name, entry in files.items()):
+        return files
+    return None
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+
+
 def _file_problem(path: Path, entry: dict[str, int | str]) -> str | None:
-    if not path.exists():
+    if not os.path.isfile(path):
         return f"{path} is missing"
     size = path.stat().st_size
     if size != entry["size"]:

@@ -8,42 +8,10 @@ from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
-from sdft_ds import zero
+from sdft_ds import config_checks, zero
+from sdft_ds.config_checks import TEACHER_KINDS, json_object
 from sdft_ds.divergence import MODES, Divergence
 from sdft_ds.paired_batch import LossMask
-from sdft_ds.prompts import TRUNCATIONS, parse_template
-
-LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
-TEACHER_KINDS = ("live", "base", "ema")
-ROLLOUT_BACKENDS = ("generate", "continuous")
-DEVICES = ("device", "cpu")
-
-# Fields that the TRL interface inherits from its reinforcement-learning trainers and self-distillation never reads:
-# accepted at their default, refused elsewhere, because a setting that changes nothing misleads.
-_POLICY_GRADIENT = "it belongs to a policy gradient with rewards; self-distillation has neither"
-_VLLM = "rollouts run in the training process itself, with the current weights"
-UNUSED_FIELDS = {
-    "beta": _POLICY_GRADIENT,
-    "epsilon": _POLICY_GRADIENT,
-    "epsilon_high": _POLICY_GRADIENT,
-    "importance_sampling_level": _POLICY_GRADIENT,
-    "reward_weights": _POLICY_GRADIENT,
-    "scale_rewards": _POLICY_GRADIENT,
-    "top_entropy_quantile": _POLICY_GRADIENT,
-    "diagnostics_warning_interval": "it configures warnings about flat rewards; there are no rewards",
-    "diagnostics_flat_tolerance": "it configures warnings about flat rewards; there are no rewards",
-    "vllm_mode": _VLLM,
-    "vllm_model_impl": _VLLM,
-    "vllm_enable_sleep_mode": _VLLM,
-    "vllm_server_base_url": _VLLM,
-    "vllm_server_host": _VLLM,
-    "vllm_server_port": _VLLM,
-    "vllm_group_port": _VLLM,
-    "vllm_server_timeout": _VLLM,
-    "vllm_tensor_parallel_size": _VLLM,
-    "vllm_gpu_memory_utilization": _VLLM,
-    "vllm_max_model_length": _VLLM,
-}
 
 
 def _field(default: Any, help: str, **metadata: Any) -> Any:
@@ -64,11 +32,8 @@ class SDFTConfig(TrainingArguments):
     method: ClassVar[str] = "sdft"
 
     _argument_group_name = "training and self-distillation"
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
-        "model_init_kwargs",
-        "generation_kwargs",
-        "chat_template_kwargs",
-    ]
+    _OWN_DICT_FIELDS = ["model_init_kwargs", "generation_kwargs", "chat_template_kwargs"]
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + _OWN_DICT_FIELDS
 
     # Defaults that differ from transformers'.
     logging_steps: float = _field(10, "Log every N optimizer steps; below 1, a share of all steps.")
@@ -158,6 +123,10 @@ class SDFTConfig(TrainingArguments):
         "A prompt over its limit: cut the user's text (never the template), counted and warned about; drop the row; "
         "or stop with an error.",
     )
+    bad_rows: Literal["error", "skip"] = _field(
+        "error", "A row whose contents cannot be used: stop with an error, or leave it out, counted and warned about."
+    )
+    max_bad_rows: int = _field(100, "Most rows that bad_rows=skip leaves out of a data set, or of a pass of a stream.")
     chat_template_kwargs: dict[str, Any] | str | None = _field(
         None, "Keyword arguments (JSON) of the chat template, for example to switch thinking off."
     )
@@ -250,13 +219,16 @@ class SDFTConfig(TrainingArguments):
             self.activation_checkpointing = True
         self.use_cpu = self.use_cpu or zero.no_accelerator()
         zero.start_process_group(self.deepspeed, self.use_cpu, self.ddp_timeout)
+        for name in self._OWN_DICT_FIELDS:
+            setattr(self, name, json_object(name, getattr(self, name)))
         super().__post_init__()
-        self._refuse_unused()
-        self._check_ranges()
+        config_checks.refuse_unused(self)
+        config_checks.check_ranges(self)
         self._resolve_support()
         self._resolve_teacher()
         self._resolve_generation_batch()
-        self._refuse_contradictions()
+        config_checks.refuse_contradictions(self)
+        config_checks.warn_of_ineffective(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the token: transformers pickles the arguments as they are, into every folder that it saves."""
@@ -319,71 +291,6 @@ class SDFTConfig(TrainingArguments):
             **(self.generation_kwargs or {}),
         }
 
-    def _refuse_unused(self) -> None:
-        if self.use_vllm:
-            raise ValueError(f"use_vllm=True is not supported: {_VLLM}. Leave it False.")
-        if self.scale_rewards is True:  # TRL's older spelling of its default
-            self.scale_rewards = "group"
-        for name, reason in UNUSED_FIELDS.items():
-            default = type(self).__dataclass_fields__[name].default
-            # TRL itself fills epsilon_high with epsilon, so a configuration copied from there holds 0.2.
-            allowed = (default, self.epsilon) if name == "epsilon_high" else (default,)
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} has no effect here: {reason}. Leave it at its default, {default!r}.")
-
-    def _check_ranges(self) -> None:
-        parse_template(self.teacher_prompt_template)
-        rules = [
-            ("distillation_alpha", 0.0 <= self.distillation_alpha <= 1.0, "in [0, 1]"),
-            ("distillation_topk", self.distillation_topk is None or self.distillation_topk > 0, "positive or None"),
-            (
-                "distillation_is_clip",
-                self.distillation_is_clip is None or self.distillation_is_clip > 0,
-                "positive or None",
-            ),
-            ("distillation_weight", self.distillation_weight >= 0, "at least 0"),
-            ("loss_type", self.loss_type in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}"),
-            ("truncation", self.truncation in TRUNCATIONS, f"one of {', '.join(TRUNCATIONS)}"),
-            ("num_loss_tokens_to_skip", self.num_loss_tokens_to_skip >= 0, "at least 0"),
-            ("loss_chunk_tokens", self.loss_chunk_tokens is None or self.loss_chunk_tokens > 0, "positive or unset"),
-            ("log_completions", self.log_completions >= 0, "at least 0"),
-            ("log_completions_rows", self.log_completions_rows >= 1, "at least 1"),
-            ("inspect_tokens", self.inspect_tokens >= 0, "at least 0"),
-            ("max_nonfinite_steps", self.max_nonfinite_steps >= 1, "at least 1"),
-            ("preemption_exit_code", 0 < self.preemption_exit_code < 256, "in 1 ... 255"),
-            ("preemption_deadline_seconds", self.preemption_deadline_seconds > 0, "positive"),
-            ("scoring_batch_tokens", self.scoring_batch_tokens >= 1, "at least 1"),
-            ("teacher_shadow_device", self.teacher_shadow_device in DEVICES, "device or cpu"),
-            ("teacher_states_device", self.teacher_states_device in DEVICES, "device or cpu"),
-            ("rollout_backend", self.rollout_backend in ROLLOUT_BACKENDS, f"one of {', '.join(ROLLOUT_BACKENDS)}"),
-            ("num_generations", self.num_generations >= 1, "at least 1"),
-            (
-                "num_generations_eval",
-                self.num_generations_eval is None or self.num_generations_eval >= 1,
-                "at least 1 or unset",
-            ),
-            ("num_iterations", self.num_iterations >= 1, "at least 1"),
-            ("max_completion_length", (self.max_completion_length or 0) >= 1, "at least 1"),
-            ("max_prompt_length", self.max_prompt_length is None or self.max_prompt_length >= 1, "positive or None"),
-            (
-                "max_teacher_prompt_length",
-                self.max_teacher_prompt_length is None or self.max_teacher_prompt_length >= 1,
-                "positive or unset",
-            ),
-            (
-                "temperature",
-                self.temperature > 0,
-                'positive (for greedy rollouts: generation_kwargs {"do_sample": false})',
-            ),
-            ("ref_model_mixup_alpha", 0.0 <= self.ref_model_mixup_alpha <= 1.0, "in [0, 1]"),
-            ("teacher_update_rate", 0.0 <= (self.teacher_update_rate or 0.0) <= 1.0, "in [0, 1]"),
-            ("ref_model_sync_steps", self.ref_model_sync_steps >= 1, "at least 1"),
-            ("teacher_sync_steps", self.teacher_sync_steps is None or self.teacher_sync_steps >= 1, "at least 1"),
-        ]
-        for name, holds, needed in rules:
-            if not holds:
-                raise ValueError(f"{name} must be {needed}, not {getattr(self, name)!r}.")
-
     def _resolve_support(self) -> None:
         """One truth from two generations of names: distillation_mode, and the top-k that goes with it."""
         if self.distillation_mode is None:
@@ -441,19 +348,6 @@ class SDFTConfig(TrainingArguments):
             )
         if self.sync_ref_model:
             self.teacher_model_kind = "ema"
-
-    def _refuse_contradictions(self) -> None:
-        if self.rollout_backend == "continuous":
-            if not self.ds3_gather_for_generation:
-                raise ValueError(
-                    "rollout_backend='continuous' needs the whole weights on each rank: leave "
-                    "ds3_gather_for_generation=True, or use rollout_backend='generate'."
-                )
-            if self.cache_implementation is not None:
-                raise ValueError(
-                    "rollout_backend='continuous' has a paged cache of its own and contradicts "
-                    f"cache_implementation={self.cache_implementation!r}: leave it unset."
-                )
 
     def _resolve_generation_batch(self) -> None:
         """steps_per_generation and generation_batch_size from each other, and what they must divide."""

@@ -86,7 +86,8 @@ class _Saved:
     def load(cls, name: str, args: argparse.Namespace) -> "_Saved":
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype).to(device).eval()
-        _, tokenizer = models.load_tokenizer(AutoTokenizer.from_pretrained(name), model)
+        tokenizer = models.with_pad_token(AutoTokenizer.from_pretrained(name))
+        models.check_embedding(tokenizer, model)
         models.disable_dropout(model)  # an adapter's configuration may still name it, and the head refuses it
         completion_head.install(model)
         completion_head.check(model, model, model.device)

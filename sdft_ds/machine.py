@@ -22,7 +22,7 @@ from sdft_ds import processes
 OK, WARN, FAIL = "ok", "warn", "fail"
 PYTHON = (3, 11)  # the oldest that works, and the tested one
 TESTED = Path(__file__).with_name("constraints.txt")
-DEVELOPMENT = {"gguf", "pytest", "pytest-timeout", "ruff"}  # in the tested set, but no run needs them
+DEVELOPMENT = {"gguf", "hypothesis", "pytest", "pytest-timeout", "ruff"}  # in the tested set, but no run needs them
 _OFFLOAD = "; only runs that offload the optimizer need it"
 BUILD = "from sdft_ds import zero; print(zero.build_operator())"
 GIB = 2**30

@@ -1,12 +1,18 @@
-"""A model by name or as an object -> the causal LM to train, its tokenizer, its stop tokens, its limits of prompts."""
+"""A model by name or as an object -> the causal LM to train, its tokenizer, its stop tokens, its limits of prompts.
 
+What the data is checked by, tokenizer and config, is there before the weights are loaded.
+"""
+
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoProcessor,
     PreTrainedConfig,
@@ -14,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.utils import find_adapter_config_file
 
 from sdft_ds import zero
 from sdft_ds.completion_head import causal_lm_of
@@ -35,6 +42,23 @@ def load_model(model: str | PreTrainedModel | nn.Module, args: SDFTConfig) -> nn
     if args.model_init_kwargs:
         warnings.warn("model_init_kwargs is ignored: the model is given as an object.", stacklevel=2)
     return model
+
+
+def config_of(model: str | nn.Module, args: SDFTConfig) -> PreTrainedConfig:
+    """The model's config, without loading the model."""
+    if not isinstance(model, str):
+        return causal_lm_of(model).config
+    options = _hub_options(args)
+    adapter = find_adapter_config_file(model, **{k: v for k, v in options.items() if k != "trust_remote_code"})
+    if adapter is not None and not Path(model, "config.json").exists():
+        return AutoConfig.from_pretrained(json.loads(Path(adapter).read_text())["base_model_name_or_path"])
+    return AutoConfig.from_pretrained(model, **options)
+
+
+def _hub_options(args: SDFTConfig) -> dict[str, Any]:
+    """Of what from_pretrained of a model is given, that which says where it lies and whom to trust."""
+    names = ("revision", "trust_remote_code", "subfolder", "cache_dir", "local_files_only")
+    return {name: value for name, value in (args.model_init_kwargs or {}).items() if name in names}
 
 
 def _default_dtype(args: SDFTConfig) -> torch.dtype:
@@ -67,21 +91,29 @@ def add_adapter(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
 
 
 def load_tokenizer(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, model: nn.Module
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, model: str, args: SDFTConfig
 ) -> tuple[PreTrainedTokenizerBase | ProcessorMixin, PreTrainedTokenizerBase]:
-    """(what was given or loaded, its tokenizer); a missing pad token becomes the end-of-sequence token.
-
-    That is safe here: nothing infers padding from token ids.
-    """
+    """(what was given, or that of the model of this name; its tokenizer, with a pad token)."""
     if processing_class is None:
-        processing_class = AutoProcessor.from_pretrained(causal_lm_of(model).config._name_or_path)
+        processing_class = AutoProcessor.from_pretrained(model, **_hub_options(args))
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(
             f"processing_class must be a tokenizer or a processor that has one, not {type(processing_class).__name__}."
         )
+    return processing_class, with_pad_token(tokenizer)
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer; a missing pad token becomes the end-of-sequence token, which is safe here: nothing infers padding
+    from token ids."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_embedding(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    """Raises ValueError for a tokenizer with tokens that the model has no embedding of."""
     embeddings = zero.full_shape(causal_lm_of(model).get_input_embeddings().weight)[0]
     largest = max(tokenizer.get_vocab().values())
     if largest >= embeddings:
@@ -89,7 +121,6 @@ def load_tokenizer(
             f"The tokenizer knows token id {largest}, but the model's embedding has {embeddings} rows: call "
             "model.resize_token_embeddings(len(tokenizer)), or use the model's own tokenizer."
         )
-    return processing_class, tokenizer
 
 
 def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -136,6 +167,16 @@ def _prompt_limits(model_config: PreTrainedConfig, args: SDFTConfig) -> tuple[in
         return min(value or room, room)
 
     return limit("max_prompt_length"), limit("max_teacher_prompt_length")
+
+
+def check_support(config: PreTrainedConfig, args: SDFTConfig) -> None:
+    """Raises ValueError for a top-k that is larger than the model's vocabulary."""
+    vocabulary = config.get_text_config().vocab_size
+    if args.distillation_topk is not None and args.distillation_topk > vocabulary:
+        raise ValueError(
+            f"distillation_topk={args.distillation_topk} exceeds the model's vocabulary of {vocabulary}: lower it, or "
+            "set distillation_mode='full_logits'."
+        )
 
 
 def disable_dropout(model: nn.Module) -> None:

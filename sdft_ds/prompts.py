@@ -2,37 +2,42 @@
 
 The teacher sees the same question as the student, cut in the same way, and the privileged context around it. What is
 cut is always the user's text, before templating: the prompt loses its beginning, the context its end. Tokens of a chat
-template or of the teacher's template are never cut, nor are the earlier messages of a conversation.
+template or of the teacher's template are never cut, nor are the earlier messages of a conversation. A teacher prompt
+that a row brings itself is never cut either.
 """
 
-import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from sdft_ds.rows import Example, Prompt, check_columns, example_from_row
+from sdft_ds.rows import DataError, Example, Prompt, RowError
 
 TRUNCATIONS = ("truncate", "drop", "error")
 PLACEHOLDERS = ("prompt", "privileged_context")
 MARKS = [chr(code) for code in range(0xE000, 0xF900)]  # characters without a meaning (private use)
 
 
-class PromptTooLong(ValueError):
+class PromptTooLong(DataError):
     """A prompt over its limit, under truncation='error' or 'drop', or one that no cut of the user's text can mend."""
 
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """One prompt: as given to the chat template, as the text the model reads, and as token ids."""
+    """One prompt: as given to the chat template, as the text the model reads, and as token ids.
+
+    tools: what the chat template was given besides. own: a teacher prompt of the row's, not the filled template.
+    """
 
     prompt: Prompt
     text: str
     ids: list[int]
+    tools: list[dict[str, Any]] | None = None
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
     ValueError for a missing or unknown placeholder, or for one with an attribute, an index, a conversion or a format.
     """
     where = "teacher_prompt_template"
+    if not isinstance(template, str):
+        raise ValueError(f"{where} must be a text, not {type(template).__name__}.")
     try:
         pieces = list(Formatter().parse(template))
     except ValueError as error:
@@ -96,45 +103,54 @@ class PromptBuilder:
         self.counts = Counter()
 
     def build(self, example: Example, index: int) -> PromptPair:
-        """Both prompts of row `index`. Raises PromptTooLong where the policy or the lengths forbid a cut."""
-        student = self._fit(
-            user_text(example.prompt),
-            lambda text: _with_user_text(example.prompt, text),
-            self.max_prompt_length,
-            keep="end",
-            what=f"Row {index}: the student's prompt (max_prompt_length)",
-            counter="student_prompts_cut",
-        )
-        question = user_text(student.prompt)
-        teacher = self._fit(
-            example.privileged_context,
-            lambda text: _with_user_text(example.prompt, self._fill(question, text)),
-            self.max_teacher_prompt_length,
-            keep="start",
-            what=f"Row {index}: the teacher's prompt (max_teacher_prompt_length)",
-            counter="teacher_prompts_cut",
-        )
+        """Both prompts of row `index`. Raises PromptTooLong where the policy or the lengths forbid a cut, and RowError
+        for a conversation that the chat template refuses."""
+        try:
+            student = self._fit(
+                user_text(example.prompt),
+                lambda text: self.render(_with_user_text(example.prompt, text), example.tools),
+                self.max_prompt_length,
+                keep="end",
+                what=f"Row {index}: the student's prompt (max_prompt_length)",
+                counter="student_prompts_cut",
+            )
+            # Of a teacher prompt of the row's own nothing is the context, which could be cut.
+            teacher = self._fit(
+                "" if example.teacher_prompt is not None else example.privileged_context,
+                lambda text: self._render_for_teacher(example, student, text),
+                self.max_teacher_prompt_length,
+                keep="start",
+                what=f"Row {index}: the teacher's prompt (max_teacher_prompt_length)",
+                counter="teacher_prompts_cut",
+            )
+        except TemplateError as error:
+            raise RowError(
+                index, "prompt", f"the model's chat template refuses the conversation: {' '.join(str(error).split())}."
+            ) from None
         return PromptPair(student, teacher)
 
-    def render(self, prompt: Prompt) -> RenderedPrompt:
+    def render(self, prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> RenderedPrompt:
         """Plain text as it is, with the tokenizer's own special tokens; a conversation through the chat template."""
-        text = self._text(prompt)
+        text = self._text(prompt, tools)
         ids = self._encoded(prompt, text)["input_ids"]
         # A tokenizer that closes every text with EOS would have the model answer after the end.
         while isinstance(prompt, str) and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
             ids = ids[:-1]
-        return RenderedPrompt(prompt, text, ids)
+        return RenderedPrompt(prompt, text, ids, tools)
 
     def spans(self, pair: PromptPair) -> tuple[list[Span], list[Span]]:
         """Where the question stands in the student's text, and question and context in the teacher's.
 
-        None in a conversation whose chat template does more to the user's text than to strip it.
+        None in a conversation whose chat template does more to the user's text than to strip it, and in a teacher
+        prompt of the row's own.
         """
         question = Span("prompt", 0, len(user_text(pair.student.prompt)))
         return self._in_text(pair.student, [question]), self._in_text(pair.teacher, self._filled_in(pair))
 
     def context_left(self, pair: PromptPair) -> str:
-        """The context as far as it was not cut."""
+        """The context as far as it was not cut; none where the row has a teacher prompt of its own."""
+        if pair.teacher.own:
+            return ""
         span = next(span for span in self._filled_in(pair) if span.name == "privileged_context")
         return user_text(pair.teacher.prompt)[span.start : span.end]
 
@@ -152,17 +168,25 @@ class PromptBuilder:
     def _encoded(self, prompt: Prompt, text: str, **options: Any) -> BatchEncoding:
         return self.tokenizer(text, add_special_tokens=isinstance(prompt, str), **options)
 
-    def _text(self, prompt: Prompt) -> str:
+    def _text(self, prompt: Prompt, tools: list[dict[str, Any]] | None) -> str:
         if isinstance(prompt, str):
             return prompt
         if self.tokenizer.chat_template is None:
-            raise ValueError(
+            raise DataError(
                 f"The prompt is a conversation, but the tokenizer {self.tokenizer.name_or_path!r} has no chat "
                 "template: use plain-text prompts, or set tokenizer.chat_template."
             )
-        return self.tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
-        )
+        options = {**self.chat_template_kwargs, **({"tools": tools} if tools else {})}
+        return self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
+
+    def _render_for_teacher(self, example: Example, student: RenderedPrompt, context: str) -> RenderedPrompt:
+        """The question as the student sees it, and the context; or what the row says itself."""
+        own = example.teacher_prompt
+        if own is None:
+            filled = self._fill(user_text(student.prompt), context)
+            return self.render(_with_user_text(example.prompt, filled), example.tools)
+        prompt = _with_user_text(example.prompt, own) if isinstance(own, str) else own
+        return replace(self.render(prompt, example.tools), own=True)
 
     def _fill(self, question: str, context: str) -> str:
         values = {"prompt": question, "privileged_context": context}
@@ -170,6 +194,8 @@ class PromptBuilder:
 
     def _filled_in(self, pair: PromptPair) -> list[Span]:
         """Question and context in the user's text of the teacher's prompt."""
+        if pair.teacher.own:
+            return []
         question, text = user_text(pair.student.prompt), user_text(pair.teacher.prompt)
         contexts = sum(name == "privileged_context" for _, name in self.template)
         context_length = (len(text) - len(self._fill(question, ""))) // contexts
@@ -188,7 +214,7 @@ class PromptBuilder:
             return spans
         filled, text = user_text(rendered.prompt), rendered.text
         mark = next(mark for mark in MARKS if mark not in text)
-        marked = self._text(_with_user_text(rendered.prompt, f"{mark}{filled}{mark}"))
+        marked = self._text(_with_user_text(rendered.prompt, f"{mark}{filled}{mark}"), rendered.tools)
         start, end = len(marked.partition(mark)[0]), len(text) - len(marked.rpartition(mark)[2])
         stripped = filled.find(text[start:end]) if start <= end else -1  # so many characters at its beginning
         if stripped < 0:
@@ -196,10 +222,10 @@ class PromptBuilder:
         return [Span(s.name, *(min(max(start + at - stripped, start), end) for at in (s.start, s.end))) for s in spans]
 
     def _fit(
-        self, text: str, compose: Callable[[str], Prompt], limit: int | None, keep: str, what: str, counter: str
+        self, text: str, render: Callable[[str], RenderedPrompt], limit: int | None, keep: str, what: str, counter: str
     ) -> RenderedPrompt:
-        """The prompt composed with the longest end (or start) of the text that fits into `limit` tokens."""
-        rendered = self.render(compose(text))
+        """The prompt rendered with the longest end (or start) of the text that fits into `limit` tokens."""
+        rendered = render(text)
         length = len(rendered.ids)
         if limit is None or length <= limit:
             return rendered
@@ -211,8 +237,8 @@ class PromptBuilder:
         # Cutting by the tokens of the text alone can leave one too many once it is rendered: cut until it fits.
         while len(rendered.ids) > limit and text:
             text = self._without_tokens(text, len(rendered.ids) - limit, keep)
-            rendered = self.render(compose(text))
-        if len(rendered.ids) > limit or (keep == "end" and not text):
+            rendered = render(text)
+        if len(rendered.ids) > limit or not text:
             raise PromptTooLong(
                 f"{what} has {length} tokens, over the limit of {limit}, and cutting the user's text cannot mend it: "
                 "the template and the other messages are never cut. Raise the limit."
@@ -236,36 +262,3 @@ def user_text(prompt: Prompt) -> str:
 
 def _with_user_text(prompt: Prompt, text: str) -> Prompt:
     return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
-
-
-def usable_rows(dataset: Dataset, name: str, builder: PromptBuilder) -> Dataset:
-    """Validate every row before the first step; with truncation='drop', leave out those that are too long.
-
-    Raises RowError or PromptTooLong for a row that cannot be used, ValueError for a data set without any that can.
-    """
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(f"{name} is an IterableDataset: only train_dataset can be a stream.")
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty.")
-    check_columns(list(dataset[0]))
-    kept = []
-    for index, row in enumerate(dataset):
-        try:
-            builder.build(example_from_row(row, index), index)
-        except PromptTooLong:
-            if builder.truncation != "drop":
-                raise
-            continue
-        kept.append(index)
-    dropped, cut = len(dataset) - len(kept), dict(builder.counts)
-    builder.counts.clear()
-    if not kept:
-        raise ValueError(f"{name}: all {dropped} rows are over max_prompt_length or max_teacher_prompt_length.")
-    if dropped or cut:
-        warnings.warn(
-            f"{name}: of {len(dataset)} rows {dropped} are dropped, {cut.get('student_prompts_cut', 0)} lose the "
-            f"beginning of the prompt and {cut.get('teacher_prompts_cut', 0)} the end of the context, because of "
-            "max_prompt_length and max_teacher_prompt_length.",
-            stacklevel=3,
-        )
-    return dataset.select(kept) if dropped else dataset

@@ -77,8 +77,9 @@ class Demonstrations(GenerationBatches):
     def _demonstration(self, row: dict[str, Any], slot: Slot) -> Rollout:
         example = example_from_row(row, slot.index)
         text = row.get("golden_response") or example.privileged_context
-        if not isinstance(text, str):
-            raise RowError(f"Row {slot.index}, column 'golden_response': found {type(text).__name__}; needed is text.")
+        if not isinstance(text, str) or not text:
+            found = type(text).__name__ if text else "nothing"
+            raise RowError(slot.index, "golden_response", f"found {found}; needed is text.")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self._end_of(example.prompt)]
         longest = self.args.max_completion_length
         completion = Completion(ids[:longest], truncated=len(ids) > longest)

@@ -1,29 +1,78 @@
-"""Files, folders and hub data sets -> splits with the two columns that the trainer reads."""
+"""Files, folders and hub data sets -> splits with the columns that the trainer reads."""
 
+import glob
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
 
 from sdft_ds.arguments import ScriptArguments
-from sdft_ds.rows import check_columns, message_text
+from sdft_ds.rows import OPTIONAL_COLUMNS, check_columns, message_text
+from sdft_ds.screening import ROW_NUMBER
 
-LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+
+AnyDataset = Dataset | IterableDataset
+
+
+def load(args: ScriptArguments, evaluates: bool, seed: int) -> tuple[AnyDataset, Dataset | None]:
+    """(the rows to train on, those to evaluate on, or None where `evaluates` does not ask for them), columns mapped.
+
+    Raises ValueError or FileNotFoundError naming the path or the split and what is possible.
+    """
+    if args.eval_fraction is not None and not evaluates:
+        raise ValueError("--eval_fraction has no effect without --eval_strategy: set it, steps or epoch.")
+    splits = load_splits(args)
+    train = map_columns(splits[args.dataset_train_split], args)
+    if not evaluates:
+        return train, None
+    if args.eval_fraction is not None:
+        return hold_out(train, args.eval_fraction, seed)
+    if args.dataset_test_split not in splits:
+        raise ValueError(
+            f"eval_strategy needs the split {args.dataset_test_split!r}; the data set has {', '.join(splits)}. Set "
+            "--dataset_test_split, or --eval_fraction."
+        )
+    test = map_columns(splits[args.dataset_test_split], args)
+    if isinstance(test, IterableDataset):  # which is read as often as evaluations are made
+        info, test = test.info, Dataset.from_list(list(test))
+        test.info.dataset_name = f"{info.dataset_name}, split {args.dataset_test_split}"
+    return train, test
+
+
+def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """(the others, a share of the rows); messages about a row keep the number that it has in `dataset`."""
+    if len(dataset) < 2:
+        raise ValueError(f"--eval_fraction={fraction} of {len(dataset)} rows leaves nothing to train on.")
+    numbered = dataset.add_column(ROW_NUMBER, list(range(len(dataset))))
+    parts = numbered.train_test_split(max(1, round(fraction * len(dataset))), seed=seed)
+    return parts["train"], parts["test"]
 
 
 def load_splits(args: ScriptArguments) -> DatasetDict | IterableDatasetDict:
     """The splits that the arguments name, as they are stored.
 
-    A single file is the training split; in a folder of files, a file's name says which split it belongs to where it
-    contains the name of the test split. Raises ValueError or FileNotFoundError naming the path and what is possible.
+    A single file is the training split; of several, those whose name has the test split's name in it as a word belong
+    to that. Raises ValueError or FileNotFoundError naming the path and what is possible.
     """
-    if args.dataset_path is not None and args.dataset_name is not None:
-        raise ValueError("--dataset_path and --dataset_name are both set: give one of them.")
     if args.dataset_path is None:
-        splits = load_dataset(args.dataset_name, name=args.dataset_config, streaming=args.dataset_streaming)
+        where = {"name": args.dataset_config, "revision": args.dataset_revision}
+        splits = _load(f"--dataset_name {args.dataset_name}", args, args.dataset_name, **where)
     else:
-        splits = _load_path(Path(args.dataset_path), args)
+        splits = _load_paths(args)
     if isinstance(splits, Dataset):
         splits = DatasetDict({args.dataset_train_split: splits})
     if args.dataset_streaming and isinstance(splits, DatasetDict):  # a save_to_disk folder
@@ -36,67 +85,143 @@ def load_splits(args: ScriptArguments) -> DatasetDict | IterableDatasetDict:
     return splits
 
 
-def _load_path(path: Path, args: ScriptArguments) -> Dataset | DatasetDict:
-    if not path.exists():
-        raise FileNotFoundError(f"--dataset_path {path} does not exist.")
+def _load_paths(args: ScriptArguments) -> Dataset | DatasetDict | IterableDatasetDict:
+    if len(args.dataset_path) == 1 and _is_saved(Path(args.dataset_path[0])):
+        return load_from_disk(args.dataset_path[0])
+    files = [file for path in args.dataset_path for file in _files_of(path)]
+    splits = {args.dataset_train_split: files}
+    if len(files) > 1:
+        word = re.compile(rf"(?<![a-z]){re.escape(args.dataset_test_split)}(?![a-z])", re.IGNORECASE)
+        test = [file for file in files if word.search(file.stem)]
+        train = [file for file in files if file not in test]
+        splits = {args.dataset_train_split: train, args.dataset_test_split: test}
+    return _load_files({split: some for split, some in splits.items() if some}, args)
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def _files_of(given: str) -> list[Path]:
+    """The file of that name, those in a folder, below which hidden ones do not count, or those that a pattern fits."""
+    path = Path(given)
     if path.is_file():
-        return _load_files({args.dataset_train_split: [path]}, path, args.dataset_streaming)
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        return load_from_disk(str(path))
-    files = sorted(file for file in path.iterdir() if file.suffix in LOADERS)
-    if not files:
-        raise ValueError(f"--dataset_path {path} holds no {', '.join(LOADERS)} file and is no save_to_disk folder.")
-    test = [file for file in files if args.dataset_test_split in file.stem]
-    train = [file for file in files if file not in test]
-    by_split = {args.dataset_train_split: train, args.dataset_test_split: test}
-    return _load_files(by_split, path, args.dataset_streaming)
+        return [path]
+    if path.is_dir():
+        below = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
+        found = sorted(file for file in below if file.is_file() and file.suffix in LOADERS)
+        if not found:
+            raise ValueError(
+                f"--dataset_path {path} holds no {', '.join(LOADERS)} file and is no save_to_disk folder."
+            )
+        return found
+    found = sorted(Path(name) for name in glob.glob(given, recursive=True) if os.path.isfile(name))
+    if not found:
+        what = "fits no file" if glob.has_magic(given) else "does not exist"
+        raise FileNotFoundError(f"--dataset_path {given} {what}.")
+    return found
 
 
-def _load_files(files: dict[str, list[Path]], path: Path, streaming: bool) -> DatasetDict | IterableDatasetDict:
-    files = {split: paths for split, paths in files.items() if paths}
-    suffixes = {file.suffix for paths in files.values() for file in paths}
-    if len(suffixes) > 1 or not suffixes <= set(LOADERS):
+def _load_files(files: dict[str, list[Path]], args: ScriptArguments) -> DatasetDict | IterableDatasetDict:
+    everything = [file for some in files.values() for file in some]
+    where = f"--dataset_path {args.source}"
+    suffixes = {file.suffix for file in everything}
+    if len({LOADERS.get(suffix) for suffix in suffixes}) > 1 or not suffixes <= set(LOADERS):
         raise ValueError(
-            f"--dataset_path {path}: files of one kind out of {', '.join(LOADERS)} are needed, found "
-            f"{', '.join(sorted(suffixes))}."
+            f"{where}: files of one kind out of {', '.join(LOADERS)} are needed, found {', '.join(sorted(suffixes))}."
         )
-    paths = {split: [str(file) for file in paths] for split, paths in files.items()}
-    return load_dataset(LOADERS[suffixes.pop()], data_files=paths, streaming=streaming)
+    for file in everything:
+        _check_beginning(file, where)
+    names = {split: [str(file) for file in some] for split, some in files.items()}
+    return _load(where, args, LOADERS[suffixes.pop()], data_files=names)
 
 
-def map_columns(dataset: Dataset | IterableDataset, args: ScriptArguments) -> Dataset | IterableDataset:
-    """The data set with the columns `prompt` and `privileged_context` only; for supervised fine-tuning with
-    `golden_response` besides, if it is there.
+def _check_beginning(file: Path, where: str) -> None:
+    """Refuse what holds no rows. pyarrow's JSON reader ends the process where `null` stands in the place of the first
+    row (apache/arrow#47409)."""
+    with file.open("rb") as opened:
+        begins = opened.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not begins:
+        raise ValueError(f"{where}: {file} is empty.")
+    if LOADERS[file.suffix] == "json" and begins[:1] not in (b"{", b"["):
+        raise ValueError(
+            f"{where} cannot be read: {file} begins with {begins[:10].decode(errors='replace')!r}; needed is JSON "
+            "Lines, one object a line, or a list of objects."
+        )
 
-    The context is the row's own; where it has none, the demonstration template around its golden response.
+
+def _load(where: str, args: ScriptArguments, kind: str, **options: Any) -> DatasetDict | IterableDatasetDict:
+    with _reading(where):
+        return load_dataset(kind, streaming=args.dataset_streaming, **options)
+
+
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """Name the data set in whatever its readers raise inside; for odd files they raise all kinds of errors."""
+    try:
+        yield
+    except Exception as error:
+        first = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        raise ValueError(f"{where} cannot be read: {type(first).__name__}: {' '.join(str(first).split())}") from error
+
+
+def map_columns(dataset: AnyDataset, args: ScriptArguments) -> AnyDataset:
+    """The data set with the columns `prompt` and `privileged_context`; with `teacher_prompt` and `tools`, and for
+    supervised fine-tuning `golden_response`, where it has them. It knows where it comes from, for messages.
+
+    The context is the row's own; where it has none, the demonstration template around its golden response. Rows that
+    cannot be used stay so, for the trainer to name.
     """
-    columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know them before it is read
-    for flag in ("prompt_column", "system_column"):
-        name = getattr(args, flag)
-        if name is not None and name not in columns:
-            raise ValueError(f"--{flag}={name}, but the data set has the columns {', '.join(columns)}.")
-    if args.privileged_context_column not in columns and args.golden_response_column not in columns:
-        check_columns(["prompt", *(name for name in columns if name != "privileged_context")])
+    source = args.source
+    columns = _columns(dataset, source)
+    for f in fields(args):
+        name = getattr(args, f.name)
+        if f.name.endswith("_column") and name not in (f.default, *columns):
+            raise ValueError(f"--{f.name}={name}, but {source} has the columns {', '.join(columns)}.")
+    given = {column: getattr(args, f"{column}_column") for column in OPTIONAL_COLUMNS}
+    given = {column: name for column, name in given.items() if name in columns}
+    contexts = [n for n in (args.privileged_context_column, args.golden_response_column) if n in columns]
+    made = ["prompt"] if args.prompt_column in columns else []
+    try:
+        check_columns([*made, *given, *(["privileged_context"] if contexts else [])], columns)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     template = Template(args.demonstration_template)
     _check_template(template)
-
     responses = args.method == "sft" and args.golden_response_column in columns
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         prompt = row[args.prompt_column]
         context = row.get(args.privileged_context_column)
-        response = row.get(args.golden_response_column)
-        if context is None and response is not None:
-            context = template.substitute(output_text=_response_text(response), orig_content=_prompt_text(prompt))
+        response = _text(row.get(args.golden_response_column))
+        if context is None and response:
+            context = template.substitute(output_text=response, orig_content=_text(_last(prompt)))
         if args.system_column is not None:
-            system = {"role": "system", "content": row[args.system_column]}
-            prompt = [system, {"role": "user", "content": prompt}] if isinstance(prompt, str) else [system, *prompt]
-        mapped = {"prompt": prompt, "privileged_context": context}
-        return mapped | {"golden_response": response and _response_text(response)} if responses else mapped
+            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            if row[args.system_column] and isinstance(prompt, list):
+                prompt = [{"role": "system", "content": row[args.system_column]}, *prompt]
+        mapped = {"prompt": prompt, "privileged_context": context} | {to: row[name] for to, name in given.items()}
+        return mapped | {"golden_response": response or None} if responses else mapped
 
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(convert, remove_columns=columns)
-    return dataset.map(convert, remove_columns=columns, desc="Mapping columns")
+    how = {"remove_columns": columns}
+    if isinstance(dataset, Dataset):
+        folders = {os.path.dirname(file["filename"]) for file in dataset.cache_files}
+        how |= {"desc": "Mapping columns", "keep_in_memory": not all(os.access(f, os.W_OK) for f in folders)}
+    with _reading(source):
+        mapped = dataset.map(convert, **how)
+    renamed = [f"prompt from column {args.prompt_column!r}"] if args.prompt_column != "prompt" else []
+    if contexts and contexts != ["privileged_context"]:
+        renamed.append(f"privileged_context from {' or '.join(repr(name) for name in contexts)}")
+    mapped.info.dataset_name = "; ".join([source, *renamed])
+    return mapped
+
+
+def _columns(dataset: AnyDataset, source: str) -> list[str]:
+    """Its columns; a stream may not know them before it is read."""
+    with _reading(source):
+        return dataset.column_names or list(next(iter(dataset)))
 
 
 def _check_template(template: Template) -> None:
@@ -108,12 +233,18 @@ def _check_template(template: Template) -> None:
         )
 
 
-def _response_text(response: Any) -> str:
-    """A demonstration as text: a string, messages, or a list of either, joined by newlines."""
-    if isinstance(response, list):
-        return "\n".join(_response_text(part) for part in response)
-    return message_text(response["content"]) if isinstance(response, dict) else str(response)
+def _last(prompt: Any) -> Any:
+    return prompt[-1] if isinstance(prompt, list) and prompt else prompt
 
 
-def _prompt_text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else message_text(prompt[-1]["content"])
+def _text(value: Any) -> str:
+    """A demonstration or a message as text: a string, messages, or a list of either, joined by newlines; what is none
+    of these is no text."""
+    if isinstance(value, list):
+        return "\n".join(_text(part) for part in value)
+    if isinstance(value, dict):
+        try:
+            return message_text(value.get("content"))
+        except TypeError:
+            return ""
+    return "" if value is None else str(value)

@@ -1,28 +1,34 @@
 """A data set that is read as a stream: forward only, row by row, from its beginning again when it ends.
 
-Every rank reads all rows and uses its own, so that ranks agree on the order; a resumed run reads on from where it was
-by skipping what was used.
+Every rank reads all rows and uses its own, so that ranks agree on the order and no row is used twice; a resumed run
+reads on from where it was by skipping what was used.
 """
 
+import warnings
+from collections import Counter
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 from datasets import IterableDataset
 
-from sdft_ds.prompts import PromptBuilder, PromptTooLong
-from sdft_ds.rows import check_columns, example_from_row
+from sdft_ds.prompts import PromptBuilder
+from sdft_ds.rows import DataError, check_columns
+from sdft_ds.screening import BadRows, Screen, name_of
 
 
 class Stream:
     """Row `i` of the stream as `stream[i]`, for i that never decrease.
 
-    With truncation='drop' rows that are too long are not counted. Raises what a row's own check raises when it comes
-    to it, and ValueError for a stream without a row that can be used.
+    Rows that are left out (see screening) are not counted; a bad one is warned about, and the limit is for each pass.
+    Raises DataError when it comes to a row that ends the run, and for a stream without a row that can be used.
     """
 
-    def __init__(self, dataset: IterableDataset, builder: PromptBuilder):
+    def __init__(self, dataset: IterableDataset, builder: PromptBuilder, bad_rows: BadRows):
         self.dataset = dataset
-        self.builder = builder
+        looking = copy(builder)  # what is cut counts when the row is used
+        looking.counts = Counter()
+        self.screen = Screen(name_of(dataset, "train_dataset"), looking, bad_rows)
         self.rows = self._endless()
         self.position = -1
         self.current: dict[str, Any] = {}
@@ -36,24 +42,27 @@ class Stream:
         return self.current
 
     def _endless(self) -> Iterator[dict[str, Any]]:
-        passes = 0
+        screen, passes = self.screen, 0
         while True:
-            used = 0
+            used, screen.reasons = 0, []
             self.dataset.set_epoch(passes)
-            for row in self.dataset:
-                if passes == used == 0:
+            for index, row in enumerate(self._stored()):
+                if passes == index == 0:
                     check_columns(list(row))
-                if self.builder.truncation == "drop" and self._too_long(row):
-                    continue
-                used += 1
-                yield row
+                bad = len(screen.reasons)
+                # All ranks look at all rows: what takes time only where it says which rows are left out.
+                if screen.passes(row, index, lengths=screen.leaves_out):
+                    used += 1
+                    yield row
+                elif len(screen.reasons) > bad and passes == 0:
+                    warnings.warn(f"{screen.where}: left out: {screen.reasons[-1]}", stacklevel=2)
             if not used:
-                raise ValueError("train_dataset is a stream without a row that can be used.")
+                raise DataError(f"{screen.where} is a stream without a row that can be used.")
             passes += 1
 
-    def _too_long(self, row: dict[str, Any]) -> bool:
+    def _stored(self) -> Iterator[dict[str, Any]]:
         try:
-            self.builder.build(example_from_row(row, self.position + 1), self.position + 1)
-        except PromptTooLong:
-            return True
-        return False
+            yield from self.dataset
+        except Exception as error:  # for odd files its readers raise all kinds
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise DataError(f"{self.screen.where} cannot be read: {what}") from error

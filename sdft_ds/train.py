@@ -20,7 +20,8 @@ from sdft_ds.demo import run as demo
 from sdft_ds.evaluation.task_evaluation import TaskEvaluation
 from sdft_ds.evaluation.tasks import Task, read_tasks
 from sdft_ds.output_folder import OutputFolderInUse
-from sdft_ds.rows import RowError
+from sdft_ds.rows import DataError
+from sdft_ds.settings_file import SavedSettings
 from sdft_ds.sft import TRAINERS
 from sdft_ds.step_guard import TooManyBadSteps
 from sdft_ds.trainer import SDFTTrainer
@@ -31,16 +32,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_unless_first_rank()
     try:
         script, args, model = arguments.parse(sys.argv[1:] if argv is None else argv, demo.RECIPE)
+        settings = SavedSettings((script, args, model))
         questions = _questions(script)
         is_demo = arguments.is_demo(script, model)
         trainer = demo.trainer(args, model.peft_config()) if is_demo else _trainer(script, args, model)
         if questions:
             trainer.add_callback(TaskEvaluation(trainer, questions, script.eval_tasks_steps))
-    except (ValueError, FileNotFoundError) as error:
+        trainer.add_callback(settings)
+    except (ValueError, OSError) as error:
         sys.exit(_one_line(error))
     try:
         trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
-    except RowError as error:  # of a stream: perhaps on this rank alone
+    except DataError as error:  # of a stream: perhaps on this rank alone
         sys.exit(f"sdft_ds: {error}")
     except (CannotResume, OutputFolderInUse, TooManyBadSteps) as error:
         sys.exit(_one_line(error))
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         print(_learned(trainer.state.log_history, args.method))
         print(f"Saved to {args.output_dir}")
-    about = {"dataset": script.dataset_name or script.dataset_path, "recipe": script.recipe}
+    about = {"dataset": script.source, "recipe": script.recipe}
     trainer.create_model_card(**about)
     if args.push_to_hub:
         trainer.push_to_hub(**about)
@@ -63,19 +66,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _trainer(
     script: arguments.ScriptArguments, args: arguments.SDFTConfig, model: arguments.ModelArguments
 ) -> SDFTTrainer:
-    splits = sources.load_splits(script)
     evaluates = args.eval_strategy != "no"
-    if evaluates and script.dataset_test_split not in splits:
-        raise ValueError(
-            f"eval_strategy={args.eval_strategy.value} needs the split {script.dataset_test_split!r}; the data set "
-            f"has {', '.join(splits)}. Set --dataset_test_split."
-        )
+    train_dataset, eval_dataset = sources.load(script, evaluates, args.seed)
     args.model_init_kwargs = {**model.init_kwargs(args), **(args.model_init_kwargs or {})}
     trainer = TRAINERS[args.method](
         model=model.model_name_or_path,
         args=args,
-        train_dataset=sources.map_columns(splits[script.dataset_train_split], script),
-        eval_dataset=sources.map_columns(splits[script.dataset_test_split], script) if evaluates else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=model.tokenizer(),
         peft_config=model.peft_config(),
     )
@@ -109,8 +107,8 @@ def quiet_unless_first_rank() -> None:
 
 
 def _one_line(error: Exception) -> str | int:
-    """What to exit with: the message, said by the first rank only, and status 1 on every rank."""
-    return f"sdft_ds: {error}" if os.environ.get("RANK", "0") == "0" else 1
+    """What to exit with: the message in one line, said by the first rank only, and status 1 on every rank."""
+    return f"sdft_ds: {' '.join(str(error).split())}" if os.environ.get("RANK", "0") == "0" else 1
 
 
 def _learned(log_history: list[dict[str, float]], method: str) -> str:

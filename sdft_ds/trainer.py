@@ -38,13 +38,13 @@ from sdft_ds.inspection import evenly_spaced
 from sdft_ds.metrics import Meters
 from sdft_ds.packing import packing_for
 from sdft_ds.progress import LogLines, TimeReport, TrainingProgress
-from sdft_ds.prompts import usable_rows
 from sdft_ds.resumable import ResumableTrainer
 from sdft_ds.rollouts import Sampler
 from sdft_ds.run_record import RunRecord
 from sdft_ds.run_state import GenerationBatch
 from sdft_ds.schedule import MicroBatch, Schedule, data_loader, evaluation_batches, for_generation_batches
 from sdft_ds.scoring import Scored
+from sdft_ds.screening import BadRows, usable_rows
 from sdft_ds.step_guard import StepGuard
 from sdft_ds.streams import Stream
 
@@ -77,21 +77,28 @@ class SDFTTrainer(ResumableTrainer):
                 f"This process sees {args.n_gpu} GPUs and was started alone; nn.DataParallel is not supported. Start "
                 f"one process for each GPU: torchrun --nproc_per_node {args.n_gpu} YOUR_SCRIPT ..."
             )
+        config = models.config_of(model, args)
+        models.check_support(config, args)
+        processing_class, tokenizer = models.load_tokenizer(processing_class, config._name_or_path, args)
+        prompts = models.prompt_builder(tokenizer, config, args)
+        # All that can be wrong with the data shows before the weights are loaded.
+        bad_rows = BadRows(args.bad_rows, args.max_bad_rows)
+        if isinstance(train_dataset, IterableDataset):
+            if args.max_steps <= 0:
+                raise ValueError("train_dataset is a stream, which has no length: set max_steps.")
+            train_dataset = Stream(train_dataset, prompts, bad_rows)
+        elif train_dataset is not None:
+            train_dataset = usable_rows(train_dataset, "train_dataset", prompts, bad_rows)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: usable_rows(rows, name, prompts, bad_rows) for name, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = usable_rows(eval_dataset, "eval_dataset", prompts, bad_rows)
         model = models.add_adapter(models.load_model(model, args), peft_config)
-        processing_class, tokenizer = models.load_tokenizer(processing_class, model)
+        models.check_embedding(tokenizer, model)
         if args.disable_dropout:
             models.disable_dropout(model)
         models.warn_without_masters(model, args)
         completion_head.install(model)
-        prompts = models.prompt_builder(tokenizer, completion_head.causal_lm_of(model).config, args)
-        if isinstance(train_dataset, IterableDataset):
-            train_dataset = Stream(train_dataset, prompts)
-        elif train_dataset is not None:
-            train_dataset = usable_rows(train_dataset, "train_dataset", prompts)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: usable_rows(rows, name, prompts) for name, rows in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = usable_rows(eval_dataset, "eval_dataset", prompts)
         self.current_batch: GenerationBatch | None = None
         self.step_inputs: list[dict[str, Any]] = []  # what get_batch_samples gave out last
         self.teacher_started = False
@@ -345,7 +352,8 @@ class SDFTTrainer(ResumableTrainer):
         elif eval_dataset is None:
             eval_dataset = self.eval_dataset
         else:
-            eval_dataset = usable_rows(eval_dataset, "eval_dataset", self.generation_batches.prompts)
+            bad_rows = BadRows(self.args.bad_rows, self.args.max_bad_rows)
+            eval_dataset = usable_rows(eval_dataset, "eval_dataset", self.generation_batches.prompts, bad_rows)
         args = self.args
         slots = evaluation_batches(
             len(eval_dataset),

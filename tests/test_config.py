@@ -1,9 +1,10 @@
 import dataclasses
+import warnings
 
 import pytest
 
 from sdft_ds import SDFTConfig
-from sdft_ds.config import UNUSED_FIELDS
+from sdft_ds.config_checks import UNUSED_FIELDS
 
 
 def config(tmp_path="unused", **settings):
@@ -34,8 +35,11 @@ def test_defaults():
     assert made.teacher_update_rate == 0.6 and made.teacher_sync_steps == 512
 
 
-def test_precision_and_checkpointing_can_be_said_in_old_and_new_names():
-    assert not config(fp16=True).bf16 and config(bf16=False).bf16 is False
+def test_precision_and_checkpointing_can_be_said_in_old_and_new_names(monkeypatch):
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr("sdft_ds.zero.no_accelerator", lambda: False)
+        assert not config(fp16=True).bf16
+    assert config(bf16=False).bf16 is False
     with pytest.warns(FutureWarning):
         assert not config(gradient_checkpointing=False).activation_checkpointing
     assert not config(activation_checkpointing=False).activation_checkpointing
@@ -115,6 +119,20 @@ def test_teacher_in_old_and_new_names(settings, kind, rate, steps):
         ({"eval_strategy": "steps", "eval_steps": 5, "num_generations_eval": 3}, "num_generations_eval=3"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 6}, "straddle.*steps_per_generation=4 or 8"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_iterations": 3}, "straddle"),
+        ({"temperature": float("inf")}, "temperature must be a finite number, not inf"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
+        ({"bad_rows": "drop"}, "bad_rows must be one of error, skip"),
+        ({"max_bad_rows": -1}, "max_bad_rows must be at least 0"),
+        ({"fp16": True, "use_cpu": True}, "fp16=True needs a GPU"),
+        ({"num_loss_tokens_to_skip": 9, "max_completion_length": 9}, "num_loss_tokens_to_skip=9 leaves nothing"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True contradicts"),
+        ({"generation_kwargs": "{bad"}, "generation_kwargs must be a JSON object"),
+        ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs must be a JSON object, not list"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: 'tokenize' is set by this program"),
+        ({"generation_kwargs": {"typical": 0.9}}, "has no 'typical'; did you mean 'typical_p'"),
+        ({"generation_kwargs": {"max_new_tokens": 9}}, "has a setting of its own: max_completion_length"),
+        ({"model_init_kwargs": {"token": "hf_secret"}}, "model_init_kwargs: 'token' would be saved.*HF_TOKEN"),
+        ({"teacher_prompt_template": None}, "teacher_prompt_template must be a text, not NoneType"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_field_and_the_remedy(settings, words):
@@ -150,3 +168,27 @@ def test_rows_may_change_places_within_an_optimizer_step_only():
     assert config(gradient_accumulation_steps=2, steps_per_generation=4).reordered_batches == 2
     assert config(gradient_accumulation_steps=4, steps_per_generation=2).reordered_batches == 2
     assert config(gradient_accumulation_steps=4, loss_type="bnpo").reordered_batches == 1
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"teacher_update_rate": 0.1}, "teacher_update_rate=0.1 has no effect: the teacher is live or base, not ema"),
+        ({"teacher_model_kind": "base", "ref_model_sync_steps": 3}, "teacher_sync_steps=3 .*teacher is base"),
+        ({"teacher_model_kind": "live", "teacher_shadow_device": "cpu"}, "teacher_shadow_device='cpu' has no effect"),
+        ({"ds3_gather_for_generation": False}, "ds3_gather_for_generation=False .*not ZeRO-3"),
+        ({"dataloader_num_workers": 2}, "dataloader_num_workers=2 has no effect"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True has no effect"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no effect"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
+    ],
+)
+def test_settings_that_change_nothing_are_warned_about(settings, words):
+    with pytest.warns(UserWarning, match=words):
+        config(**settings)
+
+
+def test_the_defaults_warn_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config()

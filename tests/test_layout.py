@@ -6,18 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
+from sdft_ds import settings_file
+
 PACKAGE = Path(__file__).parent.parent / "sdft_ds"
 
 # A module may import those before it. Packages count as one room.
 ORDER = [
     "processes", "machine", "doctor", "whole_files", "module_state", "thin_products", "ranks", "checkpoint",
-    "output_folder",
-    "preemption", "rows", "prompts", "streams", "paired_batch", "prefix", "divergence", "zero", "packing", "config",
-    "recipes", "model_card", "schedule", "rollouts", "aggregation", "chunked_loss", "inspection", "head",
-    "completion_head", "models", "teacher", "scoring", "run_state", "lookout", "resumable", "metrics", "step_guard",
-    "generation_batch", "progress", "report", "compare", "completion_log", "run_record", "evaluation_loader",
-    "trainer", "sft", "completions", "evaluation", "arguments", "plan", "sources", "demo", "train", "evaluate",
-    "preview", "sequential",
+    "output_folder", "preemption", "rows", "prompts", "screening", "streams", "paired_batch", "prefix", "divergence",
+    "zero", "packing", "config_checks", "config", "recipes", "model_card", "schedule", "rollouts", "aggregation",
+    "chunked_loss", "inspection", "head", "completion_head", "models", "teacher", "scoring", "run_state", "lookout",
+    "resumable", "metrics", "step_guard", "generation_batch", "progress", "report", "compare", "completion_log",
+    "run_record", "evaluation_loader", "trainer", "sft", "completions", "evaluation", "settings_file",
+    "model_arguments", "arguments", "plan", "sources", "demo", "train", "evaluate", "preview", "sequential",
 ]  # fmt: skip
 PURE = [
     "processes",
@@ -81,6 +84,17 @@ def test_only_zero_knows_deepspeed():
 def test_pickles_are_read_where_deepspeed_wrote_them_only():
     for path in modules():
         assert room(path) == "zero" or not re.search(r"torch\.load\(|import pickle", path.read_text()), path
+
+
+def test_nothing_evaluates_what_it_reads():
+    """Neither text, nor YAML but by a safe loader."""
+    for path in modules():
+        calls = {
+            ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+        }
+        assert not calls & {"eval", "exec", "yaml.unsafe_load", "yaml.full_load"}, path
+        assert "yaml.load" not in calls or room(path) == "settings_file", path
+    assert issubclass(settings_file._Loader, yaml.SafeLoader)
 
 
 def test_pure_modules_import_without_deepspeed():

@@ -20,9 +20,10 @@ from sdft_ds.preview.look import Looker
 from sdft_ds.preview.pieces import Piece, prompts_in_pieces, sample
 from sdft_ds.preview.scores import scores
 from sdft_ds.preview.statistics import CUT_CONTEXT, CUT_QUESTION, DROPPED, REFUSED
-from sdft_ds.prompts import PromptBuilder, usable_rows
+from sdft_ds.prompts import PromptBuilder
 from sdft_ds.rows import Example
 from sdft_ds.schedule import Slot
+from sdft_ds.screening import usable_rows
 from tests import html_tree, reference, tiny
 from tests.distributed.scenarios import make_trainer
 
@@ -282,13 +283,23 @@ def test_of_a_stream_only_the_beginning_is_looked_at(tmp_path, flags):
     assert view.statistics.rows == STREAMED and f"its first {STREAMED:,} rows" in screen(view)
 
 
+def test_bad_rows_are_left_out_as_training_does(flags, tmp_path):
+    with open(tmp_path / "rows.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in (ROWS[1] | {"privileged_context": None}, ROWS[1]))
+    view = look([*flags, "--bad_rows", "skip"])
+    assert view.statistics.rows == 1 and [row.look.index for row in view.rows] == [1]
+    assert "1 bad rows are left out. The first: Row 0, column 'privileged_context'" in " ".join(screen(view).split())
+    with pytest.raises(ValueError, match="Row 0, column 'privileged_context'"):
+        look(flags)
+
+
 @pytest.mark.parametrize(
     "wrong, words",
     [
         (["--dataset_path", "nowhere.json"], "nowhere.json does not exist"),
         (["--rows", "0"], "--rows must be at least 1, not 0"),
         (["--max_prompt_length", "600"], "exceed the model's context of 512"),
-        (["--privileged_context_column", "nothing"], "lacks privileged_context"),
+        (["--privileged_context_column", "nothing"], "--privileged_context_column=nothing, but"),
         (["--html", "nowhere/page.html"], "nowhere/page.html"),
     ],
 )

@@ -1,9 +1,8 @@
 import pytest
-from datasets import Dataset
 from tokenizers import processors
 
-from sdft_ds.prompts import PromptBuilder, PromptTooLong, parse_template, usable_rows
-from sdft_ds.rows import Example
+from sdft_ds.prompts import PromptBuilder, PromptTooLong, parse_template
+from sdft_ds.rows import Example, RowError
 from tests import tiny
 
 TEMPLATE = "{prompt}\n\n{privileged_context}"
@@ -108,27 +107,44 @@ def test_what_no_cut_can_mend_is_an_error(tokenizer):
         builder(tokenizer, student=50).build(Example(prompt, "hint"), 1)
 
 
-def rows():
-    return Dataset.from_list([{"prompt": "ab" * n, "privileged_context": "hint"} for n in (1, 5, 2, 9)])
+def test_a_context_that_would_be_cut_to_nothing_is_an_error(tokenizer):
+    whole = builder(tokenizer).build(Example("the question", "c"), 0)
+    with pytest.raises(PromptTooLong, match="the teacher's prompt.*cannot mend it"):
+        builder(tokenizer, teacher=len(whole.teacher.ids) - 1).build(Example("the question", "c"), 0)
 
 
-def test_usable_rows_drops_and_warns(tokenizer):
-    with pytest.warns(UserWarning, match="of 4 rows 2 are dropped"):
-        kept = usable_rows(rows(), "train_dataset", builder(tokenizer, student=8, truncation="drop"))
-    assert kept["prompt"] == ["ab", "abab"]
+def test_a_teacher_prompt_of_the_rows_own_replaces_the_template(tokenizer):
+    prompt = chat(("system", "Be brief."), ("user", "Q?"))
+    text = builder(tokenizer).build(Example(prompt, "", teacher_prompt="{prompt} as it stands"), 0)
+    assert text.student.prompt == prompt
+    assert text.teacher.prompt == chat(("system", "Be brief."), ("user", "{prompt} as it stands"))
+    turns = chat(("user", "Look."), ("assistant", "I see."), ("user", "Q?"))
+    assert builder(tokenizer).build(Example(prompt, "", teacher_prompt=turns), 0).teacher.prompt == turns
+    assert builder(tokenizer).build(Example("Q?", "", teacher_prompt="Told: Q?"), 0).teacher.text == "Told: Q?"
 
 
-def test_usable_rows_counts_what_is_cut(tokenizer):
-    with pytest.warns(UserWarning, match="2 lose the beginning of the prompt and 0 the end"):
-        assert len(usable_rows(rows(), "train_dataset", builder(tokenizer, student=8))) == 4
+def test_a_teacher_prompt_of_the_rows_own_is_never_cut(tokenizer):
+    with pytest.raises(PromptTooLong, match="Row 4: the teacher's prompt.*never cut"):
+        builder(tokenizer, teacher=20).build(Example("Q?", "", teacher_prompt="long " * 20), 4)
 
 
-def test_usable_rows_stops_at_the_first_bad_row(tokenizer):
-    bad = Dataset.from_list([{"prompt": "a", "privileged_context": "b"}, {"prompt": "a", "privileged_context": None}])
-    with pytest.raises(ValueError, match="Row 1, column 'privileged_context'"):
-        usable_rows(bad, "train_dataset", builder(tokenizer))
-    with pytest.raises(ValueError, match="train_dataset is empty"):
-        usable_rows(Dataset.from_list([]), "train_dataset", builder(tokenizer))
+def test_tools_reach_the_chat_template_of_both_prompts():
+    armed = tiny.tokenizer()
+    armed.chat_template = "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}" + tiny.CHAT_TEMPLATE
+    tools = [{"type": "function", "function": {"name": "search", "parameters": {}}}]
+    pair = builder(armed).build(Example(chat(("user", "Q")), "H", tools=tools), 0)
+    assert pair.student.text.startswith("[search]") and pair.teacher.text.startswith("[search]")
+    everywhere = builder(armed, chat_template_kwargs={"tools": tools})
+    assert everywhere.build(Example(chat(("user", "Q")), "H"), 0).student.text.startswith("[search]")
+
+
+def test_a_conversation_that_the_chat_template_refuses_is_a_row_error():
+    strict = tiny.tokenizer()
+    strict.chat_template = "{{ raise_exception('System role\nnot supported') }}"
+    with pytest.raises(
+        RowError, match="Row 5, column 'prompt': the model's chat template refuses.*role not supported"
+    ):
+        builder(strict).build(Example(chat(("system", "S"), ("user", "Q")), "H"), 5)
 
 
 def cut_out(text, spans):
@@ -163,6 +179,19 @@ def test_no_spans_where_the_template_rewrites_the_users_text():
     loud.chat_template = "{{ messages[-1]['content'] | upper }}"
     made = builder(loud)
     assert made.spans(made.build(Example(chat(("user", "q")), "hint"), 0)) == ([], [])
+
+
+def test_spans_where_the_row_brings_tools_or_a_teacher_prompt():
+    armed = tiny.tokenizer()
+    armed.chat_template = "{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}" + tiny.CHAT_TEMPLATE
+    made = builder(armed)
+    example = Example(chat(("user", "Q?")), "hint", tools=[{"name": "search"}])
+    pair = made.build(example, 0)
+    _, teacher = made.spans(pair)
+    assert cut_out(pair.teacher.text, teacher) == [("prompt", "Q?"), ("privileged_context", "hint")]
+    own = made.build(Example(chat(("user", "Q?")), "", teacher_prompt="Told: Q?"), 0)
+    student, teacher = made.spans(own)
+    assert cut_out(own.student.text, student) == [("prompt", "Q?")] and teacher == [] and made.context_left(own) == ""
 
 
 def test_what_is_left_of_a_context(tokenizer):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests import tiny
 
@@ -56,6 +57,27 @@ def test_a_model_and_data_of_ones_own(model_and_data, tmp_path):
 def test_a_mistake_is_one_line_and_a_status(model_and_data, tmp_path, wrong, words):
     done = command(*PLAIN, *model_and_data, *TWO_STEPS, "--output_dir", tmp_path, *wrong, check=False)
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_deepspeed_configuration_that_contradicts_the_flags(model_and_data, tmp_path):
+    config = tmp_path / "ds.json"
+    config.write_text('{"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 2}}')
+    flags = ["--deepspeed", config, "--output_dir", tmp_path]
+    done = command(*PLAIN, *model_and_data, *TWO_STEPS, *flags, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "ds train_micro_batch_size_per_gpu=3 vs hf per_device_train_batch_size=2. Write" in done.stderr
+
+
+def test_what_a_run_saved_of_its_settings_starts_it_again(model_and_data, tmp_path):
+    flags = [*TWO_STEPS, "--learning_rate", "1e-3", "--bad_rows", "skip"]
+    done = command(*PLAIN, *model_and_data, *flags, "--output_dir", tmp_path / "first")
+    assert done.stdout.count("learning_rate: 0.001") == 1 and "bad_rows: skip" in done.stdout
+    saved = tmp_path / "first" / "config.yaml"
+    command(*PLAIN, "--config", saved, "--output_dir", tmp_path / "second")
+    first, second = (yaml.safe_load((tmp_path / run / "config.yaml").read_text()) for run in ("first", "second"))
+    assert second == first | {"output_dir": str(tmp_path / "second")}
+    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("first", "second")]
+    assert weights[0] == weights[1]
 
 
 def test_the_demo_teaches_and_keeps(tmp_path):

@@ -19,7 +19,7 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sdft_ds import arguments, models, sources
 from sdft_ds.arguments import ModelArguments, ScriptArguments
@@ -66,11 +66,10 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
         raise ValueError(f"--rows must be at least 1, not {shown}.")
     alone = [token for name, value in ALONE.items() for token in (f"--{name}", str(value))]
     script, args, model = arguments.parse([*flags, *alone], demo.RECIPE)
-    dataset, name = _data(script, model)
+    dataset, name = _data(script, args, model)
     args.model_init_kwargs = {**model.init_kwargs(args), **(args.model_init_kwargs or {})}
     tokenizer = model.tokenizer()
-    config = AutoConfig.from_pretrained(model.model_name_or_path, **args.model_init_kwargs)
-    builder = models.prompt_builder(tokenizer, config, args)
+    builder = models.prompt_builder(tokenizer, models.config_of(model.model_name_or_path, args), args)
     stream = isinstance(dataset, IterableDataset)
     rows = islice(dataset, STREAMED) if stream else dataset
     progress = track(
@@ -94,13 +93,13 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
     return view
 
 
-def _data(script: ScriptArguments, model: ModelArguments) -> tuple[Dataset | IterableDataset, str]:
+def _data(script: ScriptArguments, args: SDFTConfig, model: ModelArguments) -> tuple[Dataset | IterableDataset, str]:
     """The rows that would be trained on, and what to call model and data."""
     if arguments.is_demo(script, model):
         model.model_name_or_path = str(demo.MODEL_DIR)
         return demo.dataset(), "the embedded demo"
-    dataset = sources.map_columns(sources.load_splits(script)[script.dataset_train_split], script)
-    return dataset, f"{model.model_name_or_path} · {script.dataset_path or script.dataset_name}"
+    dataset, _ = sources.load(script, args.eval_strategy != "no", args.seed)
+    return dataset, f"{model.model_name_or_path} · {script.source}"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from sdft_ds.preview.pieces import Piece, Sample, prompts_in_pieces, sample
 from sdft_ds.preview.statistics import Statistics
 from sdft_ds.prompts import PromptBuilder
 from sdft_ds.report.run_folder import Completion
-from sdft_ds.rows import example_from_row
+from sdft_ds.rows import RowError, example_from_row
 
 
 @dataclass
@@ -39,13 +39,20 @@ class Preview:
 def preview(rows: Iterable[dict[str, Any]], builder: PromptBuilder, args: SDFTConfig, shown: int) -> Preview:
     """Looks at every row, and takes the first `shown` of them apart.
 
-    Raises RowError for a row that is not valid, as training does, and ValueError where there is none.
+    Raises RowError for a row that is not valid, as training does, or leaves it out, as training does with
+    bad_rows='skip'; ValueError where there is none.
     """
-    looker, statistics, first = Looker(builder), Statistics(args.truncation), []
+    looker, statistics, first, bad = Looker(builder), Statistics(args.truncation), [], []
     for index, row in enumerate(rows):
-        look = looker.look(example_from_row(row, index), index)
+        try:
+            look = looker.look(example_from_row(row, index), index)
+        except RowError as error:
+            if args.bad_rows == "error":
+                raise
+            bad.append(str(error))
+            continue
         statistics.add(look)
-        if index < shown:
+        if len(first) < shown:
             student, teacher = prompts_in_pieces(builder, look)
             used = look.taken is not None
             said = sample(look, builder.tokenizer, args.loss_mask, args.max_completion_length) if used else None
@@ -53,4 +60,5 @@ def preview(rows: Iterable[dict[str, Any]], builder: PromptBuilder, args: SDFTCo
     if not statistics.rows:
         raise ValueError("The data set is empty.")
     limits = {"student": builder.max_prompt_length, "teacher": builder.max_teacher_prompt_length}
-    return Preview(args, limits, first, statistics)
+    notes = [f"{len(bad)} bad rows are left out. The first: {bad[0]}"] if bad else []
+    return Preview(args, limits, first, statistics, notes=notes)

@@ -1,0 +1,134 @@
+"""The part of the command line about the model: which one, in which form, with which adapter."""
+
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from sdft_ds.config import SDFTConfig
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+# What flags that begin so need.
+NEEDED = {
+    "lora_": "use_peft",
+    "use_rslora": "use_peft",
+    "use_dora": "use_peft",
+    "bnb_4bit_": "load_in_4bit",
+    "use_bnb_": "load_in_4bit",
+}
+
+
+@dataclass
+class ModelArguments:
+    """Which model, in which form, with which adapter."""
+
+    _argument_group_name = "model and adapter"
+
+    model_name_or_path: str | None = _field(None, "The model: a hub id or a folder. Unset: the embedded demo model.")
+    model_revision: str = _field("main", "Branch, tag or commit on the hub.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = _field(
+        None, "Load the weights in this dtype. Unset: float32, or that of DeepSpeed's engine."
+    )
+    attn_implementation: str | None = _field(None, "Attention: eager, sdpa, flash_attention_2, ...")
+    trust_remote_code: bool = _field(False, "Run code from the model's repository. Only for authors you trust.")
+    use_peft: bool = _field(False, "Train a LoRA adapter instead of all weights.")
+    lora_r: int = _field(16, "Rank of LoRA.")
+    lora_alpha: int = _field(32, "Scale of LoRA, divided by its rank.")
+    lora_dropout: float = _field(0.05, "Dropout of LoRA; disable_dropout sets it to 0.")
+    lora_target_modules: list[str] | None = _field(None, "Modules to adapt; all-linear for every linear layer.")
+    lora_target_parameters: list[str] | None = _field(None, "Parameters to adapt, such as fused expert weights.")
+    lora_modules_to_save: list[str] | None = _field(None, "Modules to train in full beside the adapter.")
+    lora_task_type: str = _field("CAUSAL_LM", "Task type of the adapter.")
+    use_rslora: bool = _field(False, "Scale by lora_alpha / sqrt(lora_r).")
+    use_dora: bool = _field(False, "Weight-decomposed LoRA.")
+    load_in_4bit: bool = _field(False, "QLoRA: hold the frozen weights in 4 bits (bitsandbytes); needs use_peft.")
+    load_in_8bit: bool = _field(False, "Hold the frozen weights in 8 bits; needs use_peft, not possible with ZeRO-3.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _field("nf4", "The 4-bit type.")
+    bnb_4bit_quant_storage: str | None = _field(
+        None,
+        "Dtype that packs the 4-bit weights. Unset: the engine's under ZeRO-3, which shards floats only; else uint8.",
+    )
+    use_bnb_nested_quant: bool = _field(False, "Quantize the 4-bit scales as well.")
+
+    def __post_init__(self) -> None:
+        """Warns of settings that change nothing."""
+        for prefix, flag in NEEDED.items():
+            for f in fields(self):
+                if f.name.startswith(prefix) and not getattr(self, flag) and getattr(self, f.name) != f.default:
+                    warnings.warn(f"--{f.name} has no effect without --{flag}.", stacklevel=3)
+
+    def init_kwargs(self, args: SDFTConfig) -> dict[str, Any]:
+        """What goes to from_pretrained."""
+        named = {
+            "revision": self.model_revision,
+            "attn_implementation": self.attn_implementation,
+            "trust_remote_code": self.trust_remote_code,
+            "dtype": self.dtype,
+            "quantization_config": self._quantization(args),
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        name = self.model_name_or_path
+        try:
+            return AutoTokenizer.from_pretrained(
+                name, revision=self.model_revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError) as error:  # which need not name what was asked for
+            raise ValueError(f"--model_name_or_path {name}: {error}") from None
+
+    def _quantization(self, args: SDFTConfig) -> BitsAndBytesConfig | None:
+        """Raises ValueError for what cannot train, with what to use instead."""
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return None
+        zero3 = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
+        refusals = [
+            (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit are both set: choose one."),
+            (
+                not self.use_peft,
+                "Quantized weights cannot be trained: add --use_peft, which trains an adapter on them.",
+            ),
+            (self.load_in_8bit and zero3, "8-bit weights cannot be sharded by ZeRO-3: use --load_in_4bit, or ZeRO-2."),
+            (
+                zero3 and self.bnb_4bit_quant_storage not in (None, "bfloat16", "float16", "float32"),
+                f"ZeRO-3 shards floats only: bnb_4bit_quant_storage={self.bnb_4bit_quant_storage} cannot be; leave it "
+                "unset.",
+            ),
+        ]
+        for refused, reason in refusals:
+            if refused:
+                raise ValueError(reason)
+        if self.load_in_8bit:
+            return BitsAndBytesConfig(load_in_8bit=True)
+        compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
+            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_quant_storage=self.bnb_4bit_quant_storage or (compute if zero3 else None),
+        )
+
+    def peft_config(self) -> LoraConfig | None:
+        """The adapter asked for, or None."""
+        if not self.use_peft:
+            return None
+        targets = self.lora_target_modules
+        return LoraConfig(
+            task_type=self.lora_task_type,
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=targets[0] if targets and len(targets) == 1 else targets,
+            target_parameters=self.lora_target_parameters,
+            modules_to_save=self.lora_modules_to_save,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )

@@ -1,0 +1,185 @@
+"""Every row of a data set is looked at before it is used; what becomes of those that cannot be.
+
+A row is *bad* where its contents are not what is needed: it ends the run, or is left out (`bad_rows`). One that is
+only too long is the business of `truncation`.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from datasets import Dataset, IterableDataset
+
+from sdft_ds import prompts, rows
+from sdft_ds.prompts import PromptBuilder, PromptTooLong
+from sdft_ds.rows import DataError, RowError, check_columns, example_from_row
+
+BAD_ROWS = ("error", "skip")
+ROW_NUMBER = "_row"  # of a row in its source, where the data set was rearranged on its way here
+REASONS_TOLD = 5
+
+
+@dataclass(frozen=True)
+class BadRows:
+    """What to do with bad rows. limit: of those that are left out."""
+
+    policy: str = "error"
+    limit: int = 100
+
+
+STRICT = BadRows()
+
+
+@dataclass
+class Screen:
+    """Looks at the rows of one data set.
+
+    reasons: why rows were left out, one for each bad row. too_long: how many were left out as too long.
+    """
+
+    where: str
+    builder: PromptBuilder
+    bad_rows: BadRows
+    reasons: list[str] = field(default_factory=list)
+    too_long: int = 0
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a row may be left out, and not only end the run."""
+        return self.bad_rows.policy == "skip" or self.builder.truncation == "drop"
+
+    def passes(self, row: dict[str, Any], index: int, lengths: bool = True) -> bool:
+        """Whether row `index` can be used; it is counted where it cannot. lengths: render its prompts, too.
+
+        Raises DataError or PromptTooLong, as the policies say, and DataError for one bad row too many.
+        """
+        try:
+            example = example_from_row(row, index)
+            if lengths:
+                self.builder.build(example, index)
+        except PromptTooLong as error:
+            if self.builder.truncation == "drop":
+                self.too_long += 1
+                return False
+            if self.bad_rows.policy == "error" or self.builder.truncation == "error":
+                raise PromptTooLong(f"{self.where}: {error}") from None
+            self.reasons.append(str(error))
+        except RowError as error:
+            if self.bad_rows.policy == "error":
+                raise DataError(f"{self.where}: {error} Or leave such rows out: bad_rows='skip'.") from None
+            self.reasons.append(str(error))
+        else:
+            return True
+        if len(self.reasons) > self.bad_rows.limit:
+            raise DataError(
+                f"{self.where}: more rows than max_bad_rows={self.bad_rows.limit} cannot be used. The last: "
+                f"{self.reasons[-1]}"
+            )
+        return False
+
+
+def name_of(dataset: Dataset | IterableDataset, name: str) -> str:
+    """How messages call the data set: by the argument, and by the source and split that it knows of itself."""
+    source, split = dataset.info.dataset_name, dataset.split
+    known = [str(source)] if source else []
+    known += [f"split {split}"] if split else []
+    return f"{name} ({', '.join(known)})" if known else name
+
+
+def usable_rows(dataset: Dataset, name: str, builder: PromptBuilder, bad_rows: BadRows = STRICT) -> Dataset:
+    """Look at every row before the first step; those that are left out are counted and warned about.
+
+    What was found about a data set on disk is remembered in the cache of `datasets`. Raises DataError naming data set,
+    split, row and column.
+    """
+    where = name_of(dataset, name)
+    if isinstance(dataset, IterableDataset):
+        raise DataError(f"{where} is an IterableDataset: only train_dataset can be a stream.")
+    if len(dataset) == 0:
+        raise DataError(f"{where} is empty.")
+    try:
+        check_columns(dataset.column_names)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    file = _cache_file(dataset, builder, bad_rows)
+    if file is not None and file.exists():
+        found = json.loads(file.read_text())
+    else:
+        found = _look(dataset, Screen(where, builder, bad_rows))
+        if file is not None:
+            _remember(file, found)
+    _tell(where, len(dataset), **found)
+    left_out = set(found["left_out"])
+    return dataset.select([i for i in range(len(dataset)) if i not in left_out]) if left_out else dataset
+
+
+def _look(dataset: Dataset, screen: Screen) -> dict[str, Any]:
+    left_out = []
+    for index, row in enumerate(datasets.utils.tqdm(dataset, desc=f"Checking {screen.where}")):
+        if not screen.passes(row, row.get(ROW_NUMBER, index)):
+            left_out.append(index)
+    cut = dict(screen.builder.counts)
+    screen.builder.counts.clear()
+    return {"left_out": left_out, "reasons": screen.reasons, "too_long": screen.too_long, "cut": cut}
+
+
+def _tell(where: str, count: int, left_out: list[int], reasons: list[str], too_long: int, cut: dict[str, int]) -> None:
+    """Warn of what is left out and cut; raises DataError where nothing is left."""
+    if len(left_out) == count:
+        why = f" Of the first bad one: {reasons[0]}" if reasons else ""
+        raise DataError(
+            f"{where}: all {count} rows are left out: {too_long} are over max_prompt_length or "
+            f"max_teacher_prompt_length, {len(reasons)} are bad.{why}"
+        )
+    if reasons:
+        more = f" And {len(reasons) - REASONS_TOLD} more." if len(reasons) > REASONS_TOLD else ""
+        warnings.warn(
+            f"{where}: {len(reasons)} of {count} rows are bad and left out: {' '.join(reasons[:REASONS_TOLD])}{more}",
+            stacklevel=4,
+        )
+    if too_long or cut:
+        warnings.warn(
+            f"{where}: of {count} rows {too_long} are dropped, {cut.get('student_prompts_cut', 0)} lose the "
+            f"beginning of the prompt and {cut.get('teacher_prompts_cut', 0)} the end of the context, because of "
+            "max_prompt_length and max_teacher_prompt_length.",
+            stacklevel=4,
+        )
+
+
+def _cache_file(dataset: Dataset, builder: PromptBuilder, bad_rows: BadRows) -> Path | None:
+    """Where what is found is kept: a name for these rows, this way to render them, and this code. None for rows in
+    memory, which are not worth it, and for tokenizers that cannot say what they are."""
+    if not dataset.cache_files or not datasets.is_caching_enabled() or not builder.tokenizer.is_fast:
+        return None
+    code = [Path(module.__file__).read_text() for module in (rows, prompts)]
+    facts = [
+        dataset._fingerprint,
+        builder.tokenizer.backend_tokenizer.to_str(),
+        builder.tokenizer.chat_template,
+        builder.template,
+        builder.max_prompt_length,
+        builder.max_teacher_prompt_length,
+        builder.truncation,
+        builder.chat_template_kwargs,
+        asdict(bad_rows),
+        transformers.__version__,
+        code,
+    ]
+    key = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+    return Path(datasets.config.HF_DATASETS_CACHE, "sdft_ds", f"{key}.json")
+
+
+def _remember(file: Path, found: dict[str, Any]) -> None:
+    """Written aside and renamed, as several ranks may; a disk that takes no files costs only the next look."""
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_suffix(f".{os.getpid()}")
+        aside.write_text(json.dumps(found))
+        aside.replace(file)
