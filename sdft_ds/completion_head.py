@@ -159,21 +159,27 @@ def _logits_transform(config) -> LogitsTransform:
 
 @torch.no_grad()
 def check(model: nn.Module, engine: nn.Module, device: torch.device) -> None:
-    """Compare the model's own logits with ours on a few tokens; raise ValueError, naming the model, if they differ.
+    """Compare the model's own logits with ours on a few tokens; raise ValueError, naming the model, if they differ or
+    if a token changes what comes before it.
 
     It is what lets an unknown architecture in: a model that does something after its head that LOGITS_TRANSFORMS does
     not know is refused before the first step. Every rank runs the same two forwards.
     """
-    vocabulary = causal_lm_of(model).config.get_text_config().vocab_size
-    input_ids = (torch.arange(8, device=device) * 7919 % vocabulary).unsqueeze(0)
-    mask = torch.ones_like(input_ids)
+    name, vocabulary = type(causal_lm_of(model)).__name__, causal_lm_of(model).config.get_text_config().vocab_size
+    ids_T = torch.arange(8, device=device) * 7919 % vocabulary
+    ids_RT = torch.stack([ids_T, ids_T])
+    ids_RT[1, -1] = (ids_T[-1] + 1) % vocabulary
+    mask, positions_N = torch.ones_like(ids_RT), torch.arange(16, device=device)
     with evaluating(engine):
-        own = engine(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.float()[0]
-        ours = engine(input_ids=input_ids, attention_mask=mask, request=Logits(torch.arange(8, device=device))).float()
+        own_RTV = engine(input_ids=ids_RT, attention_mask=mask, use_cache=False).logits.float()
+        ours_NV = engine(input_ids=ids_RT, attention_mask=mask, request=Logits(positions_N)).float()
     # bf16 keeps 8 bits, and the two products differ in shape, hence in their order of summation.
-    tolerance = 3e-2 * own.abs().max().clamp(min=1.0)
-    if (own - ours).abs().max() > tolerance:
+    tolerance = 3e-2 * own_RTV.abs().max().clamp(min=1.0)
+    if (own_RTV[0, :-1] - own_RTV[1, :-1]).abs().max() > tolerance:
+        raise ValueError(f"{name} is not causal: its tokens see those after them. Is `is_decoder` missing?")
+    difference = (own_RTV.flatten(0, 1) - ours_NV).abs().max()
+    if difference > tolerance:
         raise ValueError(
-            f"{type(causal_lm_of(model)).__name__} changes its logits after the head in a way that is not supported "
-            f"(largest difference {(own - ours).abs().max():.3g}). Supported: {', '.join(LOGITS_TRANSFORMS)}."
+            f"{name} changes its logits after the head in a way that is not supported (largest difference "
+            f"{difference:.3g}). Supported: {', '.join(LOGITS_TRANSFORMS)}."
         )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from transformers import TrainingArguments
 
 from sdft_ds import config_checks, zero
-from sdft_ds.config_checks import TEACHER_KINDS, json_object
+from sdft_ds.config_checks import ROLLOUT_BACKENDS, TEACHER_KINDS, json_object
 from sdft_ds.divergence import MODES, Divergence
 from sdft_ds.paired_batch import LossMask
 
@@ -52,10 +52,11 @@ class SDFTConfig(TrainingArguments):
     distillation_alpha: float = _field(
         0.5, "0: forward KL(teacher||student); 1: reverse KL(student||teacher); between: generalised JSD."
     )
-    distillation_mode: Literal["topk_logits", "full_logits", "sampled_token"] | None = _field(
+    distillation_mode: str | None = _field(
         None,
         "Support of the divergence, the newer name: the student's top-k, the full vocabulary or the sampled token. "
         "Unset: from distillation_topk and full_logit_distillation.",
+        choices=MODES,
     )
     distillation_topk: int | None = _field(
         100, "Size of the student's top-k support. None: see full_logit_distillation."
@@ -85,10 +86,11 @@ class SDFTConfig(TrainingArguments):
     )
 
     # Teacher.
-    teacher_model_kind: Literal["live", "base", "ema"] | None = _field(
+    teacher_model_kind: str | None = _field(
         None,
         "The teacher's weights: live, the student's own; base, those at the start (PEFT: adapter off); ema, their "
         "moving average. Unset: base with PEFT, ema with sync_ref_model, otherwise live.",
+        choices=TEACHER_KINDS,
     )
     generate_from_teacher: bool = _field(False, "Roll out from the teacher's prompt instead of the student's.")
     teacher_prompt_template: str = _field(
@@ -178,10 +180,11 @@ class SDFTConfig(TrainingArguments):
         "KV cache of transformers' generate. Unset: this project's own loop. static: transformers' loop, which "
         "compiles the decode step on a GPU.",
     )
-    rollout_backend: Literal["generate", "continuous"] = _field(
+    rollout_backend: str = _field(
         "generate",
         "generate: rows together, with draws that depend on no batch or rank; continuous: transformers' continuous "
         "batching, whose draws do.",
+        choices=ROLLOUT_BACKENDS,
     )
     generation_kwargs: dict[str, Any] | str | None = _field(
         None, "More fields (JSON) of transformers' GenerationConfig."
@@ -262,7 +265,7 @@ class SDFTConfig(TrainingArguments):
     @property
     def divergence(self) -> Divergence:
         """The divergence that these settings describe."""
-        return Divergence(
+        return MODES[self.distillation_mode](
             mode=self.distillation_mode,
             alpha=self.distillation_alpha,
             topk=self.distillation_topk,

@@ -15,8 +15,9 @@ from sdft_ds.prompts import TRUNCATIONS, parse_template
 from sdft_ds.screening import BAD_ROWS
 
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
-TEACHER_KINDS = ("live", "base", "ema")
-ROLLOUT_BACKENDS = ("generate", "continuous")
+# Names that fields accept; teacher.add_kind and rollouts.add_backend add to them.
+TEACHER_KINDS = ["live", "base", "ema"]
+ROLLOUT_BACKENDS = ["generate", "continuous"]
 DEVICES = ("device", "cpu")
 
 # Fields that the TRL interface inherits from its reinforcement-learning trainers and self-distillation never reads:
@@ -214,12 +215,13 @@ def _check_dicts(config: Any) -> None:
 
 def warn_of_ineffective(config: Any) -> None:
     """Settings that are not at their default and change nothing, given the others."""
-    ema, zero3 = config.teacher_model_kind == "ema", config.deepspeed and config.hf_deepspeed_config.is_zero3()
+    follows = config.teacher_model_kind not in (None, "live", "base")
+    zero3 = config.deepspeed and config.hf_deepspeed_config.is_zero3()
     rate, every = _default(config, "ref_model_mixup_alpha"), _default(config, "ref_model_sync_steps")
-    not_ema = f"the teacher is {config.teacher_model_kind or 'live or base'}, not ema"
+    no_ema = f"the teacher is {config.teacher_model_kind or 'live or base'}, not ema"
     ineffective = {
-        "teacher_update_rate": (not ema and config.teacher_update_rate != rate, not_ema),
-        "teacher_sync_steps": (not ema and config.teacher_sync_steps != every, not_ema),
+        "teacher_update_rate": (not follows and config.teacher_update_rate != rate, no_ema),
+        "teacher_sync_steps": (not follows and config.teacher_sync_steps != every, no_ema),
         "teacher_shadow_device": (
             config.teacher_model_kind == "live" and config.teacher_shadow_device == "cpu",
             "a live teacher has no values of its own",

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MODES = ("topk_logits", "full_logits", "sampled_token")
-
 
 @dataclass(frozen=True)
 class Divergence:
@@ -57,6 +55,10 @@ class Divergence:
         student = (student_logits_NK / self.temperature).log_softmax(-1)
         teacher = (teacher_logits_NK / self.temperature).log_softmax(-1)
         return interpolated_divergence(student, teacher, self.alpha)
+
+
+# distillation_mode -> what computes it. Another one is a subclass of Divergence with a `per_token` of its own.
+MODES: dict[str, type[Divergence]] = dict.fromkeys(("topk_logits", "full_logits", "sampled_token"), Divergence)
 
 
 @dataclass(frozen=True)

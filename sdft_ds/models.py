@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoProcessor,
@@ -45,9 +46,25 @@ def load_model(model: str | PreTrainedModel | nn.Module, args: SDFTConfig) -> nn
 
 
 def config_of(model: str | nn.Module, args: SDFTConfig) -> PreTrainedConfig:
-    """The model's config, without loading the model."""
-    if not isinstance(model, str):
-        return causal_lm_of(model).config
+    """The model's config, without loading the model. Raises ValueError, naming it, for one that is no decoder with a
+    language-model head."""
+    if isinstance(model, str):
+        config = _config_by_name(model, args)
+        name = f"{model} ({config.model_type})"
+        has_head = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        has_head = has_head or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    else:
+        causal_lm = causal_lm_of(model)
+        name, config = type(causal_lm).__name__, getattr(causal_lm, "config", None)
+        has_head = isinstance(causal_lm, PreTrainedModel) and causal_lm.get_output_embeddings() is not None
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder model, and prompts are continued here: use a causal LM.")
+    if not has_head:
+        raise ValueError(f"{name} has no language-model head: use one that AutoModelForCausalLM loads.")
+    return config
+
+
+def _config_by_name(model: str, args: SDFTConfig) -> PreTrainedConfig:
     options = _hub_options(args)
     adapter = find_adapter_config_file(model, **{k: v for k, v in options.items() if k != "trust_remote_code"})
     if adapter is not None and not Path(model, "config.json").exists():
@@ -186,6 +203,16 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+
+
+def warn_of_router_loss(config: PreTrainedConfig) -> None:
+    """A mixture of experts may ask for a loss that balances its routers; distillation has none."""
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        warnings.warn(
+            "The model's config asks for output_router_logits, whose load-balancing loss is not added here: its "
+            "routers are trained by the divergence alone. Set it to false to compute no such logits.",
+            stacklevel=2,
+        )
 
 
 def warn_without_masters(model: nn.Module, args: SDFTConfig) -> None:

@@ -21,6 +21,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from transformers.cache_utils import DynamicCache
 
 from sdft_ds import prefix, ranks
+from sdft_ds.config_checks import ROLLOUT_BACKENDS
 from sdft_ds.module_state import evaluating
 from sdft_ds.paired_batch import Completion, pad_left
 from sdft_ds.thin_products import thin_products
@@ -238,7 +239,16 @@ def _continuous(
     return [outputs[name].generated_tokens for name in sorted(outputs, key=lambda name: int(name.rpartition("_")[2]))]
 
 
-BACKENDS = {"generate": _generate, "continuous": _continuous}
+# (model, prompts, keys, config, whether all ranks go on until the last is done) -> the tokens of each completion
+Backend = Callable[[PreTrainedModel, list[list[int]], list[str], GenerationConfig, bool], list[list[int]]]
+BACKENDS: dict[str, Backend] = {"generate": _generate, "continuous": _continuous}
+
+
+def add_backend(name: str, backend: Backend) -> None:
+    """Let rollout_backend be `name`."""
+    BACKENDS[name] = backend
+    if name not in ROLLOUT_BACKENDS:
+        ROLLOUT_BACKENDS.append(name)
 
 
 @contextmanager

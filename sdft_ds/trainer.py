@@ -79,6 +79,7 @@ class SDFTTrainer(ResumableTrainer):
             )
         config = models.config_of(model, args)
         models.check_support(config, args)
+        models.warn_of_router_loss(config)
         processing_class, tokenizer = models.load_tokenizer(processing_class, config._name_or_path, args)
         prompts = models.prompt_builder(tokenizer, config, args)
         # All that can be wrong with the data shows before the weights are loaded.

@@ -12,25 +12,7 @@ from sdft_ds.completion_head import causal_lm_of
 from sdft_ds.step_guard import StepGuard
 from tests import reference, tiny
 from tests.distributed.scenarios import Recorder, make_trainer, train
-
-
-def first_step(trainer):
-    """(micro-batches as compute_loss gets them) of the first optimizer step."""
-    loader = trainer.get_train_dataloader()
-    inputs, _ = trainer.get_batch_samples(iter(loader), trainer.args.gradient_accumulation_steps, torch.device("cpu"))
-    return inputs
-
-
-def loss_and_gradients(trainer):
-    inputs = first_step(trainer)
-    trainer.model.train()
-    loss = 0.0
-    for one in inputs:
-        part = trainer.compute_loss(trainer.model, one)
-        part.backward()
-        loss += part.item()
-    return loss, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}, inputs
-
+from tests.steps import check_against_the_reference, first_step, loss_and_gradients
 
 LOSSES = [
     {"distillation_alpha": 0.0, "distillation_mode": "full_logits"},
@@ -52,36 +34,7 @@ def test_a_step_equals_the_naive_reference_in_loss_and_gradients(settings, lora,
         for name, param in trainer.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(param, std=0.3)
-    loss, gradients, inputs = loss_and_gradients(trainer)
-    assert len({len(one["scored"].batch.tokens_N) for one in inputs}) > 0
-
-    student, teacher = trainer.model, copy.deepcopy(trainer.model)
-    student.zero_grad()
-    student.eval()
-    teacher.eval()
-    if lora:
-        teacher = teacher.unload()
-    args = trainer.args
-    expected = reference.step_loss(
-        student,
-        teacher,
-        [one["scored"].batch.rollouts for one in inputs],
-        loss_type=args.loss_type,
-        alpha=args.distillation_alpha,
-        topk=args.distillation_topk,
-        tail=args.distillation_add_tail,
-        skip=args.num_loss_tokens_to_skip,
-        temperature=args.temperature,
-        max_completion_length=args.max_completion_length,
-        mask_truncated=args.mask_truncated_completions,
-    )
-    expected.backward()
-    assert loss == pytest.approx(expected.item(), rel=2e-6)
-    reference_gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
-    assert gradients.keys() == reference_gradients.keys() and gradients
-    for name, gradient in gradients.items():
-        wanted = reference_gradients[name]
-        assert (gradient - wanted).norm() <= 2e-6 * wanted.norm() + 1e-9, name
+    check_against_the_reference(trainer, within=2e-6)
 
 
 class Payloads(TrainerCallback):

@@ -3,6 +3,7 @@
 from torch import nn
 
 from sdft_ds.config import SDFTConfig
+from sdft_ds.config_checks import TEACHER_KINDS
 from sdft_ds.teacher.base import AdapterOff, Base
 from sdft_ds.teacher.contract import Teacher
 from sdft_ds.teacher.ema import Ema
@@ -24,4 +25,11 @@ def make(model: nn.Module, args: SDFTConfig) -> Teacher:
     return KINDS[args.teacher_model_kind][peft](model, args)
 
 
-__all__ = ["KINDS", "Teacher", "make"]
+def add_kind(name: str, full: type[Teacher], adapter: type[Teacher] | None = None) -> None:
+    """Let teacher_model_kind be `name`. adapter: the class for a PEFT model, if it is another."""
+    KINDS[name] = (full, adapter or full)
+    if name not in TEACHER_KINDS:
+        TEACHER_KINDS.append(name)
+
+
+__all__ = ["KINDS", "Teacher", "add_kind", "make"]

@@ -502,13 +502,13 @@ def held(stage, **settings) -> dict[str, int]:
     }
 
 
-def one_rank_without_loss(stage) -> dict[str, Any]:
-    """The first rank's rows are all skipped, the other's are not."""
-    trainer = make_trainer(stage, callbacks=[recorder := Recorder()])
+def ranks_without_loss(stage, which) -> dict[str, Any]:
+    """All tokens of these ranks' rows are skipped, those of the others are not."""
+    trainer = make_trainer(stage, callbacks=[recorder := Recorder()], gradient_accumulation_steps=2)
     whole = LossMask.first_token
 
     def first_token(self, rollout):
-        return len(rollout.completion.ids) if trainer.args.process_index == 0 else whole(self, rollout)
+        return len(rollout.completion.ids) if trainer.args.process_index in which else whole(self, rollout)
 
     LossMask.first_token = first_token
     try:
