@@ -41,6 +41,9 @@ class SDFTConfig(TrainingArguments):
         None, "Train in bf16: autocast over fp32 weights, or DeepSpeed's bf16 engine. Unset: on, unless fp16 is."
     )
     remove_unused_columns: bool = _field(False, "Drop dataset columns that are not used.")
+    report_to: list[str] | None = _field(
+        None, "Trackers to log to, beside metrics.jsonl: tensorboard, wandb, trackio, mlflow, ...; all: those installed."
+    )
 
     # Model.
     model_init_kwargs: dict[str, Any] | str | None = _field(
@@ -224,6 +227,7 @@ class SDFTConfig(TrainingArguments):
         zero.start_process_group(self.deepspeed, self.use_cpu, self.ddp_timeout)
         for name in self._OWN_DICT_FIELDS:
             setattr(self, name, json_object(name, getattr(self, name)))
+        self.report_to = self.report_to or "none"
         super().__post_init__()
         config_checks.refuse_unused(self)
         config_checks.check_ranges(self)

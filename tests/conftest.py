@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing is downloaded: where a name is looked for on the hub, the answer is at once that it is not here.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch

@@ -106,6 +106,7 @@ def test_a_dry_run_prints_the_commands(tmp_path, capfd, sequential):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_adapters_are_merged_between_stages(tmp_path):
     """Both stages with the real launch/train.py: the second one starts from what the first one learned."""
     tiny.llama().save_pretrained(tmp_path / "model")

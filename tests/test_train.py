@@ -47,8 +47,6 @@ def test_a_model_and_data_of_ones_own(model_and_data, tmp_path):
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (["--dataset_path", "nowhere.json"], "nowhere.json does not exist"),
-        (["--prompt_column", "nothing"], "--prompt_column=nothing"),
         (["--distillation_alpha", "3"], "distillation_alpha must be in [0, 1], not 3.0"),
         (["--learning_rat", "3"], "did you mean --learning_rate"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere does not exist"),
@@ -68,6 +66,7 @@ def test_a_deepspeed_configuration_that_contradicts_the_flags(model_and_data, tm
     assert "ds train_micro_batch_size_per_gpu=3 vs hf per_device_train_batch_size=2. Write" in done.stderr
 
 
+@pytest.mark.full
 def test_what_a_run_saved_of_its_settings_starts_it_again(model_and_data, tmp_path):
     flags = [*TWO_STEPS, "--learning_rate", "1e-3", "--bad_rows", "skip"]
     done = command(*PLAIN, *model_and_data, *flags, "--output_dir", tmp_path / "first")

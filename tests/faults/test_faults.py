@@ -122,6 +122,7 @@ def test_preemption_under_a_launcher(tmp_path, whole, launcher, to):
     assert [end(tmp_path, rank) for rank in (0, 1)] == whole(2, save_steps=10)
 
 
+@pytest.mark.full
 def test_a_signal_during_a_rollout_is_obeyed_before_the_training_that_follows(tmp_path, whole):
     """What was rolled out is saved with the weights, and used after the resume."""
     ((code, output),) = run(tmp_path, faults=[("term", "rollout", 3, 0)], save_steps=10)
@@ -164,6 +165,7 @@ def test_a_second_job_in_the_same_folder_is_refused(tmp_path):
     assert code == 0, output
 
 
+@pytest.mark.full
 def test_another_runs_checkpoint_is_refused_and_a_change_is_told(tmp_path):
     succeeded(run(tmp_path, max_steps=2))
     ((code, output),) = run(tmp_path, resume=True, seed=6, num_generations=1)
@@ -177,9 +179,8 @@ MOVES = [((2, 2), (2, 1)), ((3, 2), (3, 1)), ((1, 1), (1, 2)), ((3, 1), (3, 2)),
          ((2, 2), (1, 1)), ((None, 2), (None, 1))]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "before, after", [MOVES[0], *(pytest.param(*move, marks=pytest.mark.full) for move in MOVES[1:])]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("before, after", MOVES)
 def test_a_resume_on_another_number_of_ranks_or_stage(tmp_path, whole, before, after):
     """The run that was not interrupted, up to rounding, its teacher included; each step has as many rows."""
     (stage, ranks), (new_stage, new_ranks) = before, after
@@ -197,6 +198,7 @@ def test_a_resume_on_another_number_of_ranks_or_stage(tmp_path, whole, before, a
     assert end(tmp_path)["losses"] == pytest.approx(expected["losses"], rel=2e-5)
 
 
+@pytest.mark.full
 def test_what_cannot_go_on_elsewhere_is_refused(tmp_path):
     """Rows of a step that the ranks do not divide, and an optimizer of another kind."""
     succeeded(run(tmp_path, max_steps=2, per_device_train_batch_size=2))
