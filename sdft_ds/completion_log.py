@@ -24,7 +24,7 @@ from sdft_ds.report.run_folder import Completion
 from sdft_ds.scoring import Scored
 from sdft_ds.whole_files import written_aside
 
-SHOWN = ("prompt", "completion", "divergence_mean", "length", "truncated")
+SHOWN = ("prompt", "teacher_prompt", "completion", "divergence_mean", "length", "truncated")
 
 
 class CompletionLog(TrainerCallback):
@@ -126,8 +126,10 @@ def _to_trackers(report_to: list[str], rows: list[list[Any]], step: int) -> None
 
 
 def print_table(rows: list[list[Any]], step: int) -> None:
-    table = Table("prompt", "completion", "nats/token", "tokens", title=f"Completions of step {step}", show_lines=True)
-    for prompt, completion, divergence, length, truncated in rows:
+    columns = ("prompt", "teacher's prompt", "completion", "nats/token", "tokens")
+    table = Table(*columns, title=f"Completions of step {step}", show_lines=True)
+    for prompt, teacher_prompt, completion, divergence, length, truncated in rows:
         shown = "–" if divergence is None else f"{divergence:.3g}"
-        table.add_row(prompt[-300:], completion[:300], shown, f"{length}{' (cut off)' if truncated else ''}")
+        tokens = f"{length}{' (cut off)' if truncated else ''}"
+        table.add_row(prompt[-300:], teacher_prompt[-300:], completion[:300], shown, tokens)
     Console().print(table, markup=False)

@@ -42,7 +42,8 @@ class SDFTConfig(TrainingArguments):
     )
     remove_unused_columns: bool = _field(False, "Drop dataset columns that are not used.")
     report_to: list[str] | None = _field(
-        None, "Trackers to log to, beside metrics.jsonl: tensorboard, wandb, trackio, mlflow, ...; all: those installed."
+        None,
+        "Trackers to log to, beside metrics.jsonl: tensorboard, wandb, trackio, mlflow, ...; all: those installed.",
     )
 
     # Model.

@@ -1,10 +1,12 @@
 """What a run leaves beside its weights, by real runs of a tiny model, read back as the report reads it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from sdft_ds.metrics import METRICS
 from sdft_ds.report import run_folder
 from tests.distributed.scenarios import make_trainer
 
@@ -85,3 +87,10 @@ def test_two_ranks_see_what_one_sees(two_ranks, tmp_path, stage):
     for name in one:
         if name.startswith(("divergence", "entropy", "agreement", "topk", "completions", "sdft")):
             torch.testing.assert_close(torch.tensor(two[name]), torch.tensor(one[name]), rtol=1e-4, atol=1e-6)
+
+
+def test_the_readme_tells_of_every_metric_as_the_table_does():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for name, metric in METRICS.items():
+        meaning = metric.meaning.replace("|", "&#124;")
+        assert f"| `{name}` | {metric.unit} | {metric.reduction} | {meaning} |" in readme
