@@ -1,12 +1,12 @@
 """What SDFT and SFT teach a small real model, and what it forgets: two dozen invented facts, three seeds.
 
     python -m benchmarks.smollm2 FOLDER
-    python -m benchmarks.learning --model FOLDER [--seeds 0 1 2] [--steps 90] [--output DIR] [--json FILE]
+    python -m benchmarks.learning --model FOLDER [--seeds 0 1 2] [--steps 60] [--output DIR] [--json FILE]
 
-Each run is `launch/train.py` on the same 24 rows, asked in one wording, with the fact as privileged context (SDFT) or
-as the demonstration (SFT). Asked before and after: the facts in the trained wording, in another one, and with the fact
-in the prompt; general questions that the model answered before; and, on prompts that have nothing to do with it, the
-KL to the starting model. Finished runs in --output are not made again.
+Each run is `launch/train.py` on the same 24 rows, asked in one wording, with the fact, a sentence, as privileged
+context (SDFT) or as the target (SFT). Asked before and after: the facts in the trained wording, in another one, and as
+the teacher is asked; general questions; and, on prompts that have nothing to do with it, the KL to the starting model.
+Finished runs in --output are not made again.
 """
 
 import argparse
@@ -55,11 +55,14 @@ UNRELATED = [
     "Summarise the story of Little Red Riding Hood.", "What should I pack for a camping trip?",
     "Write a polite email asking for a day off.", "How does a rainbow form?",
 ]  # fmt: skip
+# Of eight ways to show the fact the one after which the model itself answers most questions right.
+TEMPLATE = '{prompt}\n\nThe correct answer is: "{privileged_context}" Reply with exactly that sentence.'
 TASKS = ["trained", "other", "told", "general"]
 METHODS = {
-    "sdft": ["--teacher_model_kind", "base", "--distillation_alpha", "0", "--distillation_mode", "full_logits"],
+    "sdft": ["--teacher_model_kind", "base", "--distillation_alpha", "0", "--distillation_mode", "full_logits",
+             "--teacher_prompt_template", TEMPLATE],
     "sft": ["--method", "sft"],
-}
+}  # fmt: skip
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -73,14 +76,7 @@ def write(path: Path, rows: list[dict]) -> None:
 def make_files(folder: Path) -> None:
     """The training rows, the tasks and the retention set."""
     folder.mkdir(parents=True, exist_ok=True)
-    # SFT's target is the bare answer, as a person would label it; SDFT's teacher reads the fact.
-    write(
-        folder / "train.jsonl",
-        [
-            {"prompt": user(q), "privileged_context": f"(Fact: {fact})", "golden_response": f"{answer}."}
-            for q, _, fact, answer in FACTS
-        ],
-    )
+    write(folder / "train.jsonl", [{"prompt": user(q), "privileged_context": fact} for q, _, fact, _ in FACTS])
     asked = {
         "trained": [(q, answer) for q, _, _, answer in FACTS],
         "other": [(q, answer) for _, q, _, answer in FACTS],
@@ -141,8 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=90)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--output", type=Path, help="keeps the runs there")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
