@@ -1,7 +1,7 @@
 """What SDFT and SFT teach a small real model, and what it forgets: two dozen invented facts, three seeds.
 
     python -m benchmarks.smollm2 FOLDER
-    python -m benchmarks.learning --model FOLDER [--seeds 0 1 2] [--steps 60] [--output DIR] [--json FILE]
+    python -m benchmarks.learning --model FOLDER [--seeds 0 1 2] [--steps 48] [--output DIR] [--json FILE]
 
 Each run is `launch/train.py` on the same 24 rows, asked in one wording, with the fact, a sentence, as privileged
 context (SDFT) or as the target (SFT). Asked before and after: the facts in the trained wording, in another one, and as
@@ -80,7 +80,7 @@ def make_files(folder: Path) -> None:
     asked = {
         "trained": [(q, answer) for q, _, _, answer in FACTS],
         "other": [(q, answer) for _, q, _, answer in FACTS],
-        "told": [(f"{q}\n\n(Fact: {fact})", answer) for _, q, fact, answer in FACTS],
+        "told": [(TEMPLATE.format(prompt=q, privileged_context=fact), answer) for q, _, fact, answer in FACTS],
         "general": GENERAL,
     }
     for name, rows in asked.items():
@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--output", type=Path, help="keeps the runs there")
     parser.add_argument("--json", type=Path)

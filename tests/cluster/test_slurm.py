@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sdft_ds import checkpoint
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "cluster.sh"
@@ -142,6 +144,29 @@ def test_a_preempted_job_starts_again_and_ends_as_if_nothing_had_been(cluster, u
     assert "start 2" in log and "Resuming from" in log and "to be started again" in log, log
     assert not (tmp_path / "run" / "PREEMPTED").exists()
     assert losses(tmp_path) == unbroken
+
+
+@pytest.mark.full
+def test_the_line_of_the_readme(cluster, tmp_path):
+    """The script as it is, with what this cluster has in the place of the names, and no GPUs."""
+    tiny.llama().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, tiny.rows())))
+    line = re.search(r"^sbatch .*?[^\\]\n", (ROOT / "README.md").read_text(), re.M | re.S)[0]
+    here = {"gpu": "main", "4": "2", "Qwen/Qwen2.5-7B-Instruct": tmp_path / "model",
+            "data.jsonl": tmp_path / "data.jsonl", "100": "2"}  # fmt: skip
+    words = [here.pop(word, word) for word in shlex.split(line.replace("\\\n", ""))]
+    assert not here, f"the line has changed: {line}"
+    options = ["--parsable", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+    job = cluster.on("ctl", words[0], *options, f"--output={tmp_path}/job.log", *words[1:], "--max_steps", "4",
+                     "--num_generations", "2", "--max_completion_length", "8").strip()  # fmt: skip
+    run = ROOT / "runs" / f"sdft-{job}"
+    try:
+        assert cluster.wait(job, "COMPLETED", "FAILED") == "COMPLETED", (tmp_path / "job.log").read_text()
+        assert checkpoint.newest_complete(run)[0].name == "checkpoint-4"
+        assert (run / "model.safetensors").exists()
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
 
 
 @pytest.mark.full
