@@ -60,7 +60,7 @@ TEMPLATE = '{prompt}\n\nThe correct answer is: "{privileged_context}" Reply with
 TASKS = ["trained", "other", "told", "general"]
 METHODS = {
     "sdft": ["--teacher_model_kind", "base", "--distillation_alpha", "0", "--distillation_mode", "full_logits",
-             "--teacher_prompt_template", TEMPLATE],
+             "--teacher_prompt_template", TEMPLATE, "--top_p", "0.6"],
     "sft": ["--method", "sft"],
 }  # fmt: skip
 
