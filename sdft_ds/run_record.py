@@ -50,10 +50,12 @@ class RunRecord(TrainerCallback):
                 file.write(json.dumps(line) + "\n")
 
     def on_train_end(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        self.about["finished"] = time.time()
-        self._write(args)
+        if state.is_world_process_zero:
+            self.about["finished"] = time.time()
+            self._write(args)
+
+    def write_page(self, args: SDFTConfig) -> None:
+        """After the last callback has written what it found."""
         try:
             report.write(args.output_dir)
         except Exception as error:  # a page is not worth the weights that are saved next

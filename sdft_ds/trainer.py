@@ -131,7 +131,8 @@ class SDFTTrainer(ResumableTrainer):
         self.add_callback(TimeReport)
         self.completion_log = CompletionLog(args, tokenizer, ranks.index() == 0)
         self.add_callback(self.completion_log)
-        self.add_callback(RunRecord(args.method, models.name_of(model)))
+        self.run_record = RunRecord(args.method, models.name_of(model))
+        self.add_callback(self.run_record)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TrainingProgress)
         if self.pop_callback(PrinterCallback) is not None:
@@ -156,6 +157,15 @@ class SDFTTrainer(ResumableTrainer):
         )
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags([args.method])
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """As ResumableTrainer does; a run that ended then gets its page."""
+        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if self.is_world_process_zero():
+            self.run_record.write_page(self.args)
+        return result
 
     # ---- data -------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 
-from sdft_ds import SDFTConfig, SDFTTrainer
+from sdft_ds import SDFTConfig, SDFTTrainer, report
 from sdft_ds.demo.build import MODEL_DIR
 from sdft_ds.demo.run import RECIPE
 from sdft_ds.demo.world import questions, train_rows
@@ -49,6 +49,13 @@ def test_what_the_demo_learns_and_keeps(demo):
     assert old[0]["kl_to_start"] == 0.0 < old[1]["kl_to_start"] and 0 < old[2]["kl_to_start"] < 0.5
     assert new[0]["rows"] == 64 and new[0]["clipped_share"] == 0.0 and 3 < new[0]["mean_length"] < 10
     assert set(old[0]) == {"step", "task", "rows", *FIGURES} and "kl_to_start" not in new[0]
+
+
+def test_the_page_at_the_end_shows_them(demo):
+    folder, _ = demo
+    left = (folder / "report.html").read_text()
+    report.write(folder)
+    assert left == (folder / "report.html").read_text()
 
 
 def test_the_answers_are_kept_with_their_scores(demo):
