@@ -1,7 +1,8 @@
 """What SDFT and SFT teach a small real model, and what it forgets: two dozen invented facts, three seeds.
 
     python -m benchmarks.smollm2 FOLDER
-    python -m benchmarks.learning --model FOLDER [--seeds 0 1 2] [--steps 48] [--output DIR] [--json FILE]
+    python -m benchmarks.learning --model FOLDER [--seeds 0 1 2] [--steps 48] [--top_p 0.6]
+        [--output DIR] [--json FILE]
 
 Each run is `launch/train.py` on the same 24 rows, asked in one wording, with the fact, a sentence, as privileged
 context (SDFT) or as the target (SFT). Asked before and after: the facts in the trained wording, in another one, and as
@@ -60,7 +61,7 @@ TEMPLATE = '{prompt}\n\nThe correct answer is: "{privileged_context}" Reply with
 TASKS = ["trained", "other", "told", "general"]
 METHODS = {
     "sdft": ["--teacher_model_kind", "base", "--distillation_alpha", "0", "--distillation_mode", "full_logits",
-             "--teacher_prompt_template", TEMPLATE, "--top_p", "0.6"],
+             "--teacher_prompt_template", TEMPLATE],
     "sft": ["--method", "sft"],
 }  # fmt: skip
 
@@ -91,8 +92,9 @@ def make_files(folder: Path) -> None:
 def run(method: str, seed: int, args: argparse.Namespace, files: Path) -> list[dict]:
     """The lines of evaluations.jsonl of one run, made unless it is there and complete."""
     folder = args.output / f"{method}-{seed}"
+    rollouts = ["--top_p", args.top_p] if method == "sdft" else []
     command = [
-        sys.executable, "launch/train.py", *METHODS[method], "--model_name_or_path", args.model,
+        sys.executable, "launch/train.py", *METHODS[method], *rollouts, "--model_name_or_path", args.model,
         "--dataset_path", files / "train.jsonl", "--output_dir", folder, "--seed", seed, "--max_steps", args.steps,
         "--per_device_train_batch_size", 8, "--num_generations", 1, "--learning_rate", args.learning_rate,
         "--max_prompt_length", 128, "--max_completion_length", 24, "--warmup_steps", 10, "--bf16", "false",
@@ -139,6 +141,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--top_p", type=float, default=0.6, help="of SDFT's rollouts")
     parser.add_argument("--output", type=Path, help="keeps the runs there")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

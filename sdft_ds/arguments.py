@@ -5,7 +5,7 @@ import difflib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from datetime import date
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -13,14 +13,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from transformers import HfArgumentParser
 
 from sdft_ds import recipes, settings_file
-from sdft_ds.config import SDFTConfig
+from sdft_ds.config import SDFTConfig, setting
 from sdft_ds.model_arguments import ModelArguments
 from sdft_ds.sft import UNREAD, SFTConfig
-
-
-def _field(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
 
 FORMATS = {
     "prompt_golden_response": {"prompt_column": "prompt", "golden_response_column": "golden_response"},
@@ -34,64 +29,64 @@ class ScriptArguments:
 
     _argument_group_name = "method and data"
 
-    method: Literal["sdft", "sft"] = _field(
+    method: Literal["sdft", "sft"] = setting(
         "sdft",
         "sdft: self-distillation; sft: supervised fine-tuning on the demonstrations of the same rows, to compare.",
     )
-    recipe: str | None = _field(
+    recipe: str | None = setting(
         None,
         f"Settings that belong together, below all that are given: {' or '.join(recipes.RECIPES)}. paper: forward KL, "
         "full vocabulary, EMA teacher; trl: the defaults.",
     )
-    dataset_name: str | None = _field(None, "A data set on the Hugging Face hub.")
-    dataset_config: str | None = _field(None, "Its configuration.")
-    dataset_revision: str | None = _field(None, "Its branch, tag or commit.")
-    dataset_path: list[str] | None = _field(
+    dataset_name: str | None = setting(None, "A data set on the Hugging Face hub.")
+    dataset_config: str | None = setting(None, "Its configuration.")
+    dataset_revision: str | None = setting(None, "Its branch, tag or commit.")
+    dataset_path: list[str] | None = setting(
         None,
         "A data set on disk: a save_to_disk folder; or json, jsonl, parquet, csv or arrow files: one, several, a "
         "pattern, or a folder of them.",
     )
-    dataset_format: Literal["prompt_golden_response", "messages_output_text"] | None = _field(
+    dataset_format: Literal["prompt_golden_response", "messages_output_text"] | None = setting(
         None, "The columns of the SDFT authors' data sets, in place of --prompt_column and --golden_response_column."
     )
-    dataset_train_split: str = _field("train", "The split to train on.")
-    dataset_test_split: str = _field("test", "The split to evaluate on, where eval_strategy asks for it.")
-    eval_fraction: float | None = _field(
+    dataset_train_split: str = setting("train", "The split to train on.")
+    dataset_test_split: str = setting("test", "The split to evaluate on, where eval_strategy asks for it.")
+    eval_fraction: float | None = setting(
         None, "Evaluate on this share of the training split, chosen by the seed and not trained on, instead."
     )
-    dataset_streaming: bool = _field(
+    dataset_streaming: bool = setting(
         False, "Read the training split as a stream, in its order, without loading it; needs --max_steps."
     )
-    prompt_column: str = _field("prompt", "Column that holds the prompt: text, or a conversation.")
-    system_column: str | None = _field(
+    prompt_column: str = setting("prompt", "Column that holds the prompt: text, or a conversation.")
+    system_column: str | None = setting(
         None, "Column that holds a system message; the prompt's text then becomes the user's turn of a conversation."
     )
-    privileged_context_column: str = _field(
+    privileged_context_column: str = setting(
         "privileged_context", "Column that holds what only the teacher sees: text, or messages."
     )
-    teacher_prompt_column: str = _field(
+    teacher_prompt_column: str = setting(
         "teacher_prompt", "Column that holds what the teacher sees in place of the filled template, where it is set."
     )
-    tools_column: str = _field("tools", "Column that holds function schemas for the chat template, or their JSON.")
-    golden_response_column: str = _field(
+    tools_column: str = setting("tools", "Column that holds function schemas for the chat template, or their JSON.")
+    golden_response_column: str = setting(
         "golden_response",
         "Column that holds a demonstration, used where a row has no privileged context, and by method sft.",
     )
-    demonstration_template: str = _field(
+    demonstration_template: str = setting(
         "Example response: $output_text",
         "Makes the privileged context from a golden response: $output_text is the response, $orig_content the prompt.",
     )
-    eval_num_prompts: int | None = _field(
+    eval_num_prompts: int | None = setting(
         8, "Evaluation prompts whose completions are printed after training; 0: none."
     )
-    eval_tasks: list[str] | None = _field(
+    eval_tasks: list[str] | None = setting(
         None,
         "Questions asked before and after training: JSON Lines files with prompt and answer, each FILE, NAME=FILE or "
         "NAME=FILE:SCORER; scorers: exact, contains, choice, answer_letter, regex, action.",
     )
-    eval_tasks_steps: int | None = _field(None, "Ask them, and the retention set, after every so many steps as well.")
-    eval_task_rows: int | None = _field(None, "Ask the first so many rows of each file only.")
-    retention_file: str | None = _field(
+    eval_tasks_steps: int | None = setting(None, "Ask them, and the retention set, after every so many steps as well.")
+    eval_task_rows: int | None = setting(None, "Ask the first so many rows of each file only.")
+    retention_file: str | None = setting(
         None, "Prompts, and answers if there are any, on which the model is compared with the one it was at the start."
     )
 

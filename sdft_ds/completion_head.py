@@ -165,7 +165,8 @@ def check(model: nn.Module, engine: nn.Module, device: torch.device) -> None:
     It is what lets an unknown architecture in: a model that does something after its head that LOGITS_TRANSFORMS does
     not know is refused before the first step. Every rank runs the same two forwards.
     """
-    name, vocabulary = type(causal_lm_of(model)).__name__, causal_lm_of(model).config.get_text_config().vocab_size
+    causal_lm = causal_lm_of(model)
+    name, vocabulary = type(causal_lm).__name__, causal_lm.config.get_text_config().vocab_size
     ids_T = torch.arange(8, device=device) * 7919 % vocabulary
     ids_RT = torch.stack([ids_T, ids_T])
     ids_RT[1, -1] = (ids_T[-1] + 1) % vocabulary

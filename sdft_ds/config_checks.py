@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from sdft_ds.divergence import MODES
 from sdft_ds.prompts import TRUNCATIONS, parse_template
 from sdft_ds.screening import BAD_ROWS
 
@@ -104,6 +105,7 @@ def check_ranges(config: Any) -> None:
             raise ValueError(f"{name} must be a finite number, not {value}.")
     rules = [
         ("distillation_alpha", 0.0 <= config.distillation_alpha <= 1.0, "in [0, 1]"),
+        ("distillation_mode", config.distillation_mode in (None, *MODES), f"one of {', '.join(MODES)}"),
         ("distillation_topk", config.distillation_topk is None or config.distillation_topk > 0, "positive or None"),
         (
             "distillation_is_clip",
@@ -124,6 +126,11 @@ def check_ranges(config: Any) -> None:
         ("preemption_exit_code", 0 < config.preemption_exit_code < 256, "in 1 ... 255"),
         ("preemption_deadline_seconds", config.preemption_deadline_seconds > 0, "positive"),
         ("scoring_batch_tokens", config.scoring_batch_tokens >= 1, "at least 1"),
+        (
+            "teacher_model_kind",
+            config.teacher_model_kind in (None, *TEACHER_KINDS),
+            f"one of {', '.join(TEACHER_KINDS)}",
+        ),
         ("teacher_shadow_device", config.teacher_shadow_device in DEVICES, "device or cpu"),
         ("teacher_states_device", config.teacher_states_device in DEVICES, "device or cpu"),
         ("rollout_backend", config.rollout_backend in ROLLOUT_BACKENDS, f"one of {', '.join(ROLLOUT_BACKENDS)}"),

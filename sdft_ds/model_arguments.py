@@ -1,19 +1,14 @@
 """The part of the command line about the model: which one, in which form, with which adapter."""
 
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from sdft_ds.config import SDFTConfig
-
-
-def _field(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
+from sdft_ds.config import SDFTConfig, setting
 
 # What flags that begin so need.
 NEEDED = {
@@ -31,31 +26,31 @@ class ModelArguments:
 
     _argument_group_name = "model and adapter"
 
-    model_name_or_path: str | None = _field(None, "The model: a hub id or a folder. Unset: the embedded demo model.")
-    model_revision: str = _field("main", "Branch, tag or commit on the hub.")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = _field(
+    model_name_or_path: str | None = setting(None, "The model: a hub id or a folder. Unset: the embedded demo model.")
+    model_revision: str = setting("main", "Branch, tag or commit on the hub.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = setting(
         None, "Load the weights in this dtype. Unset: float32, or that of DeepSpeed's engine."
     )
-    attn_implementation: str | None = _field(None, "Attention: eager, sdpa, flash_attention_2, ...")
-    trust_remote_code: bool = _field(False, "Run code from the model's repository. Only for authors you trust.")
-    use_peft: bool = _field(False, "Train a LoRA adapter instead of all weights.")
-    lora_r: int = _field(16, "Rank of LoRA.")
-    lora_alpha: int = _field(32, "Scale of LoRA, divided by its rank.")
-    lora_dropout: float = _field(0.05, "Dropout of LoRA; disable_dropout sets it to 0.")
-    lora_target_modules: list[str] | None = _field(None, "Modules to adapt; all-linear for every linear layer.")
-    lora_target_parameters: list[str] | None = _field(None, "Parameters to adapt, such as fused expert weights.")
-    lora_modules_to_save: list[str] | None = _field(None, "Modules to train in full beside the adapter.")
-    lora_task_type: str = _field("CAUSAL_LM", "Task type of the adapter.")
-    use_rslora: bool = _field(False, "Scale by lora_alpha / sqrt(lora_r).")
-    use_dora: bool = _field(False, "Weight-decomposed LoRA.")
-    load_in_4bit: bool = _field(False, "QLoRA: hold the frozen weights in 4 bits (bitsandbytes); needs use_peft.")
-    load_in_8bit: bool = _field(False, "Hold the frozen weights in 8 bits; needs use_peft, not possible with ZeRO-3.")
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _field("nf4", "The 4-bit type.")
-    bnb_4bit_quant_storage: str | None = _field(
+    attn_implementation: str | None = setting(None, "Attention: eager, sdpa, flash_attention_2, ...")
+    trust_remote_code: bool = setting(False, "Run code from the model's repository. Only for authors you trust.")
+    use_peft: bool = setting(False, "Train a LoRA adapter instead of all weights.")
+    lora_r: int = setting(16, "Rank of LoRA.")
+    lora_alpha: int = setting(32, "Scale of LoRA, divided by its rank.")
+    lora_dropout: float = setting(0.05, "Dropout of LoRA; disable_dropout sets it to 0.")
+    lora_target_modules: list[str] | None = setting(None, "Modules to adapt; all-linear for every linear layer.")
+    lora_target_parameters: list[str] | None = setting(None, "Parameters to adapt, such as fused expert weights.")
+    lora_modules_to_save: list[str] | None = setting(None, "Modules to train in full beside the adapter.")
+    lora_task_type: str = setting("CAUSAL_LM", "Task type of the adapter.")
+    use_rslora: bool = setting(False, "Scale by lora_alpha / sqrt(lora_r).")
+    use_dora: bool = setting(False, "Weight-decomposed LoRA.")
+    load_in_4bit: bool = setting(False, "QLoRA: hold the frozen weights in 4 bits (bitsandbytes); needs use_peft.")
+    load_in_8bit: bool = setting(False, "Hold the frozen weights in 8 bits; needs use_peft, not possible with ZeRO-3.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = setting("nf4", "The 4-bit type.")
+    bnb_4bit_quant_storage: str | None = setting(
         None,
         "Dtype that packs the 4-bit weights. Unset: the engine's under ZeRO-3, which shards floats only; else uint8.",
     )
-    use_bnb_nested_quant: bool = _field(False, "Quantize the 4-bit scales as well.")
+    use_bnb_nested_quant: bool = setting(False, "Quantize the 4-bit scales as well.")
 
     def __post_init__(self) -> None:
         """Warns of settings that change nothing."""

@@ -6,7 +6,6 @@ only too long is the business of `truncation`.
 
 import hashlib
 import json
-import os
 import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from datasets import Dataset, IterableDataset
 from sdft_ds import prompts, rows
 from sdft_ds.prompts import PromptBuilder, PromptTooLong
 from sdft_ds.rows import DataError, RowError, check_columns, example_from_row
+from sdft_ds.whole_files import written_aside
 
 BAD_ROWS = ("error", "skip")
 ROW_NUMBER = "_row"  # of a row in its source, where the data set was rearranged on its way here
@@ -177,9 +177,6 @@ def _cache_file(dataset: Dataset, builder: PromptBuilder, bad_rows: BadRows) -> 
 
 
 def _remember(file: Path, found: dict[str, Any]) -> None:
-    """Written aside and renamed, as several ranks may; a disk that takes no files costs only the next look."""
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(f".{os.getpid()}")
+    """As several ranks may; a disk that takes no files costs only the next look."""
+    with suppress(OSError), written_aside(file) as aside:
         aside.write_text(json.dumps(found))
-        aside.replace(file)

@@ -3,8 +3,6 @@
 import glob
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from string import Template
@@ -22,6 +20,7 @@ from datasets import (
 from sdft_ds.arguments import ScriptArguments
 from sdft_ds.rows import OPTIONAL_COLUMNS, check_columns, message_text
 from sdft_ds.screening import ROW_NUMBER
+from sdft_ds.streams import reading
 
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
@@ -151,20 +150,8 @@ def _check_beginning(file: Path, where: str) -> None:
 
 
 def _load(where: str, args: ScriptArguments, kind: str, **options: Any) -> DatasetDict | IterableDatasetDict:
-    with _reading(where):
+    with reading(where):
         return load_dataset(kind, streaming=args.dataset_streaming, **options)
-
-
-@contextmanager
-def _reading(where: str) -> Iterator[None]:
-    """Name the data set in whatever its readers raise inside; for odd files they raise all kinds of errors."""
-    try:
-        yield
-    except Exception as error:
-        first = error
-        while first.__cause__ is not None:
-            first = first.__cause__
-        raise ValueError(f"{where} cannot be read: {type(first).__name__}: {' '.join(str(first).split())}") from error
 
 
 def map_columns(dataset: AnyDataset, args: ScriptArguments) -> AnyDataset:
@@ -209,7 +196,7 @@ def map_columns(dataset: AnyDataset, args: ScriptArguments) -> AnyDataset:
     if isinstance(dataset, Dataset):
         folders = {os.path.dirname(file["filename"]) for file in dataset.cache_files}
         how |= {"desc": "Mapping columns", "keep_in_memory": not all(os.access(f, os.W_OK) for f in folders)}
-    with _reading(source):
+    with reading(source):
         mapped = dataset.map(convert, **how)
     renamed = [f"prompt from column {args.prompt_column!r}"] if args.prompt_column != "prompt" else []
     if contexts and contexts != ["privileged_context"]:
@@ -220,7 +207,7 @@ def map_columns(dataset: AnyDataset, args: ScriptArguments) -> AnyDataset:
 
 def _columns(dataset: AnyDataset, source: str) -> list[str]:
     """Its columns; a stream may not know them before it is read."""
-    with _reading(source):
+    with reading(source):
         return dataset.column_names or list(next(iter(dataset)))
 
 

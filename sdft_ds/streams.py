@@ -7,6 +7,7 @@ reads on from where it was by skipping what was used.
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -15,6 +16,18 @@ from datasets import IterableDataset
 from sdft_ds.prompts import PromptBuilder
 from sdft_ds.rows import DataError, check_columns
 from sdft_ds.screening import BadRows, Screen, name_of
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Name the data set in whatever its readers raise inside; for odd files they raise all kinds of errors."""
+    try:
+        yield
+    except Exception as error:
+        first = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        raise DataError(f"{where} cannot be read: {type(first).__name__}: {' '.join(str(first).split())}") from error
 
 
 class Stream:
@@ -61,8 +74,5 @@ class Stream:
             passes += 1
 
     def _stored(self) -> Iterator[dict[str, Any]]:
-        try:
+        with reading(self.screen.where):
             yield from self.dataset
-        except Exception as error:  # for odd files its readers raise all kinds
-            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise DataError(f"{self.screen.where} cannot be read: {what}") from error

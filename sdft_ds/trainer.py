@@ -44,7 +44,7 @@ from sdft_ds.run_record import RunRecord
 from sdft_ds.run_state import GenerationBatch
 from sdft_ds.schedule import MicroBatch, Schedule, data_loader, evaluation_batches, for_generation_batches
 from sdft_ds.scoring import Scored
-from sdft_ds.screening import BadRows, usable_rows
+from sdft_ds.screening import usable_rows
 from sdft_ds.step_guard import StepGuard
 from sdft_ds.streams import Stream
 
@@ -83,7 +83,7 @@ class SDFTTrainer(ResumableTrainer):
         processing_class, tokenizer = models.load_tokenizer(processing_class, config._name_or_path, args)
         prompts = models.prompt_builder(tokenizer, config, args)
         # All that can be wrong with the data shows before the weights are loaded.
-        bad_rows = BadRows(args.bad_rows, args.max_bad_rows)
+        bad_rows = args.bad_rows_policy
         if isinstance(train_dataset, IterableDataset):
             if args.max_steps <= 0:
                 raise ValueError("train_dataset is a stream, which has no length: set max_steps.")
@@ -363,8 +363,8 @@ class SDFTTrainer(ResumableTrainer):
         elif eval_dataset is None:
             eval_dataset = self.eval_dataset
         else:
-            bad_rows = BadRows(self.args.bad_rows, self.args.max_bad_rows)
-            eval_dataset = usable_rows(eval_dataset, "eval_dataset", self.generation_batches.prompts, bad_rows)
+            prompts = self.generation_batches.prompts
+            eval_dataset = usable_rows(eval_dataset, "eval_dataset", prompts, self.args.bad_rows_policy)
         args = self.args
         slots = evaluation_batches(
             len(eval_dataset),

@@ -8,8 +8,9 @@ from pathlib import Path
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Where to write what takes the place of `path` when the block ends; its folder is made."""
+    """Where to write what takes the place of `path` when the block ends, each process in a file of its own; the folder
+    is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     yield aside
     os.replace(aside, path)
