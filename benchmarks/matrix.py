@@ -4,7 +4,8 @@
 
 Each cell trains a tiny Llama for three steps on real engines. Its losses must be those of one process without
 DeepSpeed with the same adapter, teacher and dtype: within 1e-4 in fp32; in bf16, where a rounding can change a sampled
-token, the first one within 5 % and all of them finite. Prints the table of the README.
+token, the first one within 5 % and all of them finite. Prints the table of the README, and what CPU it was made on:
+torch and bitsandbytes have other kernels where there are bf16 units.
 """
 
 import argparse
@@ -64,6 +65,9 @@ def is_right(losses: list[float], reference: list[float], bf16: bool) -> bool:
 
 
 def main() -> None:
+    import torch
+
+    from sdft_ds import machine
     from tests import tiny
     from tests.distributed.ranks import RankError, Ranks
 
@@ -112,6 +116,7 @@ def main() -> None:
         counts = [[o["right"] for o in outcomes if (o["stage"], o["adapter"]) == (stage, a)] for a in ADAPTERS]
         print(f"| {stage} | " + " | ".join(f"{sum(c)}/{len(c)}" for c in counts) + " |")
     print(f"\n{sum(o['right'] for o in outcomes)} of {len(outcomes)} in {time.time() - started:.0f} s")
+    print(f"{torch.backends.cpu.get_cpu_capability()}; {machine.bf16().found}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Self-Distilled Fine-Tuning on DeepSpeed: teach a language model new things without forgetting the old."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SDFTConfig", "SDFTTrainer", "SFTConfig", "SFTTrainer"]
 __version__ = "0.1.0"
+
+# peft imports bitsandbytes, which on some CPUs warns that a kernel for 4-bit inference is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 _HOMES = {
     "SDFTConfig": "sdft_ds.config",

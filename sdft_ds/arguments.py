@@ -35,8 +35,8 @@ class ScriptArguments:
     )
     recipe: str | None = setting(
         None,
-        f"Settings that belong together, below all that are given: {' or '.join(recipes.RECIPES)}. paper: forward KL, "
-        "full vocabulary, EMA teacher; trl: the defaults.",
+        f"Settings that belong together, below all that are given: {', '.join(recipes.RECIPES)}. paper: forward KL, "
+        "full vocabulary, EMA teacher; trl: the defaults, which are TRL 1.5.1's; trl-1.16: those of TRL 1.16.",
     )
     dataset_name: str | None = setting(None, "A data set on the Hugging Face hub.")
     dataset_config: str | None = setting(None, "Its configuration.")
@@ -58,6 +58,11 @@ class ScriptArguments:
         False, "Read the training split as a stream, in its order, without loading it; needs --max_steps."
     )
     prompt_column: str = setting("prompt", "Column that holds the prompt: text, or a conversation.")
+    prompt_as: Literal["user", "text"] | None = setting(
+        None,
+        "What a prompt that is a text becomes: user, the user's turn of a conversation; text, itself. Unset: user "
+        "where the tokenizer has a chat template.",
+    )
     system_column: str | None = setting(
         None, "Column that holds a system message; the prompt's text then becomes the user's turn of a conversation."
     )

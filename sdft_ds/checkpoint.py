@@ -3,6 +3,10 @@
 A checkpoint is written aside, synced to the disk, listed with sizes and checksums in a manifest, and renamed into
 place. What a kill, a full disk or a broken file leaves is recognised and named; the newest complete one is found.
 
+The manifest also holds the id of the run that wrote the checkpoint, and its number in the order in which the folder's
+checkpoints were written: the newest is the one that was written last, which after a resume from an earlier step is not
+the one of the highest step.
+
 python -m sdft_ds.checkpoint verify FOLDER         say what is wrong with a checkpoint
 python -m sdft_ds.checkpoint universal FOLDER      let DeepSpeed resume it on another number of ranks
 """
@@ -10,6 +14,7 @@ python -m sdft_ds.checkpoint universal FOLDER      let DeepSpeed resume it on an
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +23,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sdft_ds import ranks
 
@@ -40,9 +46,9 @@ def reached(point: str) -> None:
 
 
 @contextmanager
-def writing(run_folder: str, step: int) -> Iterator[str]:
+def writing(run_folder: str, step: int, run: str | None = None) -> Iterator[str]:
     """A folder to write the checkpoint of `step` into; when the block ends it becomes `checkpoint-<step>`. Every rank
-    enters and leaves it, and writes its own files; none goes on before the checkpoint is complete."""
+    enters and leaves it, and writes its own files; none goes on before the checkpoint is complete. run: its id."""
     final = Path(run_folder, f"checkpoint-{step}")
     aside, replaced = (Path(run_folder, f".{what}-{final.name}") for what in ("incomplete", "replaced"))
     if ranks.index() == 0:
@@ -54,13 +60,13 @@ def writing(run_folder: str, step: int) -> Iterator[str]:
     yield str(aside)
     reached("written")
     ranks.barrier()
-    files = sorted(path for path in aside.rglob("*") if path.is_file())
-    mine = {str(path.relative_to(aside)): _synced_entry(path) for path in files[ranks.index() :: ranks.count()]}
+    mine = {name: _synced_entry(aside / name) for name in _share(_files(aside))}
     entries = {name: entry for part in ranks.gather(mine) for name, entry in part.items()}
     reached("checked")
     if ranks.index() == 0:
-        _write_synced(aside / MANIFEST, json.dumps({"step": step, "files": entries}, indent=1, sort_keys=True))
-        for folder in {path.parent for path in files} | {aside}:
+        about = {"step": step, "run": run, "order": _next_order(run_folder), "files": entries}
+        _write_synced(aside / MANIFEST, json.dumps(about, indent=1, sort_keys=True))
+        for folder in {(aside / name).parent for name in entries} | {aside}:
             _sync_folder(folder)
         reached("listed")
         if final.exists():
@@ -70,6 +76,21 @@ def writing(run_folder: str, step: int) -> Iterator[str]:
         shutil.rmtree(replaced, ignore_errors=True)
     reached("renamed")
     ranks.barrier()
+
+
+def _files(folder: Path) -> list[str]:
+    """The files in a folder as this rank sees it, by their paths inside."""
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+def _share(seen: list[str]) -> list[str]:
+    """The files that this rank reads, of all that any rank sees: each is read by one rank that sees it. On a network
+    file system another node's files may be missing from a listing, never those that the node itself wrote."""
+    seen_by: dict[str, list[int]] = {}
+    for rank, names in enumerate(ranks.gather(seen)):
+        for name in names:
+            seen_by.setdefault(name, []).append(rank)
+    return [name for i, name in enumerate(sorted(seen_by)) if seen_by[name][i % len(seen_by[name])] == ranks.index()]
 
 
 def _synced_entry(path: Path) -> dict[str, int | str]:
@@ -97,27 +118,39 @@ def _sync_folder(path: Path) -> None:
 def problem(folder: str | Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None if it is complete. Every rank checks a share of it."""
     folder = Path(folder)
-    if not folder.is_dir():
-        return f"{folder} does not exist"
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        return f"{manifest} is missing: the checkpoint was not completed, or not written by this program"
-    entries = _entries(manifest)
-    if not entries:
-        return f"{manifest} is damaged"
+    # What the first rank sees counts: where ranks saw different things, some would wait for the others without end.
+    wrong, entries = ranks.gather(_listed(folder) if ranks.index() == 0 else None)[0]
+    if wrong is not None:
+        return wrong
     found = None
     for name, entry in sorted(entries.items())[ranks.index() :: ranks.count()]:
         found = found or _file_problem(folder / name, entry)
     return next((each for each in ranks.gather(found) if each), None)
 
 
-def _entries(manifest: Path) -> dict[str, dict[str, int | str]] | None:
-    """What a manifest lists; None for a file that is none."""
+def _listed(folder: Path) -> tuple[str | None, dict[str, dict[str, int | str]]]:
+    """(why there is no list of files; the list)."""
+    manifest = folder / MANIFEST
+    if not folder.is_dir():
+        return f"{folder} does not exist", {}
+    if not manifest.exists():
+        return f"{manifest} is missing: the checkpoint was not completed, or not written by this program", {}
+    entries = _entries(manifest)
+    return (None, entries) if entries else (f"{manifest} is damaged", {})
+
+
+def _content(manifest: Path) -> dict[str, Any]:
+    """What a manifest says; nothing for a file that is missing, or is none."""
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    files = content.get("files") if isinstance(content, dict) else None
+    except (ValueError, RecursionError, FileNotFoundError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _entries(manifest: Path) -> dict[str, dict[str, int | str]] | None:
+    """What a manifest lists; None for a file that is none."""
+    files = _content(manifest).get("files")
     if isinstance(files, dict) and all(name.isprintable() and _is_entry(entry) for name, entry in files.items()):
         return files
     return None
@@ -140,10 +173,29 @@ def _file_problem(path: Path, entry: dict[str, int | str]) -> str | None:
 
 
 def checkpoints(run_folder: str | Path) -> list[Path]:
-    """All folders that are named as checkpoints, the newest first."""
+    """All folders that are named as checkpoints, the newest first, and before it those that do not say when they were
+    written."""
     folder = Path(run_folder)
     named = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(named, key=lambda path: -int(NAME.fullmatch(path.name)[1]))
+    return sorted(named, key=lambda path: (_order(path), int(NAME.fullmatch(path.name)[1])), reverse=True)
+
+
+def _order(folder: Path) -> float:
+    """0 for all checkpoints of versions that wrote no order: their steps say it."""
+    content = _content(folder / MANIFEST)
+    order = content.get("order", 0)
+    return order if content and isinstance(order, int) else math.inf
+
+
+def _next_order(run_folder: str) -> int:
+    orders = (_order(folder) for folder in checkpoints(run_folder))
+    return 1 + max((order for order in orders if order < math.inf), default=0)
+
+
+def run_of(folder: str | Path) -> str | None:
+    """The id of the run that wrote a checkpoint; None where it does not say."""
+    run = _content(Path(folder, MANIFEST)).get("run")
+    return run if isinstance(run, str) else None
 
 
 def step_in(run_folder: str | Path, folder: Path) -> int | None:
@@ -152,15 +204,33 @@ def step_in(run_folder: str | Path, folder: Path) -> int | None:
     return int(named[1]) if named and folder.resolve().parent == Path(run_folder).resolve() else None
 
 
-def newest_complete(run_folder: str | Path) -> tuple[Path | None, list[str]]:
-    """(the newest complete checkpoint, or None; what is wrong with the newer ones). Every rank calls it."""
-    skipped = []
-    for folder in checkpoints(run_folder):
-        wrong = problem(folder)
+def newest_complete(run_folder: str | Path, run: str | None = None) -> tuple[Path | None, list[str]]:
+    """(the newest complete checkpoint, or None; what is wrong with the newer ones). Every rank calls it.
+
+    run: that checkpoint is of this run, or does not say of which it is; None: of any run.
+    """
+    skipped, found = [], []
+    if ranks.index() == 0:
+        found = [(folder, run_of(folder)) for folder in checkpoints(run_folder)]
+    for folder, owner in ranks.gather(found)[0]:
+        foreign = run is not None and owner not in (None, run)
+        wrong = f"{folder} was written by another run" if foreign else problem(folder)
         if wrong is None:
             return folder, skipped
         skipped.append(wrong)
     return None, skipped
+
+
+def rotate(run_folder: str, run: str, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints of a run, down to `limit`; neither its newest, nor `best`, nor those of others."""
+    if limit is None or limit < 1:
+        return
+    named = [folder for folder in checkpoints(run_folder) if _order(folder) < math.inf]
+    own = [folder for folder in named if run_of(folder) in (None, run)]
+    kept = {folder for folder in own if folder == own[0] or (best is not None and folder == Path(best))}
+    free = [folder for folder in reversed(own) if folder not in kept]
+    for folder in free[: max(0, len(own) - max(limit, len(kept)))]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def require_complete(folder: str | Path) -> None:

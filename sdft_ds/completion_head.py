@@ -2,16 +2,17 @@
 
 Shapes: R rows, T positions of a row, N completion tokens asked for, V vocabulary, D hidden.
 
-`install(model)` gives the model's forward one more keyword, `request`. With it the decoder runs as always, but only
-the N positions asked for go on to the head, and the head computes the answer (log-probabilities, loss) instead of
-logits. It happens inside the forward of the wrapped model because that is where DDP sees the gradient and where ZeRO-3
-gathers the head: the head module is called once, with all chunks inside.
+Inside `RequestForward(model)` the model's forward has one more keyword, `request`. With it the decoder runs as always,
+but only the N positions asked for go on to the head, and the head computes the answer (log-probabilities, loss)
+instead of logits. It happens inside the forward of the wrapped model because that is where DDP sees the gradient and
+where ZeRO-3 gathers the head: the head module is called once, with all chunks inside.
 """
 
 import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from sdft_ds.chunked_loss import (
 from sdft_ds.head import tensors_of as head_tensors
 from sdft_ds.inspection import TwoSides, two_sides
 from sdft_ds.module_state import evaluating
+from sdft_ds.thin_products import PLAIN_FORWARD
 
 # Config attribute -> what the model does to its logits after the head. `check` refuses whatever is missing here.
 LOGITS_TRANSFORMS = {
@@ -103,11 +105,69 @@ def head_of(model: nn.Module) -> nn.Module:
     return head
 
 
-def install(model: nn.Module) -> None:
-    """Give the model's forward the keyword `request`; without it nothing changes."""
-    causal_lm, head = causal_lm_of(model), head_of(model)
+class RequestForward:
+    """A context manager: the forward of one model has the keyword `request` inside; without it nothing changes there.
+
+    Outside, the model is as its owner left it, to be copied, pickled, merged, or trained by somebody else. What others
+    put around the forward inside (accelerate: autocast) is taken away with it, and stands there again at the next
+    entry, until `renew`. Entered where the same model has been entered already, it changes nothing.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.depth = 0
+        self.outside: _Attributes = {}  # as the owner has them
+        self.inside: _Attributes = {}  # as they were when it was left last
+
+    def __enter__(self) -> None:
+        self.depth += 1
+        if self.depth > 1:
+            return
+        causal_lm, head = causal_lm_of(self.model), head_of(self.model)
+        modules = list(dict.fromkeys((self.model, causal_lm, head)))
+        self.outside = _attributes(modules)
+        if PLAIN_FORWARD in vars(causal_lm):  # another one's
+            self.inside = {}
+        elif list(self.inside) == modules:
+            _set_attributes(self.inside)
+        else:
+            _install(causal_lm, head)
+
+    def __exit__(self, *error: Any) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            self.inside = _attributes(list(self.outside))
+            _set_attributes(self.outside)
+
+    def renew(self) -> None:
+        """Called inside: drop what others have put around the forward, which they do anew."""
+        causal_lm, head = causal_lm_of(self.model), head_of(self.model)
+        _set_attributes(self.outside)
+        if PLAIN_FORWARD not in vars(causal_lm):
+            _install(causal_lm, head)
+
+
+# What is set on the modules on the way to the head, here and by accelerate, which does not take its own away.
+_SET_ON_MODULES = ("forward", PLAIN_FORWARD, "_original_forward", "_is_accelerate_prepared")
+_Attributes = dict[nn.Module, dict[str, Any]]
+
+
+def _attributes(modules: list[nn.Module]) -> _Attributes:
+    return {
+        module: {name: vars(module)[name] for name in _SET_ON_MODULES if name in vars(module)} for module in modules
+    }
+
+
+def _set_attributes(attributes: _Attributes) -> None:
+    for module, values in attributes.items():
+        for name in _SET_ON_MODULES:
+            vars(module).pop(name, None)
+        vars(module).update(values)
+
+
+def _install(causal_lm: PreTrainedModel, head: nn.Module) -> None:
     for module, forward in ((causal_lm, _model_forward), (head, _head_forward)):
-        module.sdft_plain_forward = module.forward
+        setattr(module, PLAIN_FORWARD, module.forward)
         # A bound method, not a closure over the module: a deep copy of the model gets its own. The signature stays
         # the model's, for transformers reads it to know which inputs there are.
         module.forward = types.MethodType(_with_signature_of(type(module).forward, forward), module)

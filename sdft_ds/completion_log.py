@@ -114,15 +114,17 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
 
 
 def _to_trackers(report_to: list[str], rows: list[list[Any]], step: int) -> None:
+    """As transformers logs: the tracker counts for itself, and drops what names a step that its count has passed."""
     if "wandb" in report_to and is_wandb_available():
         import wandb
 
-        wandb.log({"completions": wandb.Table(columns=list(SHOWN), data=rows)}, step=step)
+        wandb.log({"completions": wandb.Table(columns=list(SHOWN), data=rows), "train/global_step": step})
     if "trackio" in report_to and is_trackio_available():
         import pandas
         import trackio
 
-        trackio.log({"completions": trackio.Table(dataframe=pandas.DataFrame(rows, columns=SHOWN))}, step=step)
+        table = trackio.Table(dataframe=pandas.DataFrame(rows, columns=SHOWN))
+        trackio.log({"completions": table, "train/global_step": step})
 
 
 def print_table(rows: list[list[Any]], step: int) -> None:

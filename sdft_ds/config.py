@@ -3,13 +3,14 @@
 Names and defaults are those of TRL's experimental SDFT, so that a script moves over by changing its import.
 """
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
-from sdft_ds import config_checks, zero
-from sdft_ds.config_checks import ROLLOUT_BACKENDS, TEACHER_KINDS, json_object
+from sdft_ds import config_checks, inherited, zero
+from sdft_ds.config_checks import EMA_RATES, EMA_STEPS, ROLLOUT_BACKENDS, TEACHER_KINDS, json_object
 from sdft_ds.divergence import MODES, Divergence
 from sdft_ds.paired_batch import LossMask
 from sdft_ds.screening import BadRows
@@ -48,9 +49,18 @@ class SDFTConfig(TrainingArguments):
         "Trackers to log to, beside metrics.jsonl: tensorboard, wandb, trackio, mlflow, ...; all: those installed.",
     )
 
+    # Output.
+    hub_upload_run_files: bool = setting(
+        False,
+        "Upload the run's page, logs and completions as well: they hold prompts and privileged contexts.",
+    )
+
     # Model.
     model_init_kwargs: dict[str, Any] | str | None = setting(
         None, "Keyword arguments (JSON) of AutoModelForCausalLM.from_pretrained, where the model is given by name."
+    )
+    trust_remote_code: bool = setting(
+        False, "Run code from the model's repository, to load the model and its tokenizer. Only for authors you trust."
     )
     disable_dropout: bool = setting(True, "Set every dropout of the model to 0.")
 
@@ -88,7 +98,7 @@ class SDFTConfig(TrainingArguments):
         False, "Leave completions that hit max_completion_length out of the loss."
     )
     loss_chunk_tokens: int | None = setting(
-        None, "Tokens whose logits are in memory at once. Unset: as many as 16 Mi logits hold."
+        None, "Tokens whose logits are in memory at once. Unset: as many as 8 Mi logits hold."
     )
 
     # Teacher.
@@ -103,10 +113,14 @@ class SDFTConfig(TrainingArguments):
         "{prompt}\n\n{privileged_context}", "What the teacher sees; both placeholders are needed, braces double."
     )
     sync_ref_model: bool = setting(False, "An EMA teacher; the older way to say teacher_model_kind ema.")
-    ref_model_mixup_alpha: float = setting(0.6, "EMA: teacher = (1 - rate) teacher + rate student.")
-    ref_model_sync_steps: int = setting(512, "EMA: optimizer steps between two updates.")
-    teacher_update_rate: float | None = setting(None, "The newer name of ref_model_mixup_alpha.")
-    teacher_sync_steps: int | None = setting(None, "The newer name of ref_model_sync_steps.")
+    ref_model_mixup_alpha: float | None = setting(None, "The older name of teacher_update_rate.")
+    ref_model_sync_steps: int | None = setting(None, "The older name of teacher_sync_steps.")
+    teacher_update_rate: float | None = setting(
+        None, "EMA: teacher = (1 - rate) teacher + rate student. Unset: 0.05; with sync_ref_model 0.6."
+    )
+    teacher_sync_steps: int | None = setting(
+        None, "EMA: optimizer steps between two updates. Unset: 1; with sync_ref_model 512."
+    )
     teacher_shadow_device: Literal["device", "cpu"] = setting(
         "device",
         "Where a base or EMA teacher's values wait between scoring passes: with the weights, or in host memory.",
@@ -197,10 +211,16 @@ class SDFTConfig(TrainingArguments):
     generation_kwargs: dict[str, Any] | str | None = setting(
         None, "More fields (JSON) of transformers' GenerationConfig."
     )
+    rollout_batch_tokens: int | None = setting(
+        None,
+        "Most tokens, prompts, longest completions and padding, that are generated at once on each rank. Unset: what "
+        "half of the free memory of the GPU has room for; on a CPU 8 GiB.",
+    )
     ds3_gather_for_generation: bool = setting(
         True, "ZeRO-3: gather the weights once for each rollout; False: layer by layer, slower, for what does not fit."
     )
     use_vllm: bool = setting(False, "Not supported; True is refused.")
+    use_teacher_server: bool = setting(False, "Not supported; True is refused.")
 
     # Inherited by the interface, not used.
     beta: float = _unused(0.0)
@@ -225,22 +245,39 @@ class SDFTConfig(TrainingArguments):
     vllm_max_model_length: int | None = _unused(None)
 
     def __post_init__(self) -> None:
+        inherited.refuse_lone_processes()
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
         self.use_cpu = self.use_cpu or zero.no_accelerator()
-        zero.start_process_group(self.deepspeed, self.use_cpu, self.ddp_timeout)
+        with zero.naming_the_port():
+            zero.start_process_group(self.deepspeed, self.use_cpu, self.ddp_timeout)
         for name in self._OWN_DICT_FIELDS:
             setattr(self, name, json_object(name, getattr(self, name)))
         self.report_to = self.report_to or "none"
-        super().__post_init__()
+        if self.greater_is_better is None and config_checks.lower_is_better(self.metric_for_best_model):
+            self.greater_is_better = False  # transformers knows it of a loss only
+        given, self.deepspeed = self.deepspeed, zero.complete_configuration(self.deepspeed)
+        with zero.naming_the_port():
+            super().__post_init__()
+        self.deepspeed = given
+        if self._n_gpu > 1:
+            warnings.warn(
+                f"This process was started alone and trains on the first of {self._n_gpu} GPUs. For all of them start "
+                f"one process for each: torchrun --nproc_per_node {self._n_gpu} YOUR_SCRIPT ...",
+                stacklevel=3,
+            )
+        self.hf_deepspeed_config = zero.configuration_in_effect(self)
+        inherited.refuse_settings(self)
         config_checks.refuse_unused(self)
         config_checks.check_ranges(self)
         self._resolve_support()
         self._resolve_teacher()
         self._resolve_generation_batch()
         config_checks.refuse_contradictions(self)
+        inherited.refuse_in_deepspeed(self)
         config_checks.warn_of_ineffective(self)
+        config_checks.warn_of_starved_gradient(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the token: transformers pickles the arguments as they are, into every folder that it saves."""
@@ -259,6 +296,12 @@ class SDFTConfig(TrainingArguments):
         self.gradient_accumulation_steps = rows_of_step // rows
         self.generation_batch_size, self.steps_per_generation = generation_batch_size, None
         self._resolve_generation_batch()
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: one, where transformers would spread a process that was started alone over all it
+        sees by nn.DataParallel, which cannot run a request for a loss."""
+        return min(super().n_gpu, 1)
 
     @property
     def reordered_batches(self) -> int:
@@ -340,18 +383,19 @@ class SDFTConfig(TrainingArguments):
             self.full_logit_distillation = self.distillation_mode == "full_logits"
 
     def _resolve_teacher(self) -> None:
-        """The newer names win over unset older ones; two that disagree are an error. The kind may stay unset (None):
+        """One truth from two generations of names; two that disagree are an error. The kind may stay unset (None):
         only the trainer knows whether the model is a PEFT model."""
-        for new, old in (
-            ("teacher_update_rate", "ref_model_mixup_alpha"),
-            ("teacher_sync_steps", "ref_model_sync_steps"),
+        named = self.teacher_model_kind not in (None, "live", "base") and not self.sync_ref_model
+        for new, old, older_default, newer_default in (
+            ("teacher_update_rate", "ref_model_mixup_alpha", *EMA_RATES),
+            ("teacher_sync_steps", "ref_model_sync_steps", *EMA_STEPS),
         ):
-            value, default = getattr(self, new), type(self).__dataclass_fields__[old].default
-            if value is None:
-                setattr(self, new, getattr(self, old))
-            elif getattr(self, old) not in (default, value):
-                raise ValueError(f"{new}={value} contradicts {old}={getattr(self, old)}: they are one setting.")
-            setattr(self, old, getattr(self, new))
+            given = {name: getattr(self, name) for name in (new, old) if getattr(self, name) is not None}
+            if len({*given.values()}) > 1:
+                raise ValueError(f"{new}={given[new]} contradicts {old}={given[old]}: they are one setting.")
+            value = next(iter(given.values()), newer_default if named else older_default)
+            setattr(self, new, value)
+            setattr(self, old, value)
         if self.sync_ref_model and self.teacher_model_kind not in (None, "ema"):
             raise ValueError(
                 f"sync_ref_model=True means an EMA teacher and contradicts "

@@ -6,12 +6,14 @@ Every message names the field and the fix. Defaults are read from the fields the
 import difflib
 import json
 import math
+import re
 import warnings
 from typing import Any
 
 from transformers import GenerationConfig
 
 from sdft_ds.divergence import MODES
+from sdft_ds.inherited import default, idle_settings
 from sdft_ds.prompts import TRUNCATIONS, parse_template
 from sdft_ds.screening import BAD_ROWS
 
@@ -48,17 +50,9 @@ UNUSED_FIELDS = {
     "vllm_max_model_length": _VLLM,
 }
 
-# Settings of transformers' Trainer that its methods read which are replaced here: warned about, not refused, because
-# scripts that come from there set them.
-_OWN_LOADER = "rows are read when their generation batch is made, not by a data loader"
-IGNORED_FIELDS = {
-    "remove_unused_columns": _OWN_LOADER,
-    "dataloader_num_workers": _OWN_LOADER,
-    "dataloader_prefetch_factor": _OWN_LOADER,
-    "dataloader_persistent_workers": _OWN_LOADER,
-    "train_sampling_strategy": "the order of rows follows shuffle_dataset and the seed",
-    "label_smoothing_factor": "the loss has no labels",
-}
+# (TRL 1.5.1, TRL 1.16): the defaults of an EMA teacher, as sync_ref_model and as teacher_model_kind asks for one.
+EMA_RATES = (0.6, 0.05)
+EMA_STEPS = (512, 1)
 
 # Fields of GenerationConfig that have a field of their own, which the loss or the lengths depend on as well.
 OWN_GENERATION_FIELDS = {"max_new_tokens": "max_completion_length"} | {
@@ -67,8 +61,8 @@ OWN_GENERATION_FIELDS = {"max_new_tokens": "max_completion_length"} | {
 TEMPLATE_OPTIONS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
 
 
-def _default(config: Any, name: str) -> Any:
-    return type(config).__dataclass_fields__[name].default
+# Metrics of which less is better, beside those that end with "loss".
+_LOWER_IS_BETTER = re.compile(r".*(/kl_to_start|/clipped_(share|ratio)|/empty_ratio|divergence/\w+)")
 
 
 def json_object(name: str, value: Any) -> dict[str, Any] | None:
@@ -83,17 +77,26 @@ def json_object(name: str, value: Any) -> dict[str, Any] | None:
     return value
 
 
+def lower_is_better(metric: str | None) -> bool:
+    return _LOWER_IS_BETTER.fullmatch(metric or "") is not None
+
+
 def refuse_unused(config: Any) -> None:
     if config.use_vllm:
         raise ValueError(f"use_vllm=True is not supported: {_VLLM}. Leave it False.")
+    if config.use_teacher_server:
+        raise ValueError(
+            "use_teacher_server=True is not supported: the teacher scores in the training process itself and needs no "
+            "server. Leave it False."
+        )
     if config.scale_rewards is True:  # TRL's older spelling of its default
         config.scale_rewards = "group"
     for name, reason in UNUSED_FIELDS.items():
-        default = _default(config, name)
+        expected = default(config, name)
         # TRL itself fills epsilon_high with epsilon, so a configuration copied from there holds 0.2.
-        allowed = (default, config.epsilon) if name == "epsilon_high" else (default,)
+        allowed = (expected, config.epsilon) if name == "epsilon_high" else (expected,)
         if getattr(config, name) not in allowed:
-            raise ValueError(f"{name} has no effect here: {reason}. Leave it at its default, {default!r}.")
+            raise ValueError(f"{name} has no effect here: {reason}. Leave it at its default, {expected!r}.")
 
 
 def check_ranges(config: Any) -> None:
@@ -134,6 +137,11 @@ def check_ranges(config: Any) -> None:
         ("teacher_shadow_device", config.teacher_shadow_device in DEVICES, "device or cpu"),
         ("teacher_states_device", config.teacher_states_device in DEVICES, "device or cpu"),
         ("rollout_backend", config.rollout_backend in ROLLOUT_BACKENDS, f"one of {', '.join(ROLLOUT_BACKENDS)}"),
+        (
+            "rollout_batch_tokens",
+            config.rollout_batch_tokens is None or config.rollout_batch_tokens >= 1,
+            "positive or unset",
+        ),
         ("num_generations", config.num_generations >= 1, "at least 1"),
         (
             "num_generations_eval",
@@ -153,10 +161,14 @@ def check_ranges(config: Any) -> None:
             config.temperature > 0,
             'positive (for greedy rollouts: generation_kwargs {"do_sample": false})',
         ),
-        ("ref_model_mixup_alpha", 0.0 <= config.ref_model_mixup_alpha <= 1.0, "in [0, 1]"),
-        ("teacher_update_rate", 0.0 <= (config.teacher_update_rate or 0.0) <= 1.0, "in [0, 1]"),
-        ("ref_model_sync_steps", config.ref_model_sync_steps >= 1, "at least 1"),
-        ("teacher_sync_steps", config.teacher_sync_steps is None or config.teacher_sync_steps >= 1, "at least 1"),
+        *(
+            (name, 0.0 <= (getattr(config, name) or 0.0) <= 1.0, "in [0, 1]")
+            for name in ("ref_model_mixup_alpha", "teacher_update_rate")
+        ),
+        *(
+            (name, getattr(config, name) is None or getattr(config, name) >= 1, "at least 1")
+            for name in ("ref_model_sync_steps", "teacher_sync_steps")
+        ),
     ]
     for name, holds, needed in rules:
         if not holds:
@@ -190,11 +202,10 @@ def refuse_contradictions(config: Any) -> None:
             "auto_find_batch_size=True contradicts generation batches of a fixed size: leave it False, and lower "
             "per_device_train_batch_size."
         )
-    if config.deepspeed and config.hf_deepspeed_config.mismatches:
-        found = "; ".join(each.removeprefix("- ").strip() for each in config.hf_deepspeed_config.mismatches)
+    if config.eval_strategy == "no" and (config.load_best_model_at_end or config.save_strategy == "best"):
         raise ValueError(
-            f'deepspeed: the configuration (ds) contradicts the flags (hf): {found}. Write "auto" there, or make them '
-            "equal."
+            f"{'load_best_model_at_end=True' if config.load_best_model_at_end else 'save_strategy=best'} needs "
+            "evaluations to choose by: set eval_strategy to steps or epoch, and give an eval_dataset."
         )
     _check_dicts(config)
 
@@ -220,22 +231,45 @@ def _check_dicts(config: Any) -> None:
             )
 
 
+def warn_of_starved_gradient(config: Any) -> None:
+    """The generalised JSD tends to 0 at its ends, which are KLs by definition: the gradient is small just beside
+    them."""
+    alpha = config.distillation_alpha
+    if 0.0 < alpha < 0.1 or 0.9 < alpha < 1.0:
+        warnings.warn(
+            f"distillation_alpha={alpha}: so near to an end the gradient of the generalised JSD is that of a KL times "
+            f"about alpha (1 - alpha) = {alpha * (1 - alpha):.2g} (0.25 at alpha 0.5). Set distillation_alpha="
+            f"{round(alpha)}, which is the {('forward', 'reverse')[round(alpha)]} KL itself, or a value from 0.1 to "
+            "0.9.",
+            stacklevel=4,
+        )
+
+
 def warn_of_ineffective(config: Any) -> None:
     """Settings that are not at their default and change nothing, given the others."""
     follows = config.teacher_model_kind not in (None, "live", "base")
-    zero3 = config.deepspeed and config.hf_deepspeed_config.is_zero3()
-    rate, every = _default(config, "ref_model_mixup_alpha"), _default(config, "ref_model_sync_steps")
+    zero3 = config.hf_deepspeed_config is not None and config.hf_deepspeed_config.is_zero3()
     no_ema = f"the teacher is {config.teacher_model_kind or 'live or base'}, not ema"
     ineffective = {
-        "teacher_update_rate": (not follows and config.teacher_update_rate != rate, no_ema),
-        "teacher_sync_steps": (not follows and config.teacher_sync_steps != every, no_ema),
+        "teacher_update_rate": (not follows and config.teacher_update_rate not in EMA_RATES, no_ema),
+        "teacher_sync_steps": (not follows and config.teacher_sync_steps not in EMA_STEPS, no_ema),
         "teacher_shadow_device": (
             config.teacher_model_kind == "live" and config.teacher_shadow_device == "cpu",
             "a live teacher has no values of its own",
         ),
         "ds3_gather_for_generation": (not config.ds3_gather_for_generation and not zero3, "the run is not ZeRO-3"),
-        **{name: (getattr(config, name) != _default(config, name), reason) for name, reason in IGNORED_FIELDS.items()},
     }
-    for name, (idle, reason) in ineffective.items():
-        if idle:
-            warnings.warn(f"{name}={getattr(config, name)!r} has no effect: {reason}.", stacklevel=4)
+    own = [(f"{name}={getattr(config, name)!r}", reason) for name, (idle, reason) in ineffective.items() if idle]
+    for setting, reason in [*own, *idle_settings(config)]:
+        warnings.warn(f"{setting} has no effect: {reason}.", stacklevel=4)
+
+
+def warn_of_still_teacher(config: Any, max_steps: int) -> None:
+    """An EMA teacher that the run is too short for stays what it was at the start."""
+    if config.teacher_model_kind == "ema" and max_steps < config.teacher_sync_steps:
+        warnings.warn(
+            f"The EMA teacher will never move: it follows every teacher_sync_steps={config.teacher_sync_steps} steps, "
+            f"and the run has {max_steps}. Set teacher_sync_steps=1 and a small teacher_update_rate (0.05), or "
+            "teacher_model_kind='base'.",
+            stacklevel=2,
+        )

@@ -11,7 +11,6 @@ import argparse
 import gc
 import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sdft_ds import completion_head, models, zero
+from sdft_ds import completion_head, failure, models, zero
 from sdft_ds.arguments import ScriptArguments
+from sdft_ds.completion_head import RequestForward
 from sdft_ds.config import SDFTConfig
 from sdft_ds.evaluation import retention
 from sdft_ds.evaluation.retention import Continuation
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
         results = evaluate(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"sdft_ds: {error}")
+    except Exception as error:
+        failure.leave(error)
     if args.json:
         print(json.dumps(results, indent=1))
         return
@@ -59,15 +59,17 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     start = None
     if args.start is not None:
         examination = _Saved.load(args.start, args).examination(tasks)
-        results["start"] = [record(result) for result in examination.take()]
+        with RequestForward(examination.subject.engine()):
+            results["start"] = [record(result) for result in examination.take()]
         start = examination.start
         del examination
-        gc.collect()  # the model's forward is bound to it: a cycle, which would keep it beside the next one
+        gc.collect()  # of the model, which may hold itself in cycles: else it stays beside the next one
     saved = _Saved.load(args.model, args)
     examination = saved.examination(tasks, start)
     if RETENTION in examination.ids and start is None:
         examination.start = retention.load(args.model, examination.ids[RETENTION])
-    results["model"] = [record(result) for result in examination.take()]
+    with RequestForward(saved.model):
+        results["model"] = [record(result) for result in examination.take()]
     if args.lm_eval:
         results["lm_eval"] = saved.lm_eval(args.lm_eval)
     return results
@@ -85,12 +87,15 @@ class _Saved:
     @classmethod
     def load(cls, name: str, args: argparse.Namespace) -> "_Saved":
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype).to(device).eval()
-        tokenizer = models.with_pad_token(AutoTokenizer.from_pretrained(name))
+        trust = args.trust_remote_code
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, trust_remote_code=trust)
+        model = model.to(device).eval()
+        tokenizer = models.with_pad_token(AutoTokenizer.from_pretrained(name, trust_remote_code=trust))
         models.check_embedding(tokenizer, model)
+        models.keep_quantized_layout(model)
         models.disable_dropout(model)  # an adapter's configuration may still name it, and the head refuses it
-        completion_head.install(model)
-        completion_head.check(model, model, model.device)
+        with RequestForward(model):
+            completion_head.check(model, model, model.device)
         # Only its rendering is used, which knows no limits; prompts that are too long are refused, never cut.
         template = SDFTConfig.__dataclass_fields__["teacher_prompt_template"].default
         prompts = PromptBuilder(tokenizer, template, None, None, chat_template_kwargs=args.chat_template_kwargs)
@@ -105,9 +110,9 @@ class _Saved:
             seed=0,
         )
 
-        def generate(prompts: list[list[int]]) -> list[Completion]:
+        def generate(prompts: list[list[int]], keys: list[str]) -> list[Completion]:
             weights = zero.generation_weights(self.model, gather=False)
-            return sampler.sample(self.model, prompts, [""] * len(prompts), weights)
+            return sampler.sample(self.model, prompts, keys, weights)
 
         subject = Subject(lambda: self.model, generate, self.prompts, self.batch_size, self.longest, self.model.device)
         return Examination(tasks, subject, start)
@@ -126,8 +131,8 @@ class _Saved:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def said(name: str) -> str:
-        return ScriptArguments.__dataclass_fields__[name].metadata["help"]
+    def said(name: str, kind: type = ScriptArguments) -> str:
+        return kind.__dataclass_fields__[name].metadata["help"]
 
     longest = SDFTConfig.__dataclass_fields__["max_completion_length"].default
     parser = argparse.ArgumentParser(
@@ -144,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lm_eval", nargs="+", metavar="TASK", help="tasks of lm-eval: names, or YAML files")
     parser.add_argument("--max_completion_length", type=int, default=longest, help=f"of an answer ({longest})")
     parser.add_argument("--batch_size", type=int, default=8, help="rows at once (8)")
-    parser.add_argument("--dtype", default="auto", help="dtype of the weights; auto: as saved")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", default="auto", choices=dtypes, help="dtype of the weights; auto: as saved")
+    parser.add_argument("--trust_remote_code", action="store_true", help=said("trust_remote_code", SDFTConfig))
     parser.add_argument("--chat_template_kwargs", type=json.loads, help="as in training, a JSON object")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser

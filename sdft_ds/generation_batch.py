@@ -29,7 +29,8 @@ from sdft_ds.teacher import Teacher
 class GenerationBatches:
     """Makes generation batches from the current weights.
 
-    engine: gives what wraps the model for training at the moment. dispatch: calls an event on the run's callbacks.
+    engine: gives what wraps the model for training at the moment. dispatch: calls an event on the run's callbacks,
+    with the arguments that its second argument makes.
     """
 
     args: SDFTConfig
@@ -110,8 +111,10 @@ class GenerationBatches:
         chosen = [pair.teacher if self.args.generate_from_teacher else pair.student for pair in pairs]
         self.dispatch(
             "on_generation_prompts_selected",
-            generation_prompts=[rendered.prompt for rendered in chosen],
-            generation_prompt_text=[rendered.text for rendered in chosen],
+            lambda: {
+                "generation_prompts": [rendered.prompt for rendered in chosen],
+                "generation_prompt_text": [rendered.text for rendered in chosen],
+            },
         )
         completions = self.generate([rendered.ids for rendered in chosen], [f"{key}/{slot.row}" for slot in slots])
         rollouts = [
@@ -123,16 +126,26 @@ class GenerationBatches:
 
     def _old_log_probs(self, scorer: Scorer, rollouts: list[Rollout]) -> list[Tensor] | None:
         """Where a rollout will be older than the weights, the student's log-probabilities of it now; else None."""
-        args, pad = self.args, self.tokenizer.pad_token_id
+        args = self.args
         off_policy = not args.generate_from_teacher and args.gradient_accumulation_steps % args.generate_every != 0
         old = scorer.student_log_probs(rollouts) if off_policy else None
-        self.dispatch(
-            "on_self_distillation_batch_prepared",
-            prompt_ids=pad_left([rollout.prompts.student.ids for rollout in rollouts], pad, args.device)[0],
-            completion_ids=pad_right([rollout.completion.ids for rollout in rollouts], pad, args.device),
-            old_per_token_logps=nn.utils.rnn.pad_sequence(old, batch_first=True) if off_policy else None,
-        )
+        self.dispatch("on_self_distillation_batch_prepared", lambda: self._padded(rollouts, old))
         return old
+
+    def _padded(self, rollouts: list[Rollout], old: list[Tensor] | None) -> dict[str, Tensor | None]:
+        """The rollouts as TRL's callbacks get them: prompts padded on their left, completions on their right."""
+        device, pad = self.args.device, self.tokenizer.pad_token_id
+        completions = [rollout.completion.ids for rollout in rollouts]
+        completion_ids = pad_right(completions, pad, device)
+        completion_mask = pad_right([[1] * len(ids) for ids in completions], 0, device)
+        teacher_ids, teacher_mask = pad_left([rollout.prompts.teacher.ids for rollout in rollouts], pad, device)
+        return {
+            "prompt_ids": pad_left([rollout.prompts.student.ids for rollout in rollouts], pad, device)[0],
+            "completion_ids": completion_ids,
+            "teacher_input_ids": torch.cat([teacher_ids, completion_ids], dim=1),
+            "teacher_attention_mask": torch.cat([teacher_mask, completion_mask], dim=1),
+            "old_per_token_logps": None if old is None else nn.utils.rnn.pad_sequence(old, batch_first=True),
+        }
 
     def check_head(self) -> None:
         """Once, when the engine stands: is what we take for the model's logits what the model takes for them?"""

@@ -18,11 +18,13 @@ from sdft_ds.paired_batch import PairedBatch, Rollout
 @dataclass(frozen=True)
 class Metric:
     """reduction: mean (weighted by what was counted), norm ratio (the root of one), max, min, sum, rate (sum per
-    second of wall-clock), slowest (largest rank's sum per step), quantile (of all ranks' tokens)."""
+    second of wall-clock), slowest (largest rank's sum per step), quantile (of all ranks' tokens). training_only: an
+    evaluation does not have it."""
 
     unit: str
     reduction: str
     meaning: str
+    training_only: bool = False
 
 
 METRICS = {
@@ -46,9 +48,12 @@ METRICS = {
     "topk/student_mass": Metric("share", "mean", "the student's probability of its top-k, there"),
     "topk/teacher_mass": Metric("share", "mean", "the teacher's probability of the student's top-k, there"),
     "is/ratio": Metric(
-        "ratio", "mean", "student's probability now to when it was sampled, there; older rollouts only"
+        "ratio",
+        "mean",
+        "student's probability now to when it was sampled, there; older rollouts only",
+        training_only=True,
     ),
-    "is/clip_share": Metric("share", "mean", "of these, where the ratio is clipped"),
+    "is/clip_share": Metric("share", "mean", "of these, where the ratio is clipped", training_only=True),
     "completions/mean_length": Metric("tokens", "mean", "length of a completion, end-of-sequence token included"),
     "completions/min_length": Metric("tokens", "min", "shortest completion"),
     "completions/max_length": Metric("tokens", "max", "longest completion"),
@@ -58,16 +63,21 @@ METRICS = {
     "prompts/student_cut": Metric("rows", "sum", "student prompts cut to max_prompt_length since the last log"),
     "prompts/teacher_cut": Metric("rows", "sum", "teacher prompts cut to max_teacher_prompt_length"),
     "teacher/distance": Metric(
-        "ratio", "norm ratio", "|teacher - student| / |student - start|, estimated on 65,536 values"
+        "ratio",
+        "norm ratio",
+        "|teacher - student| / |student - start|, estimated on 65,536 values",
+        training_only=True,
     ),
     "tokens/per_second": Metric("tokens/s", "rate", "completion tokens made and trained on, over all ranks"),
     "tokens/padding_share": Metric("share", "mean", "positions of the student's forwards that are padding"),
     "memory/peak_gib": Metric("GiB", "max", "peak of the largest rank so far: device memory, or on a CPU resident"),
-    "steps/nonfinite": Metric("steps", "sum", "steps left out since the last log: their gradient was not finite"),
+    "steps/nonfinite": Metric(
+        "steps", "sum", "steps left out since the last log: their gradient was not finite", training_only=True
+    ),
     "seconds/rollout": Metric("s/step", "slowest", "generation, per optimizer step, on the slowest rank"),
     "seconds/teacher": Metric("s/step", "slowest", "teacher scoring, swaps included"),
     "seconds/student": Metric("s/step", "slowest", "student forward, loss and backward"),
-    "seconds/optimizer": Metric("s/step", "slowest", "optimizer step"),
+    "seconds/optimizer": Metric("s/step", "slowest", "optimizer step", training_only=True),
 }
 
 
@@ -82,7 +92,8 @@ class Meters:
     """Collects values on this rank and joins them with the other ranks' when a log line is due.
 
     reduce: (tensor, "sum" | "max") -> the tensor joined over the ranks, in place or not. enter: called with the name
-    of each phase that begins. rank, ranks: this one's number, and how many there are.
+    of each phase that begins. rank, ranks: this one's number, and how many there are. training: whether it collects
+    those metrics that only training has.
     """
 
     def __init__(
@@ -92,12 +103,14 @@ class Meters:
         enter: Callable[[str], None] = lambda phase: None,
         rank: int = 0,
         ranks: int = 1,
+        training: bool = True,
     ):
         self.reduce = reduce
         self.device = device
         self.enter = enter
         self.rank = rank
         self.ranks = ranks
+        self.training = training
         self.straggler: str | None = None  # after `collect`: the rank that the others waited for, and in what
         self.inner_seconds = 0.0  # of the phases inside the one that runs
         self.reset()
@@ -161,13 +174,16 @@ class Meters:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the seconds spent inside to `seconds/<name>`, those of a phase within it to that one alone; waits for
-        the device, where there is one."""
+        the device, where there is one. One that an exception ends adds nothing."""
         self.enter(name)
         start, self.inner_seconds, outer = self._now(), 0.0, self.inner_seconds
-        yield
-        seconds = self._now() - start
-        self.add(f"seconds/{name}", seconds - self.inner_seconds, 0.0)
-        self.inner_seconds = outer + seconds
+        seconds = 0.0
+        try:
+            yield
+            seconds = self._now() - start
+            self.add(f"seconds/{name}", seconds - self.inner_seconds, 0.0)
+        finally:
+            self.inner_seconds = outer + seconds
 
     def _now(self) -> float:
         if self.device.type != "cpu":
@@ -198,6 +214,8 @@ class Meters:
         values = _quantiles(histogram)
         for i, (name, metric) in enumerate(METRICS.items()):
             total, count = sums[i]
+            if metric.training_only and not self.training:
+                continue
             if metric.reduction in ("max", "min"):
                 if extremes[i] > float("-inf"):
                     values[name] = extremes[i] if metric.reduction == "max" else -extremes[i]

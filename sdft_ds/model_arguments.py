@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
+from sdft_ds import models
 from sdft_ds.config import SDFTConfig, setting
 
 # What flags that begin so need.
@@ -32,7 +33,6 @@ class ModelArguments:
         None, "Load the weights in this dtype. Unset: float32, or that of DeepSpeed's engine."
     )
     attn_implementation: str | None = setting(None, "Attention: eager, sdpa, flash_attention_2, ...")
-    trust_remote_code: bool = setting(False, "Run code from the model's repository. Only for authors you trust.")
     use_peft: bool = setting(False, "Train a LoRA adapter instead of all weights.")
     lora_r: int = setting(16, "Rank of LoRA.")
     lora_alpha: int = setting(32, "Scale of LoRA, divided by its rank.")
@@ -64,17 +64,16 @@ class ModelArguments:
         named = {
             "revision": self.model_revision,
             "attn_implementation": self.attn_implementation,
-            "trust_remote_code": self.trust_remote_code,
             "dtype": self.dtype,
             "quantization_config": self._quantization(args),
         }
         return {name: value for name, value in named.items() if value is not None}
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self, args: SDFTConfig) -> PreTrainedTokenizerBase:
         name = self.model_name_or_path
         try:
             return AutoTokenizer.from_pretrained(
-                name, revision=self.model_revision, trust_remote_code=self.trust_remote_code
+                name, revision=self.model_revision, trust_remote_code=args.trust_remote_code
             )
         except (OSError, ValueError) as error:  # which need not name what was asked for
             raise ValueError(f"--model_name_or_path {name}: {error}") from None
@@ -83,11 +82,12 @@ class ModelArguments:
         """Raises ValueError for what cannot train, with what to use instead."""
         if not (self.load_in_4bit or self.load_in_8bit):
             return None
-        zero3 = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
+        zero3 = args.hf_deepspeed_config is not None and args.hf_deepspeed_config.is_zero3()
+        trains_adapter = self.use_peft or models.adapter_config(self.model_name_or_path, args) is not None
         refusals = [
             (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit are both set: choose one."),
             (
-                not self.use_peft,
+                not trains_adapter,
                 "Quantized weights cannot be trained: add --use_peft, which trains an adapter on them.",
             ),
             (self.load_in_8bit and zero3, "8-bit weights cannot be sharded by ZeRO-3: use --load_in_4bit, or ZeRO-2."),

@@ -1,5 +1,6 @@
 """The model card: facts about a run -> Markdown with the hub's metadata."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,14 +42,15 @@ EMA_SETTINGS = ("teacher_update_rate", "teacher_sync_steps")
 LOSSES = {
     "sdft/distillation_loss": "distance from the teacher, nats/token",
     "loss": "loss",
-    "eval_loss": "loss on the evaluation rows",
 }
+EVALUATED = re.compile(r"eval_((?P<rows>[^/]+)_)?loss")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 FIGURES = {"accuracy": "accuracy", "kl_to_start": "KL from the start, nats/token"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model or a data set: its id on the hub, or the last part of its path on a disk."""
+    """A model or a data set: its id on the hub, or what else it is called; of a path on a disk the last part."""
 
     name: str
     on_hub: bool
@@ -56,7 +58,9 @@ class Source:
     @classmethod
     def of(cls, name: str) -> "Source":
         path = Path(name)
-        return cls(path.resolve().name, False) if path.exists() else cls(name, True)
+        if path.exists():
+            return cls(path.resolve().name, False)
+        return cls(name, True) if HUB_ID.fullmatch(name) else cls(path.name, False)
 
     def link(self, kind: str = "") -> str:
         return f"[{self.name}](https://huggingface.co/{kind}{self.name})" if self.on_hub else f"`{self.name}`"
@@ -127,6 +131,8 @@ def _results(log: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """First and last value of each metric that the card names."""
     names = dict(LOSSES)
     for name in dict.fromkeys(name for line in log for name in line):
+        if evaluated := EVALUATED.fullmatch(name):
+            names[name] = f"loss on the evaluation rows{f' {rows}' if (rows := evaluated['rows']) else ''}"
         task, _, figure = name.removeprefix("tasks/").rpartition("/")
         if name.startswith("tasks/") and figure in FIGURES:
             names[name] = f"{task}: {FIGURES[figure]}"

@@ -44,6 +44,7 @@ class Preemption:
         self.timer: threading.Timer | None = None
 
     def __enter__(self) -> "Preemption":
+        self.requested, self.agreed = None, False  # as an earlier run left them
         if ranks.index() == 0:
             (self.folder / MARKER).unlink(missing_ok=True)
             (self.folder / STOP).unlink(missing_ok=True)
@@ -82,6 +83,8 @@ class Preemption:
         if ranks.index() == 0:
             self._mark(step)
             (self.folder / STOP).unlink(missing_ok=True)
+            print(f"sdft_ds: Asked to go, left after step {step} with exit code {self.exit_code}. A resume goes on.",
+                  flush=True)  # fmt: skip
         ranks.barrier()
         raise Preempted(self.exit_code)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
@@ -22,6 +22,36 @@ def supports_prefixes(model: PreTrainedModel) -> bool:
         and {"position_ids", "past_key_values"} <= set(accepted)
         and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in empty_cache(model).layers)
     )
+
+
+def key_value_width(config: PreTrainedConfig) -> int:
+    """Elements of a token's keys in one layer, and of its values."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return (getattr(config, "num_key_value_heads", None) or heads) * head_width
+
+
+def longest_row(model_config: PreTrainedConfig) -> tuple[int | None, str]:
+    """(the most tokens of a prompt and its completion together, None where nothing limits them; what sets the limit).
+
+    It is the model's context, or where its rotary factors change at a length (longrope), that length: beyond it cached
+    keys, and a row beside a longer one in its batch, would be rotated otherwise than in a forward of the row alone.
+    Dynamic factors change beyond the context only.
+    """
+    config = model_config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for factors in [rotary, *(each for each in rotary.values() if isinstance(each, dict))]:  # by type of layer
+        if factors.get("rope_type") == "longrope" and any(
+            factors.get(f"short_{name}") != factors.get(f"long_{name}") for name in ("factor", "mscale")
+        ):
+            switch = factors["original_max_position_embeddings"]
+            if context is None or switch < context:
+                return switch, (
+                    f"the {switch} tokens at which the model's rotary factors change (longrope; to train beyond them, "
+                    "write the values of long_factor into short_factor in its config.json, for every length)"
+                )
+    return context, f"the model's context of {context} tokens"
 
 
 def empty_cache(model: PreTrainedModel) -> DynamicCache:
@@ -38,6 +68,27 @@ def distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
             first.append(r)
         rows.append(number[prompt])
     return first, rows
+
+
+def batches_within(budget: int, sizes: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Numbers of rows in batches, the largest first. A batch takes as many rows as the budget has room for if each
+    were as large as its largest; a row that is larger than the budget is alone. Rows with one prompt stay together
+    where a batch can hold them all."""
+    rows_of: dict[int, list[int]] = {}
+    for row, prompt in enumerate(distinct(prompts)[1]):
+        rows_of.setdefault(prompt, []).append(row)
+    groups = [sorted(rows, key=lambda row: -sizes[row]) for rows in rows_of.values()]
+    batches: list[list[int]] = []
+    room = 0
+    for rows in sorted(groups, key=lambda rows: -sizes[rows[0]]):
+        if len(rows) > room:
+            most = max(1, budget // sizes[rows[0]])
+            batches += [rows[start : start + most] for start in range(0, len(rows), most)]
+            room = most - len(batches[-1])
+        else:
+            batches[-1] += rows
+            room -= len(rows)
+    return batches
 
 
 def prompt_inputs(input_ids_UT: Tensor, attention_mask_UT: Tensor) -> dict[str, Any]:

@@ -15,7 +15,17 @@ PHASES = ("rollout", "teacher", "student", "optimizer")
 
 
 class TrainingProgress(ProgressCallback):
-    """transformers' bar, with the figures that matter beside it instead of a dictionary for every log line."""
+    """transformers' bar, with the figures that matter beside it instead of a dictionary for every log line. That of a
+    resumed run begins where the run stands."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.current_step = state.global_step
+        if self.training_bar is not None:
+            self.training_bar.initial = self.training_bar.n = state.global_step
+            self.training_bar.refresh()
 
     def on_log(
         self,

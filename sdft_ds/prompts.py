@@ -19,6 +19,26 @@ from sdft_ds.rows import DataError, Example, Prompt, RowError
 
 TRUNCATIONS = ("truncate", "drop", "error")
 PLACEHOLDERS = ("prompt", "privileged_context")
+# What can be wrong with the prompts of a row that training would not stop at -> what to say of it.
+PROBLEMS = {
+    "text dropped": (
+        "the chat template leaves out the user's text (perhaps it takes lists of content parts only): use one that "
+        "takes a text as the content of a message."
+    ),
+    "context dropped": "the chat template leaves out the privileged context of the teacher's prompt.",
+    "same prompts": (
+        "the teacher's prompt equals the student's, so that it knows no more: see the columns privileged_context and "
+        "teacher_prompt."
+    ),
+    "special tokens": (
+        "prompt or context holds special tokens of the tokenizer, as a text does that a chat template rendered "
+        "before: give the conversation itself."
+    ),
+    "plain text": (
+        "the prompt is a text, which is read without the chat template that the tokenizer has: for a model that "
+        'answers in conversations give [{"role": "user", "content": ...}], or --prompt_as user on the command line.'
+    ),
+}
 MARKS = [chr(code) for code in range(0xE000, 0xF900)]  # characters without a meaning (private use)
 
 
@@ -101,6 +121,8 @@ class PromptBuilder:
         self.truncation = truncation
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.counts = Counter()
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.special_tokens = sorted(special | set(tokenizer.all_special_tokens))
 
     def build(self, example: Example, index: int) -> PromptPair:
         """Both prompts of row `index`. Raises PromptTooLong where the policy or the lengths forbid a cut, and RowError
@@ -137,6 +159,43 @@ class PromptBuilder:
         while isinstance(prompt, str) and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
             ids = ids[:-1]
         return RenderedPrompt(prompt, text, ids, tools)
+
+    def problems(self, pair: PromptPair) -> list[str]:
+        """Which of PROBLEMS the prompts of a row have."""
+        student, teacher = pair.student, pair.teacher
+        found = []
+        if self._is_dropped(student, user_text(student.prompt)):
+            found.append("text dropped")
+        elif not teacher.own and self._is_dropped(teacher, self.context_left(pair)):
+            found.append("context dropped")
+        elif student.ids == teacher.ids:
+            found.append("same prompts")
+        texts = user_text(student.prompt), user_text(teacher.prompt)
+        if any(token in text for text in texts for token in self.special_tokens):
+            found.append("special tokens")
+        if isinstance(student.prompt, str) and self.tokenizer.chat_template is not None:
+            found.append("plain text")
+        return found
+
+    def _is_dropped(self, rendered: RenderedPrompt, part: str) -> bool:
+        """Whether a part of the user's text makes no difference to what the chat template renders."""
+        if part.strip() in rendered.text:
+            return False
+        mark = next(mark for mark in MARKS if mark not in rendered.text)
+        before, _, after = user_text(rendered.prompt).rpartition(part)
+        marked = _with_user_text(rendered.prompt, f"{before}{mark}{after}")
+        return self._text(marked, rendered.tools) == rendered.text
+
+    def generation_prompt(self, rendered: RenderedPrompt) -> str | None:
+        """What the chat template puts after the user's text. None for a prompt that is a text, and where the template
+        does more to the user's text than to strip it."""
+        if isinstance(rendered.prompt, str):
+            return None
+        text = user_text(rendered.prompt)
+        mark = next(mark for mark in MARKS if mark not in rendered.text)
+        marked = self._text(_with_user_text(rendered.prompt, mark + text), rendered.tools)
+        rest = marked.partition(mark)[2]
+        return rest.removeprefix(text.rstrip()).lstrip() if rest.startswith(text.rstrip()) else None
 
     def spans(self, pair: PromptPair) -> tuple[list[Span], list[Span]]:
         """Where the question stands in the student's text, and question and context in the teacher's.

@@ -48,3 +48,12 @@ def reduce(tensor: Tensor, how: str) -> Tensor:
 def largest(value: float, device: torch.device) -> float:
     """The largest value of any rank."""
     return reduce(torch.tensor(float(value), device=device), "max").item()
+
+
+def equally_many(items: list[Any], filler: Any, device: torch.device) -> list[Any]:
+    """The items, and then the filler as often as it takes to have as many on every rank.
+
+    For work that is a collective itself: the ranks agree on how often to do it before the first of them begins. A
+    list, not a generator, whose reduction would run in the middle of the work.
+    """
+    return items + [filler] * (int(largest(len(items), device)) - len(items))

@@ -41,10 +41,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "distillation_mode": None,  # newer names stay unset, so that flags can use the older ones
         "distillation_topk": 100,
         "teacher_model_kind": None,
+        # Of an EMA teacher: 0.6 every 512 steps, where sync_ref_model asks for one.
         "teacher_update_rate": None,
-        "ref_model_mixup_alpha": 0.6,
+        "ref_model_mixup_alpha": None,
         "teacher_sync_steps": None,
-        "ref_model_sync_steps": 512,
+        "ref_model_sync_steps": None,
         "num_loss_tokens_to_skip": 0,
         "loss_type": "dapo",
         "num_generations": 8,
@@ -57,10 +58,21 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# TRL 1.16's defaults, where they are others.
+RECIPES["trl-1.16"] = RECIPES["trl"] | {
+    "distillation_mode": "topk_logits",
+    "teacher_model_kind": "base",
+    "teacher_update_rate": 0.05,
+    "teacher_sync_steps": 1,
+    # A mean over the tokens of a completion, then over completions.
+    "loss_type": "grpo",
+}
+
 # name -> settings of the command line that go with the recipe's template.
 OF_THE_COMMAND_LINE: dict[str, dict[str, Any]] = {
     "paper": {"demonstration_template": "$output_text"},
     "trl": {"demonstration_template": "Example response: $output_text"},
+    "trl-1.16": {"demonstration_template": "Example response: $output_text"},
 }
 
 

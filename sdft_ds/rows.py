@@ -47,8 +47,8 @@ def check_columns(found: list[str], stored: list[str] | None = None) -> None:
     if missing:
         raise DataError(
             f"The data set has the columns {', '.join(stored or found) or '(none)'}, and lacks {', '.join(missing)}. "
-            f"Needed are {' and '.join(COLUMNS)}: rename a column, or map it with --dataset_format, --prompt_column, "
-            "--privileged_context_column or --golden_response_column."
+            f"Needed are {' and '.join(COLUMNS)}: rename a column (dataset.rename_column); on the command line map it "
+            "by --dataset_format, --prompt_column, --privileged_context_column or --golden_response_column."
         )
 
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from sdft_ds import report
 from sdft_ds.config import SDFTConfig
-from sdft_ds.run_state import versions
+from sdft_ds.resume_settings import versions
 from sdft_ds.whole_files import written_aside
 
 
@@ -25,34 +25,48 @@ class RunRecord(TrainerCallback):
     def __init__(self, method: str, model: str):
         self.method = method
         self.model = model
+        self.about: dict[str, Any] | None = None  # until a run begins
+        self.lines_before: list[dict[str, Any]] = []  # logged by then, as by an evaluation of the start
 
     def on_train_begin(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.about = {
-                "method": self.method,
-                "model": self.model,
-                "config": args.to_dict(),
-                "versions": versions(),
-                "environment": environment(args),
-                "started": time.time(),
-                "finished": None,
-            }
-            self._write(args)
+        if not state.is_world_process_zero:
+            return
+        file = Path(args.output_dir, "run.json")
+        before = json.loads(file.read_text()) if state.global_step > 0 and file.exists() else {}
+        self.about = {
+            "method": self.method,
+            "model": self.model,
+            "config": args.to_dict(),
+            "versions": versions(),
+            "environment": environment(args),
+            "started": before.get("started") or time.time(),
+            "finished": None,
+        }
+        if state.global_step >= state.max_steps and before:  # what is recorded is how it was trained
+            self.about = before
+        self._write(args)
+        for line in self.lines_before if state.global_step == 0 else []:
+            self._append(args, line)
+        self.lines_before = []
 
     def on_log(
         self, args: SDFTConfig, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and logs:
             line = {"step": state.global_step, "epoch": state.epoch, "time": time.time(), **logs}
-            folder = Path(args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)  # an evaluation before any training logs, too
-            with open(folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            if self.about is None:
+                self.lines_before.append(line)
+            else:
+                self._append(args, line)
 
     def on_train_end(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.about["finished"] = time.time()
+            self.about["finished"] = self.about["finished"] or time.time()
             self._write(args)
+
+    def _append(self, args: SDFTConfig, line: dict[str, Any]) -> None:
+        with open(Path(args.output_dir, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def write_page(self, args: SDFTConfig) -> None:
         """After the last callback has written what it found."""

@@ -1,11 +1,10 @@
-"""What of a run is ours to save, beside transformers' and DeepSpeed's files: the teacher, a half-used generation
-batch, and what the run was started with. Tensors are safetensors, the rest is JSON: nothing that runs when it is read.
+"""What of a run is ours to save, beside transformers' and DeepSpeed's files: the teacher and a half-used generation
+batch. Tensors are safetensors, the rest is JSON: nothing that runs when it is read.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdft_ds import ranks, zero
-from sdft_ds.checkpoint import CannotResume
 from sdft_ds.chunked_loss import Adapter, HeadValues
-from sdft_ds.config import SDFTConfig
 from sdft_ds.paired_batch import Completion, PairedBatch, Rollout
 from sdft_ds.prompts import PromptPair, RenderedPrompt
 from sdft_ds.scoring import Scored
 from sdft_ds.teacher import Teacher
-
-SETTINGS = "sdft_settings.json"
-PACKAGES = ("sdft_ds", "torch", "transformers", "deepspeed", "accelerate", "peft", "datasets")
 
 # ---- the teacher ----------------------------------------------------------------------------------------------------
 
@@ -136,70 +130,3 @@ def _batch_file(folder: str, suffix: str) -> Path:
 def _rollout(about: dict[str, Any]) -> Rollout:
     sides = {side: RenderedPrompt(**rendered) for side, rendered in about["prompts"].items()}
     return Rollout(**{**about, "prompts": PromptPair(**sides), "completion": Completion(**about["completion"])})
-
-
-# ---- what the run was started with ----------------------------------------------------------------------------------
-
-
-def settings_of(args: SDFTConfig, rows: int | None, zero_stage: int | None) -> dict[str, Any]:
-    """What a resumed run is compared with; secrets are masked."""
-    return {
-        "what makes a step": {
-            "rows of an optimizer step": args.per_device_train_batch_size
-            * args.world_size
-            * args.gradient_accumulation_steps,
-            "generation_batch_size": args.generation_batch_size,
-            "rows of the data set": rows,
-            **{name: getattr(args, name) for name in STEP_FIELDS},
-        },
-        "world_size": args.world_size,
-        "zero_stage": zero_stage,
-        "config": {name: value for name, value in args.to_dict().items() if name not in UNTOLD_FIELDS},
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES}
-
-
-# With another value of these a resumed run would not be the run that was interrupted, in its data or its teacher.
-STEP_FIELDS = (
-    "method", "seed", "data_seed", "shuffle_dataset", "num_generations", "num_iterations", "teacher_model_kind",
-    "generate_from_teacher", "dataloader_drop_last",
-)  # fmt: skip
-# These say where and how a run is started, not what it does; or they are compared above.
-UNTOLD_FIELDS = {
-    "output_dir", "logging_dir", "resume_from_checkpoint", "run_name", "local_rank", "deepspeed",
-    "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size", "per_device_train_batch_size",
-    *STEP_FIELDS,
-}  # fmt: skip
-
-
-def save_settings(folder: str, settings: dict[str, Any]) -> None:
-    if ranks.index() == 0:
-        Path(folder, SETTINGS).write_text(json.dumps(settings, indent=1, default=str))
-
-
-def load_settings(folder: str | Path) -> dict[str, Any]:
-    return json.loads(Path(folder, SETTINGS).read_text())
-
-
-def compare_settings(saved: dict[str, Any], now: dict[str, Any], tell: Callable[[str], None]) -> None:
-    """Tell what differs; raise CannotResume where the run would not go on as it was."""
-    now = json.loads(json.dumps(now, default=str))
-    for part in ("config", "versions"):
-        for name in sorted({*saved[part], *now[part]}):
-            before, after = saved[part].get(name), now[part].get(name)
-            if before != after:
-                tell(f"Resuming with {name} = {after!r}; the checkpoint was made with {before!r}.")
-    different = [
-        f"{name} is {now['what makes a step'].get(name)!r} and was {before!r}"
-        for name, before in saved["what makes a step"].items()
-        if now["what makes a step"].get(name) != before
-    ]
-    if different:
-        raise CannotResume(
-            f"The checkpoint was made by another run: {'; '.join(different)}. Resume with its settings, or start "
-            "anew in another output_dir."
-        )

@@ -8,13 +8,12 @@ The pass has batches of its own, whatever the student's are: rows of like length
 prompt that several completions share is computed once, and its keys and values are given to each of them.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from sdft_ds import prefix, zero
+from sdft_ds import prefix, ranks, zero
 from sdft_ds.chunked_loss import HeadValues
 from sdft_ds.completion_head import HiddenStates, TokenLogProbs, causal_lm_of, head_of
 from sdft_ds.head import tensors_of as head_tensors
@@ -122,26 +121,13 @@ class Scorer:
                 kept[i] = states_ND.to(self.dtype).to(self.keep_on)
         return kept
 
-    def _batches(self, lengths: list[int], groups: list[list[int]]) -> Iterator[list[int]]:
-        """Numbers of rows, the longest first, in batches within the budget; rows of one group stay neighbours.
-
-        Where a forward is a collective, as many batches on every rank: a rank with fewer repeats its shortest row.
-        """
-        first, group_of = prefix.distinct(groups)
-        longest = [0] * len(first)
-        for row, group in enumerate(group_of):
-            longest[group] = max(longest[group], lengths[row])
-        order = sorted(range(len(lengths)), key=lambda row: (-longest[group_of[row]], group_of[row], -lengths[row]))
-        batches: list[list[int]] = []
-        width = 0
-        for row in order:
-            if not batches or width * (len(batches[-1]) + 1) > self.tokens_per_batch:
-                batches.append([])
-                width = longest[group_of[row]]
-            batches[-1].append(row)
-        yield from batches
-        for _ in range(zero.forwards_to_make(self.engine, len(batches)) - len(batches)):
-            yield order[-1:]
+    def _batches(self, lengths: list[int], prompts: list[list[int]]) -> list[list[int]]:
+        """Numbers of rows, in batches within the budget; where a forward is a collective, as many on every rank: one
+        with fewer repeats its last row, the shortest. Every rank calls it before the first of its forwards."""
+        batches = prefix.batches_within(self.tokens_per_batch, lengths, prompts)
+        if zero.forward_is_collective(self.engine):
+            batches = ranks.equally_many(batches, batches[-1][-1:], self._device)
+        return batches
 
     def _of_whole_rows(self, forward: nn.Module, rollouts: list[Rollout]) -> tuple[Tensor, ...]:
         rows = [rollout.prompts.teacher.ids + rollout.completion.ids for rollout in rollouts]

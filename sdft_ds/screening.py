@@ -17,13 +17,15 @@ import transformers
 from datasets import Dataset, IterableDataset
 
 from sdft_ds import prompts, rows
-from sdft_ds.prompts import PromptBuilder, PromptTooLong
+from sdft_ds.prompts import PromptBuilder, PromptPair, PromptTooLong
 from sdft_ds.rows import DataError, RowError, check_columns, example_from_row
 from sdft_ds.whole_files import written_aside
 
 BAD_ROWS = ("error", "skip")
 ROW_NUMBER = "_row"  # of a row in its source, where the data set was rearranged on its way here
 REASONS_TOLD = 5
+SHOWN_END = 60  # characters of a prompt's end in a message
+NOTHING_TO_LEARN = ("text dropped", "context dropped", "same prompts")  # where it holds for every row
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,25 @@ STRICT = BadRows()
 
 
 @dataclass
+class Problems:
+    """Counts what is wrong with the prompts of rows that can be used. found: problem -> (count, the first row)."""
+
+    found: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, problems: list[str], index: int) -> None:
+        for problem in problems:
+            count, first = self.found.get(problem, (0, index))
+            self.found[problem] = count + 1, first
+
+    def told(self, rows: int) -> dict[str, str]:
+        """Problem -> what to say of it, of so many rows."""
+        return {
+            problem: f"{count} of {rows} rows, the first of them row {first}: {prompts.PROBLEMS[problem]}"
+            for problem, (count, first) in self.found.items()
+        }
+
+
+@dataclass
 class Screen:
     """Looks at the rows of one data set.
 
@@ -49,6 +70,8 @@ class Screen:
     bad_rows: BadRows
     reasons: list[str] = field(default_factory=list)
     too_long: int = 0
+    problems: Problems = field(default_factory=Problems)
+    first: str | None = None  # what to say of the first row that was rendered; "": nothing
 
     @property
     def leaves_out(self) -> bool:
@@ -63,7 +86,10 @@ class Screen:
         try:
             example = example_from_row(row, index)
             if lengths:
-                self.builder.build(example, index)
+                pair = self.builder.build(example, index)
+                self.problems.add(self.builder.problems(pair), index)
+                if self.first is None:
+                    self.first = _generation_prompts(pair, index, self.builder)
         except PromptTooLong as error:
             if self.builder.truncation == "drop":
                 self.too_long += 1
@@ -93,12 +119,27 @@ def name_of(dataset: Dataset | IterableDataset, name: str) -> str:
     return f"{name} ({', '.join(known)})" if known else name
 
 
+def _require_dataset(dataset: Any, name: str) -> None:
+    """Raises DataError, with the remedy, for what is no data set of `datasets`."""
+    if isinstance(dataset, Dataset | IterableDataset):
+        return
+    if isinstance(dataset, dict):
+        splits = ", ".join(map(repr, dataset))
+        remedy = f"it has {splits or 'no splits'}: give one, {name}=dataset[{next(iter(dataset), 'train')!r}]"
+    elif isinstance(dataset, list | tuple):
+        remedy = f"give {name}=datasets.Dataset.from_list(rows)"
+    else:
+        remedy = "give a datasets.Dataset, made by load_dataset or Dataset.from_list, for example"
+    raise DataError(f"{name} is a {type(dataset).__name__}, and no Dataset of the package datasets: {remedy}.")
+
+
 def usable_rows(dataset: Dataset, name: str, builder: PromptBuilder, bad_rows: BadRows = STRICT) -> Dataset:
     """Look at every row before the first step; those that are left out are counted and warned about.
 
     What was found about a data set on disk is remembered in the cache of `datasets`. Raises DataError naming data set,
     split, row and column.
     """
+    _require_dataset(dataset, name)
     where = name_of(dataset, name)
     if isinstance(dataset, IterableDataset):
         raise DataError(f"{where} is an IterableDataset: only train_dataset can be a stream.")
@@ -120,6 +161,18 @@ def usable_rows(dataset: Dataset, name: str, builder: PromptBuilder, bad_rows: B
     return dataset.select([i for i in range(len(dataset)) if i not in left_out]) if left_out else dataset
 
 
+def _generation_prompts(pair: PromptPair, index: int, builder: PromptBuilder) -> str:
+    """What to say where student and teacher begin their answers in different states."""
+    student, teacher = map(builder.generation_prompt, (pair.student, pair.teacher))
+    if student == teacher or None in (student, teacher):
+        return ""
+    return (
+        f"after the user's text of row {index} the student's prompt ends with {student[-SHOWN_END:]!r}, the teacher's "
+        f"with {teacher[-SHOWN_END:]!r}, so that both answer in different ways: set chat_template_kwargs, such as "
+        "enable_thinking, or take out of the texts what switches the chat template."
+    )
+
+
 def _look(dataset: Dataset, screen: Screen) -> dict[str, Any]:
     left_out = []
     for index, row in enumerate(datasets.utils.tqdm(dataset, desc=f"Checking {screen.where}")):
@@ -127,11 +180,19 @@ def _look(dataset: Dataset, screen: Screen) -> dict[str, Any]:
             left_out.append(index)
     cut = dict(screen.builder.counts)
     screen.builder.counts.clear()
-    return {"left_out": left_out, "reasons": screen.reasons, "too_long": screen.too_long, "cut": cut}
+    problems = screen.problems.found
+    return {
+        "left_out": left_out, "reasons": screen.reasons, "too_long": screen.too_long, "cut": cut,
+        "problems": problems, "first": screen.first,
+    }  # fmt: skip
 
 
-def _tell(where: str, count: int, left_out: list[int], reasons: list[str], too_long: int, cut: dict[str, int]) -> None:
-    """Warn of what is left out and cut; raises DataError where nothing is left."""
+def _tell(
+    where: str, count: int, left_out: list[int], reasons: list[str], too_long: int, cut: dict[str, int],
+    problems: dict[str, tuple[int, int]], first: str | None,
+) -> None:  # fmt: skip
+    """Warn of what is left out, cut and wrong with some rows; raises DataError where nothing is left, or nothing that
+    could be learned."""
     if len(left_out) == count:
         why = f" Of the first bad one: {reasons[0]}" if reasons else ""
         raise DataError(
@@ -144,6 +205,13 @@ def _tell(where: str, count: int, left_out: list[int], reasons: list[str], too_l
             f"{where}: {len(reasons)} of {count} rows are bad and left out: {' '.join(reasons[:REASONS_TOLD])}{more}",
             stacklevel=4,
         )
+    usable = count - len(left_out)
+    for problem, told in Problems(problems).told(usable).items():
+        if problem in NOTHING_TO_LEARN and problems[problem][0] == usable:
+            raise DataError(f"{where}: {told}")
+        warnings.warn(f"{where}: {told}", stacklevel=4)
+    if first:
+        warnings.warn(f"{where}: {first}", stacklevel=4)
     if too_long or cut:
         warnings.warn(
             f"{where}: of {count} rows {too_long} are dropped, {cut.get('student_prompts_cut', 0)} lose the "
@@ -158,7 +226,7 @@ def _cache_file(dataset: Dataset, builder: PromptBuilder, bad_rows: BadRows) -> 
     memory, which are not worth it, and for tokenizers that cannot say what they are."""
     if not dataset.cache_files or not datasets.is_caching_enabled() or not builder.tokenizer.is_fast:
         return None
-    code = [Path(module.__file__).read_text() for module in (rows, prompts)]
+    code = [Path(file).read_text() for file in (rows.__file__, prompts.__file__, __file__)]
     facts = [
         dataset._fingerprint,
         builder.tokenizer.backend_tokenizer.to_str(),

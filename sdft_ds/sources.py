@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from string import Template
@@ -24,18 +25,29 @@ from sdft_ds.streams import reading
 
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
+PER_ROW = " chat_template_kwargs is a setting, for all rows alike: --chat_template_kwargs."
+
 AnyDataset = Dataset | IterableDataset
 
 
-def load(args: ScriptArguments, evaluates: bool, seed: int) -> tuple[AnyDataset, Dataset | None]:
+def load(
+    args: ScriptArguments,
+    evaluates: bool,
+    seed: int,
+    has_chat_template: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> tuple[AnyDataset, Dataset | None]:
     """(the rows to train on, those to evaluate on, or None where `evaluates` does not ask for them), columns mapped.
+
+    tell: called with what else is to be known of how they are mapped.
 
     Raises ValueError or FileNotFoundError naming the path or the split and what is possible.
     """
     if args.eval_fraction is not None and not evaluates:
         raise ValueError("--eval_fraction has no effect without --eval_strategy: set it, steps or epoch.")
     splits = load_splits(args)
-    train = map_columns(splits[args.dataset_train_split], args)
+    as_user = args.prompt_as == "user" or (args.prompt_as is None and has_chat_template)
+    train = map_columns(splits[args.dataset_train_split], args, as_user, tell)
     if not evaluates:
         return train, None
     if args.eval_fraction is not None:
@@ -45,7 +57,7 @@ def load(args: ScriptArguments, evaluates: bool, seed: int) -> tuple[AnyDataset,
             f"eval_strategy needs the split {args.dataset_test_split!r}; the data set has {', '.join(splits)}. Set "
             "--dataset_test_split, or --eval_fraction."
         )
-    test = map_columns(splits[args.dataset_test_split], args)
+    test = map_columns(splits[args.dataset_test_split], args, as_user)
     if isinstance(test, IterableDataset):  # which is read as often as evaluations are made
         info, test = test.info, Dataset.from_list(list(test))
         test.info.dataset_name = f"{info.dataset_name}, split {args.dataset_test_split}"
@@ -154,14 +166,20 @@ def _load(where: str, args: ScriptArguments, kind: str, **options: Any) -> Datas
         return load_dataset(kind, streaming=args.dataset_streaming, **options)
 
 
-def map_columns(dataset: AnyDataset, args: ScriptArguments) -> AnyDataset:
+def map_columns(
+    dataset: AnyDataset,
+    args: ScriptArguments,
+    as_user: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> AnyDataset:
     """The data set with the columns `prompt` and `privileged_context`; with `teacher_prompt` and `tools`, and for
-    supervised fine-tuning `golden_response`, where it has them. It knows where it comes from, for messages.
+    supervised fine-tuning `golden_response`, where it has them. It knows where it comes from, for messages. as_user:
+    a prompt that is a text becomes the user's turn of a conversation.
 
     The context is the row's own; where it has none, the demonstration template around its golden response. Rows that
     cannot be used stay so, for the trainer to name.
     """
-    source = args.source
+    source = args.source or "the data set"
     columns = _columns(dataset, source)
     for f in fields(args):
         name = getattr(args, f.name)
@@ -178,6 +196,10 @@ def map_columns(dataset: AnyDataset, args: ScriptArguments) -> AnyDataset:
     template = Template(args.demonstration_template)
     _check_template(template)
     responses = args.method == "sft" and args.golden_response_column in columns
+    as_conversation = as_user or args.system_column is not None
+    read = {args.prompt_column, args.system_column, *given.values(), *contexts}
+    if unread := [name for name in columns if name not in read]:
+        tell(f"Columns not read: {', '.join(unread)}." + (PER_ROW if "chat_template_kwargs" in unread else ""))
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         prompt = row[args.prompt_column]
@@ -185,13 +207,18 @@ def map_columns(dataset: AnyDataset, args: ScriptArguments) -> AnyDataset:
         response = _text(row.get(args.golden_response_column))
         if context is None and response:
             context = template.substitute(output_text=response, orig_content=_text(_last(prompt)))
-        if args.system_column is not None:
-            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            if row[args.system_column] and isinstance(prompt, list):
-                prompt = [{"role": "system", "content": row[args.system_column]}, *prompt]
+        if as_conversation and isinstance(prompt, str) and prompt.strip():
+            prompt = [{"role": "user", "content": prompt}]
+        if args.system_column is not None and row[args.system_column] and isinstance(prompt, list):
+            prompt = [{"role": "system", "content": row[args.system_column]}, *prompt]
         mapped = {"prompt": prompt, "privileged_context": context} | {to: row[name] for to, name in given.items()}
         return mapped | {"golden_response": response or None} if responses else mapped
 
+    if as_conversation:
+        with reading(source):
+            first = next(iter(dataset), {}).get(args.prompt_column)
+        if isinstance(first, str):
+            tell("Each prompt that is a text becomes the user's turn of a conversation; as it is: --prompt_as text.")
     how = {"remove_columns": columns}
     if isinstance(dataset, Dataset):
         folders = {os.path.dirname(file["filename"]) for file in dataset.cache_files}

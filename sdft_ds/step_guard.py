@@ -1,5 +1,6 @@
 """Bad numbers: a step whose gradient is not finite changes nothing, is counted, and too many in a row end the run; a
-divergence or a length that runs away is warned about."""
+divergence or a length that runs away is warned about, as are a run that learns nothing and a top-k that misses
+what the teacher holds likely."""
 
 import math
 import warnings
@@ -15,6 +16,7 @@ from sdft_ds.metrics import Meters
 # A metric runs away where it exceeds this many times the mean of what was logged before, of at least so many lines.
 RUNAWAY, LINES_BEFORE = 5.0, 5
 WATCHED = {"sdft/distillation_loss": 0.5, "completions/mean_length": 16.0}  # and this much at least
+MISSED = 0.02  # share of the teacher's mass outside the student's top-k that is warned about, and each time it doubles
 
 
 class TooManyBadSteps(FloatingPointError):
@@ -27,13 +29,23 @@ class StepGuard(TrainerCallback):
     def __init__(self, meters: Meters, limit: int):
         self.meters = meters
         self.limit = limit
+        self._start()
+
+    def _start(self) -> None:
         self.skipped = False  # the last step
         self.in_a_row = 0
+        self.learns = False  # in any step so far, as far as its gradient says
+        self.logged = False
         self.history: dict[str, list[float]] = {name: [] for name in WATCHED}
+        self.missed = MISSED / 2  # the largest share that was warned about
+
+    def on_train_begin(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._start()
 
     def before_step(self, engine: nn.Module, grad_norm: float | None) -> None:
         """Called with the norm before the optimizer's step. DeepSpeed has taken its own by then, or left it out."""
         finite = grad_norm is None or math.isfinite(grad_norm)
+        self.learns |= grad_norm != 0.0
         self.skipped = zero.step_was_skipped(engine) or not finite
         if not finite:
             zero.drop_gradients(engine)
@@ -47,13 +59,17 @@ class StepGuard(TrainerCallback):
             raise TooManyBadSteps(
                 f"The gradient was not finite in {self.in_a_row} optimizer steps in a row, up to step "
                 f"{state.global_step}; none of them changed the weights. Lower the learning rate or look at the data, "
-                f"and resume from the last checkpoint in {good} (--resume_from_checkpoint true). "
+                f"and resume from the last checkpoint in {good} (resume_from_checkpoint=True; on the command line "
+                "--resume_from_checkpoint true). "
                 "max_nonfinite_steps sets how many are borne."
             )
 
     def on_log(
         self, args: SDFTConfig, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
     ) -> None:
+        if "loss" in (logs or {}) and not self.logged:
+            self.logged = True
+            self._warn_of_nothing_learned(logs, state.global_step)
         for name, least in WATCHED.items():
             value, before = (logs or {}).get(name), self.history[name]
             if value is None:
@@ -65,3 +81,32 @@ class StepGuard(TrainerCallback):
                     stacklevel=2,
                 )
             before.append(value)
+        mass = (logs or {}).get("topk/teacher_mass")
+        if mass is not None and args.distillation_mode == "topk_logits" and not args.distillation_add_tail:
+            self._check_support(1.0 - mass, args.distillation_topk, state.global_step)
+
+    def _warn_of_nothing_learned(self, logs: dict[str, float], step: int) -> None:
+        """At the first line of the log."""
+        if logs.get("completions/loss_tokens") == 0:
+            warnings.warn(
+                f"Up to step {step} no token counted in the loss, and nothing was learned: completions were empty, "
+                "skipped whole (num_loss_tokens_to_skip), or cut off and masked (mask_truncated_completions).",
+                stacklevel=2,
+            )
+        elif not self.learns:
+            warnings.warn(
+                f"Up to step {step} the gradient was exactly 0, and nothing was learned: the student says what the "
+                "teacher says. Does the teacher see more? python -m sdft_ds.preview shows both prompts.",
+                stacklevel=2,
+            )
+
+    def _check_support(self, missed: float, topk: int, step: int) -> None:
+        if missed > 2 * self.missed:
+            self.missed = missed
+            warnings.warn(
+                f"topk/teacher_mass is {1 - missed:.3g} at step {step}: the student's {topk} likeliest tokens miss "
+                f"{missed:.0%} of what the teacher holds likely, and the loss does not see it. Set "
+                "distillation_add_tail=True (the others become one more bucket), raise distillation_topk, or set "
+                "distillation_mode='full_logits'.",
+                stacklevel=3,
+            )

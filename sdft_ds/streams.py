@@ -64,7 +64,11 @@ class Stream:
                     check_columns(list(row))
                 bad = len(screen.reasons)
                 # All ranks look at all rows: what takes time only where it says which rows are left out.
-                if screen.passes(row, index, lengths=screen.leaves_out):
+                first = passes == index == 0
+                if screen.passes(row, index, lengths=screen.leaves_out or first):
+                    if first:
+                        for told in filter(None, [*screen.problems.told(1).values(), screen.first]):
+                            warnings.warn(f"{screen.where}: {told}", stacklevel=2)
                     used += 1
                     yield row
                 elif len(screen.reasons) > bad and passes == 0:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = range(2, 17)
+# Where completion_head keeps the forward of a head that has another one meanwhile, which calls it.
+PLAIN_FORWARD = "sdft_plain_forward"
 
 
 def _forward(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -31,8 +33,7 @@ def thin_products(model: nn.Module) -> Iterator[None]:
     changed: list[tuple[nn.Linear, str, Any]] = []
     if next(model.parameters()).device.type == "cpu":
         for module in model.modules():
-            # The head has a forward of its own (completion_head), which calls the plain one.
-            name = "sdft_plain_forward" if hasattr(module, "sdft_plain_forward") else "forward"
+            name = PLAIN_FORWARD if hasattr(module, PLAIN_FORWARD) else "forward"
             if type(module) is nn.Linear and (name != "forward" or name not in vars(module)):
                 changed.append((module, name, vars(module).get(name)))
     for module, name, _ in changed:

@@ -9,17 +9,19 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import datasets
 import transformers
 
-from sdft_ds import arguments, sources
+from sdft_ds import arguments, failure, output_folder, shutdown, sources
 from sdft_ds.checkpoint import CannotResume
 from sdft_ds.completions import ShowCompletions
 from sdft_ds.demo import run as demo
-from sdft_ds.evaluation.task_evaluation import TaskEvaluation
+from sdft_ds.evaluation.task_evaluation import TaskEvaluation, check_best_metric
 from sdft_ds.evaluation.tasks import Task, read_tasks
 from sdft_ds.output_folder import OutputFolderInUse
+from sdft_ds.rollouts import NonFiniteLogits
 from sdft_ds.rows import DataError
 from sdft_ds.settings_file import SavedSettings
 from sdft_ds.sft import TRAINERS
@@ -28,24 +30,36 @@ from sdft_ds.trainer import SDFTTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says. A mistake in it, or in the data, is one line and exit status 2."""
+    """Train as the command line says. A mistake in it is one line and exit status 2; what else keeps it from starting,
+    one line and status 1."""
     quiet_unless_first_rank()
+    with shutdown.together(), ExitStack() as stack:
+        _main(sys.argv[1:] if argv is None else argv, stack)
+
+
+def _main(argv: Sequence[str], stack: ExitStack) -> None:
     try:
-        script, args, model = arguments.parse(sys.argv[1:] if argv is None else argv, demo.RECIPE)
+        script, args, model = arguments.parse(argv, demo.RECIPE)
         settings = SavedSettings((script, args, model))
         questions = _questions(script)
+        check_best_metric(args, questions)
         is_demo = arguments.is_demo(script, model)
+        resume = _resume(args.resume_from_checkpoint)
+        # Before the weights are loaded, and until all is written.
+        stack.enter_context(output_folder.locked(args.output_dir))
+        if resume is None:
+            output_folder.refuse_others(args.output_dir)
         trainer = demo.trainer(args, model.peft_config()) if is_demo else _trainer(script, args, model)
         if questions:
             trainer.add_callback(TaskEvaluation(trainer, questions, script.eval_tasks_steps))
         trainer.add_callback(settings)
-    except (ValueError, OSError) as error:
-        sys.exit(_one_line(error))
+    except Exception as error:
+        failure.leave(error)
     try:
-        trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
+        trainer.train(resume_from_checkpoint=resume)
     except DataError as error:  # of a stream: perhaps on this rank alone
         sys.exit(f"sdft_ds: {error}")
-    except (CannotResume, OutputFolderInUse, TooManyBadSteps) as error:
+    except (CannotResume, NonFiniteLogits, OutputFolderInUse, TooManyBadSteps) as error:
         sys.exit(_one_line(error))
     trainer.save_model()
     if args.save_teacher:
@@ -67,19 +81,27 @@ def _trainer(
     script: arguments.ScriptArguments, args: arguments.SDFTConfig, model: arguments.ModelArguments
 ) -> SDFTTrainer:
     evaluates = args.eval_strategy != "no"
-    train_dataset, eval_dataset = sources.load(script, evaluates, args.seed)
     args.model_init_kwargs = {**model.init_kwargs(args), **(args.model_init_kwargs or {})}
+    tokenizer = model.tokenizer(args)
+    train_dataset, eval_dataset = sources.load(
+        script, evaluates, args.seed, tokenizer.chat_template is not None, _tell
+    )
     trainer = TRAINERS[args.method](
         model=model.model_name_or_path,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=model.tokenizer(),
+        processing_class=tokenizer,
         peft_config=model.peft_config(),
     )
     if evaluates and script.eval_num_prompts:
         trainer.add_callback(ShowCompletions(trainer, trainer.eval_dataset, script.eval_num_prompts))
     return trainer
+
+
+def _tell(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"sdft_ds: {text}", flush=True)
 
 
 def _questions(script: arguments.ScriptArguments) -> list[Task]:

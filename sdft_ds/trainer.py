@@ -5,10 +5,10 @@ share in the loss. Once per micro-batch: the student's forward, the loss in chun
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -24,18 +24,21 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
+    set_seed,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
-from sdft_ds import completion_head, model_card, models, ranks, run_state, teacher, zero
+from sdft_ds import config_checks, inherited, model_card, models, ranks, run_state, teacher, zero
 from sdft_ds.aggregation import Shares, shares
 from sdft_ds.chunked_loss import LossTerms
-from sdft_ds.completion_head import DistillationLoss
+from sdft_ds.completion_head import DistillationLoss, RequestForward, causal_lm_of
 from sdft_ds.completion_log import CompletionLog
 from sdft_ds.config import SDFTConfig
 from sdft_ds.evaluation_loader import EvaluationBatches
 from sdft_ds.generation_batch import GenerationBatches
 from sdft_ds.inspection import evenly_spaced
 from sdft_ds.metrics import Meters
+from sdft_ds.module_state import settings_kept
 from sdft_ds.packing import packing_for
 from sdft_ds.progress import LogLines, TimeReport, TrainingProgress
 from sdft_ds.resumable import ResumableTrainer
@@ -70,14 +73,18 @@ class SDFTTrainer(ResumableTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
+        **others: Any,
     ):
-        args = args or SDFTConfig()
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"This process sees {args.n_gpu} GPUs and was started alone; nn.DataParallel is not supported. Start "
-                f"one process for each GPU: torchrun --nproc_per_node {args.n_gpu} YOUR_SCRIPT ..."
-            )
+        inherited.refuse_arguments(others)
+        args = SDFTConfig() if args is None else args
+        if not isinstance(args, SDFTConfig):
+            raise TypeError(f"SDFTTrainer needs an SDFTConfig, which takes the settings of {type(args).__name__}.")
+        args = zero.own_settings(args)
+        # Before anything random: weights that no file holds, the adapter.
+        set_seed(args.seed)
+        models.refuse_second_adapter(model, peft_config, args)
         config = models.config_of(model, args)
+        models.check_attention(config, args)
         models.check_support(config, args)
         models.warn_of_router_loss(config)
         processing_class, tokenizer = models.load_tokenizer(processing_class, config._name_or_path, args)
@@ -94,16 +101,21 @@ class SDFTTrainer(ResumableTrainer):
             eval_dataset = {name: usable_rows(rows, name, prompts, bad_rows) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = usable_rows(eval_dataset, "eval_dataset", prompts, bad_rows)
-        model = models.add_adapter(models.load_model(model, args), peft_config)
+        model = models.load_model(model, args, peft_config)
         models.check_embedding(tokenizer, model)
-        if args.disable_dropout:
-            models.disable_dropout(model)
+        if train_dataset is not None:
+            models.refuse_without_trainable(model)
+        models.keep_quantized_layout(model)
         models.warn_without_masters(model, args)
-        completion_head.install(model)
+        config = causal_lm_of(model).config
+        given = {name: vars(config)[name] for name in ("use_cache",) if name in vars(config)}
         self.current_batch: GenerationBatch | None = None
         self.step_inputs: list[dict[str, Any]] = []  # what get_batch_samples gave out last
         self.teacher_started = False
         self.timed_engine: nn.Module | None = None
+        self.optimizer_is_given = optimizers[0] is not None
+        self.is_prepared = False
+        self.task_figures: Callable[[], dict[str, float]] = dict  # for an evaluation's metrics; see TaskEvaluation
 
         super().__init__(
             model=model,
@@ -114,17 +126,26 @@ class SDFTTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        vars(config).update(given)  # transformers has set it; every forward here says whether it wants a cache
+        self.process_state = zero.ProcessState(args, self.accelerator)
+        self.request_forward = RequestForward(model)
+        with self.prepared():
+            pass  # raises where the loss cannot be computed with the model's head
         # Every loss is normalised over the whole optimizer step already.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = False
         self.meters = {
-            mode: Meters(ranks.reduce, args.device, self.say_phase, ranks.index(), ranks.count())
+            mode: Meters(ranks.reduce, args.device, self.say_phase, ranks.index(), ranks.count(), mode == "train")
             for mode in ("train", "eval")
         }
-        self.steps_at_last_log = 0
         self.teacher = teacher.make(model, args)
         if args.save_teacher and not self.teacher.has_state:
             raise ValueError(f"save_teacher: a {args.teacher_model_kind} teacher has no weights of its own here.")
+        if args.load_best_model_at_end and args.save_only_model and self.teacher.has_state:
+            raise ValueError(
+                f"load_best_model_at_end loads the best checkpoint's {args.teacher_model_kind} teacher, too, which "
+                "save_only_model leaves out: set save_only_model=False."
+            )
         self.guard = StepGuard(self.meters["train"], args.max_nonfinite_steps)
         self.add_callback(self.guard)
         self.add_callback(_AfterStep(self))
@@ -150,22 +171,66 @@ class SDFTTrainer(ResumableTrainer):
                 tokenizer.pad_token_id,
                 args.seed,
                 args.rollout_backend,
+                args.rollout_batch_tokens,
             ),
             teacher=self.teacher,
-            packing=packing_for(completion_head.causal_lm_of(model), args.padding_free),
+            packing=packing_for(causal_lm_of(model), args.padding_free),
             dispatch=self._dispatch,
         )
-        if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags([args.method])
+
+    # ---- runs -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Inside, the model computes as in training: it answers requests, and its dropout is off. Afterwards it is as
+        its owner left it, but for its weights. Entered again inside, nothing changes."""
+        if self.is_prepared:
+            yield
+            return
+        causal_lm = causal_lm_of(self.model)
+        self.is_prepared = True
+        try:
+            with self.process_state.entered(), settings_kept(self.model):
+                zero.refuse_sharded(self.model, self.accelerator)
+                if self.args.disable_dropout:
+                    models.disable_dropout(self.model)
+                with self.request_forward:
+                    yield
+        finally:
+            self.is_prepared = self.is_in_train = False
+            zero.hold(causal_lm, self.model_wrapped)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> Any:
-        """As ResumableTrainer does; a run that ended then gets its page."""
-        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        """As ResumableTrainer does; a run that ended then gets its page. Called again, it is a new run from the
+        weights as they are now: its teacher, optimizer and schedule start anew."""
+        with self.prepared():
+            result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.is_world_process_zero():
             self.run_record.write_page(self.args)
         return result
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._forget_earlier_runs()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _forget_earlier_runs(self) -> None:
+        """From a run or an evaluation before it, also another trainer's, a run takes over nothing but the weights."""
+        set_seed(self.args.seed)
+        zero.release(causal_lm_of(self.model))
+        self.request_forward.renew()
+        self.model_wrapped, self.deepspeed = self.model, None
+        if not self.optimizer_is_given:
+            self.optimizer = None
+        self._forget_last_step()
+        self.teacher_started = self.generation_batches.head_checked = False
+        self.steps_at_last_log = 0
+        self.completion_log.taken.clear()
+        for meters in self.meters.values():
+            meters.reset()
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags([self.args.method])
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -200,6 +265,10 @@ class SDFTTrainer(ResumableTrainer):
 
         Generation batches that are due are made here, before any forward of the step.
         """
+        with self.prepared():
+            return self._micro_batches(epoch_iterator, num_batches), None
+
+    def _micro_batches(self, epoch_iterator: Iterator[MicroBatch], num_batches: int) -> list[dict[str, Any]]:
         if not self.teacher_started:
             self.teacher.start(self.model_wrapped)
             self.teacher_started = True
@@ -218,7 +287,7 @@ class SDFTTrainer(ResumableTrainer):
             scored.append(self.current_batch.scored[item.number])
             self.current_batch.uses += 1
         self.step_inputs = self._with_shares(scored)
-        return self.step_inputs, None
+        return self.step_inputs
 
     def _forget_last_step(self) -> None:
         """transformers' loop still holds the last step's inputs: empty them, or two teacher heads are in memory."""
@@ -239,8 +308,10 @@ class SDFTTrainer(ResumableTrainer):
         )
         self._dispatch(
             "on_generation_batch_built",
-            generate_every=self.args.generate_every,
-            steps_per_generation=self.args.steps_per_generation,
+            lambda: {
+                "generate_every": self.args.generate_every,
+                "steps_per_generation": self.args.steps_per_generation,
+            },
         )
         return scored
 
@@ -274,9 +345,11 @@ class SDFTTrainer(ResumableTrainer):
             raise ValueError("SDFTTrainer computes no outputs beside the loss: logits are never in memory.")
         scored: Scored = inputs["scored"]
         request = self.loss_request(scored, inputs["shares"])
-        looked_at = self.look_at(request, scored) if model.training else []
-        loss = model(**scored.batch.student.inputs, request=request)
-        self.record(request, scored, looked_at, self.meters["train" if model.training else "eval"])
+        training = self.model.training  # an engine's own flag does not follow its model's
+        looked_at = self.look_at(request, scored) if training else []
+        with self.prepared():
+            loss = model(**scored.batch.student.inputs, request=request)
+        self.record(request, scored, looked_at, self.meters["train" if training else "eval"])
         # A product, also by 1: at ZeRO stage 0 DeepSpeed divides the gradient of what its forward returned, if exactly
         # that tensor is given to its backward, by the accumulation steps once more.
         return loss * self.args.distillation_weight
@@ -330,12 +403,20 @@ class SDFTTrainer(ResumableTrainer):
             run_state.save_generation_batch(folder, batch)
 
     def load_own_state(self, folder: str, same_ranks: bool) -> None:
-        run_state.load_teacher(folder, self.teacher, self.model_wrapped)
+        self.load_own_weights(folder)
         self.teacher_started = True
         if same_ranks:  # else each rank has other rows, and rolls the batch out anew
             self.current_batch = run_state.load_generation_batch(
                 folder, self.generation_batches.pair, self.args.device, self._keep_states_on
             )
+
+    def load_own_weights(self, folder: str) -> None:
+        run_state.load_teacher(folder, self.teacher, self.model_wrapped)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers does. Every rank calls it."""
+        with self.prepared():
+            super().save_model(output_dir, _internal_call)
 
     def save_teacher(self, output_dir: str) -> None:
         """Save the teacher as `save_model` saves the student: a model, or an adapter. Every rank calls it.
@@ -356,12 +437,36 @@ class SDFTTrainer(ResumableTrainer):
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers does, also before any training, under every stage of ZeRO."""
+        if zero.was_released(self.model_wrapped):
+            raise ValueError(
+                "This trainer's DeepSpeed engine ended when another trainer began to train its model: evaluate before "
+                "that, or with the trainer that trained last."
+            )
+        with self.prepared():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises ValueError: there are no logits to return."""
+        raise ValueError(
+            "predict() would return logits, which are never in memory here: use evaluate() for the loss and the "
+            "metrics, or generate with the trained model."
+        )
+
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> EvaluationBatches:
         """All batches of this rank, made when the loop asks for the first: one swap of weights per evaluation."""
         if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
+            named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if eval_dataset not in named:
+                raise ValueError(
+                    f"There is no evaluation set {eval_dataset!r}; there are {', '.join(named) or 'none'}."
+                )
+            eval_dataset = named[eval_dataset]
         elif eval_dataset is None:
             eval_dataset = self.eval_dataset
+            if eval_dataset is None:
+                raise ValueError("evaluate() needs rows: give an eval_dataset to it, or to the trainer.")
         else:
             prompts = self.generation_batches.prompts
             eval_dataset = usable_rows(eval_dataset, "eval_dataset", prompts, self.args.bad_rows_policy)
@@ -389,6 +494,35 @@ class SDFTTrainer(ResumableTrainer):
 
         return EvaluationBatches(eval_dataset, len(slots), make)
 
+    def evaluation_loop(
+        self, dataloader: EvaluationBatches, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """As transformers does, of one data set; every metric stands beside its loss, under the same prefix."""
+        meters = self.meters["eval"]
+        meters.reset()
+        output = self._evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update({f"{metric_key_prefix}_{name}": v for name, v in meters.collect(steps=1).items()})
+        if metric_key_prefix.partition("_")[0] == "eval":
+            output.metrics.update({f"eval_{name}": value for name, value in self.task_figures().items()})
+        return output
+
+    def _evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Before training there is no engine. transformers makes one at stage 3; below, each rank has all weights, and
+        evaluates with the model itself."""
+        stage = zero.configured_stage(self.accelerator)
+        if stage is None or self.deepspeed is not None:
+            return super().evaluation_loop(*args, **kwargs)
+        if stage == 3:
+            zero.release(causal_lm_of(self.model))
+            with zero.config_kept(self.accelerator):
+                return super().evaluation_loop(*args, **kwargs)
+        self.is_deepspeed_enabled = False
+        try:
+            with zero.engine_precision(self.accelerator, self.model):
+                return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.is_deepspeed_enabled = True
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
@@ -415,12 +549,12 @@ class SDFTTrainer(ResumableTrainer):
                 steps=self.state.global_step,
                 rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
                 adapter=hasattr(self.model, "peft_config"),
-                **{"finetuned_from": completion_head.causal_lm_of(self.model).config._name_or_path, **about},
+                **{"finetuned_from": causal_lm_of(self.model).config._name_or_path, **about},
             )
             Path(self.args.output_dir, "README.md").write_text(model_card.render(facts), encoding="utf-8")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Join the metrics of all ranks into each line about losses."""
+        """Join the training metrics of all ranks into each line about its loss."""
         if "loss" in logs:
             self._tr_loss.zero_()  # transformers subtracts it from itself, which leaves nan where it was nan
             steps = self.state.global_step - self.steps_at_last_log
@@ -431,22 +565,21 @@ class SDFTTrainer(ResumableTrainer):
             logs.update(self.meters["train"].collect(steps))
             if self.meters["train"].straggler is not None:
                 self._tell(f"Up to step {self.state.global_step} {self.meters['train'].straggler}.")
-        elif "eval_loss" in logs:
-            logs.update({f"eval_{name}": value for name, value in self.meters["eval"].collect(steps=1).items()})
         super().log(logs, start_time)
 
-    def _dispatch(self, event: str, **payload: Any) -> None:
-        """Call `event` on every callback that has it."""
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, event):
-                getattr(callback, event)(
-                    self.args,
-                    self.state,
-                    self.control,
-                    model=self.model,
-                    processing_class=self.processing_class,
-                    **payload,
-                )
+    def _dispatch(self, event: str, payload: Callable[[], dict[str, Any]]) -> None:
+        """Call `event` on every callback that has it; the payload is made only if one does."""
+        listening = [callback for callback in self.callback_handler.callbacks if hasattr(callback, event)]
+        arguments = payload() if listening else {}
+        for callback in listening:
+            getattr(callback, event)(
+                args=self.args,
+                state=self.state,
+                control=self.control,
+                model=self.model,
+                processing_class=self.processing_class,
+                **arguments,
+            )
 
 
 class _AfterStep(TrainerCallback):
@@ -455,6 +588,10 @@ class _AfterStep(TrainerCallback):
     def __init__(self, trainer: SDFTTrainer):
         self.trainer = trainer
         self.timing = ExitStack()
+
+    def on_train_begin(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        config_checks.warn_of_still_teacher(args, state.max_steps)
+        self.timing = ExitStack()  # an earlier run may have ended within a step
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.timing.enter_context(self.trainer.meters["train"].phase("optimizer"))

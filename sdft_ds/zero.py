@@ -4,9 +4,11 @@ An *engine* here is whatever wraps the model for training: a DeepSpeedEngine, DD
 deepspeed is imported where it is used: it is slow to import, and nobody needs it who trains without it.
 """
 
+import copy
 import os
 import socket
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +21,10 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from sdft_ds import ranks
+
+# What a launcher says, and accelerate for the rest of the process once a configuration has said it.
+_USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+_LAUNCHED_WITH_DEEPSPEED = _USE_DEEPSPEED in os.environ
 
 
 def no_accelerator() -> bool:
@@ -37,7 +43,11 @@ def start_process_group(deepspeed_config: Any, use_cpu: bool, timeout_seconds: i
     # Also for the groups that DeepSpeed makes itself, without saying how long they may wait.
     timeout = timedelta(seconds=timeout_seconds)
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-    if not deepspeed_config:
+    if not deepspeed_config and not _LAUNCHED_WITH_DEEPSPEED:  # left by an earlier configuration
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        os.environ.pop(_USE_DEEPSPEED, None)
+        unset_hf_deepspeed_config()
         return
     _own_programs_first()
     if "RANK" not in os.environ:
@@ -56,6 +66,197 @@ def start_process_group(deepspeed_config: Any, use_cpu: bool, timeout_seconds: i
         # the others wait for its shared memory without end.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo", verbose=False, timeout=timeout)
+
+
+def own_settings(args: Any) -> Any:
+    """A trainer's copy of its settings, into which transformers, accelerate and we write; the caller's stay as they
+    are. DeepSpeed's configuration, whose `auto` is filled in from the model, is a part of it.
+
+    accelerate and transformers hold one state for the process, that of the settings that were made last: it becomes
+    that of these.
+    """
+    own = object.__new__(type(args))  # not by copy, which leaves out what is not to be pickled
+    vars(own).update(vars(args))
+    shared = [name for name in ("accelerator_config", "hf_deepspeed_config", "deepspeed_plugin") if name in vars(args)]
+    # Together, for the plugin holds the configuration.
+    vars(own).update(copy.deepcopy({name: vars(args)[name] for name in shared}))
+    vars(own).pop("_setup_devices", None)
+    own._setup_devices  # noqa: B018  transformers' way of making the process's state
+    _set_hf_config(own)
+    return own
+
+
+def _set_hf_config(args: Any) -> None:
+    """What transformers asks whether to load a model sharded."""
+    from transformers.integrations import deepspeed as integration
+
+    if args.deepspeed:
+        integration.set_hf_deepspeed_config(args.hf_deepspeed_config)
+    elif args.deepspeed_plugin is not None:
+        args.deepspeed_plugin.set_deepspeed_weakref()
+    else:
+        integration.unset_hf_deepspeed_config()
+
+
+class ProcessState:
+    """accelerate's and transformers' state of this process as it is when this is made, to be entered later, whatever
+    other trainers and settings were made meanwhile."""
+
+    def __init__(self, args: Any, accelerator: Any):
+        self.args = args
+        self.shared = [(vars(state), dict(vars(state))) for state in (args.distributed_state, accelerator.state)]
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        before = [(shared, dict(shared)) for shared, _ in self.shared]
+        with unsharded():  # which puts transformers' configuration back
+            self._set(self.shared)
+            _set_hf_config(self.args)
+            try:
+                yield
+            finally:
+                self._set(before)
+
+    @staticmethod
+    def _set(states: list[tuple[dict, dict]]) -> None:
+        for shared, values in states:
+            shared.clear()
+            shared.update(values)
+
+
+# model -> the DeepSpeed engine around it; weakly, for one that is gone has taken its hooks away.
+_ENGINES: weakref.WeakKeyDictionary[nn.Module, weakref.ref] = weakref.WeakKeyDictionary()
+
+
+def hold(model: nn.Module, engine: nn.Module) -> None:
+    """Remember the DeepSpeed engine, if it is one, that has put its hooks on this model."""
+    if hasattr(engine, "zero_optimization_stage") and not was_released(engine):
+        _ENGINES[model] = weakref.ref(engine)
+
+
+def release(model: nn.Module) -> None:
+    """Take the hooks of a DeepSpeed engine that was made around this model away, so that another can be made."""
+    engine = _ENGINES.pop(model, lambda: None)()
+    if engine is None:
+        return
+    if stage(engine) == 3:
+        _offload(engine).empty_partition_cache()
+    engine.destroy()
+    for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
+        hook.remove()
+    # It does the same again when it is collected, and would undo what the next engine has set on the parameters.
+    engine.destroy = lambda: None
+    engine.sdft_released = True
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(param, "ds_id") for param in model.parameters())
+
+
+@contextmanager
+def unsharded() -> Iterator[None]:
+    """Inside, transformers and PEFT make whole weights, also under a configuration of ZeRO-3."""
+    from transformers.integrations import deepspeed as integration
+
+    config = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = config
+
+
+def refuse_sharded(model: nn.Module, accelerator: Any) -> None:
+    """Raises ValueError for a model whose weights ZeRO-3 has sharded, where this run has no ZeRO-3."""
+    if configured_stage(accelerator) != 3 and is_sharded(model):
+        raise ValueError(
+            "The model's weights are sharded by ZeRO-3, of another trainer or of the configuration that it was loaded "
+            "under, and this run is not at stage 3: save that model, and load it for this run."
+        )
+
+
+def was_released(engine: nn.Module) -> bool:
+    return hasattr(engine, "sdft_released")
+
+
+@contextmanager
+def config_kept(accelerator: Any) -> Iterator[None]:
+    """Afterwards DeepSpeed's configuration is as it was: transformers takes out of it what inference does not need."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    config = plugin.hf_ds_config.config
+    before = copy.deepcopy(config)
+    try:
+        yield
+    finally:
+        config.clear()
+        config.update(before)
+
+
+def complete_configuration(given: Any) -> dict[str, Any] | None:
+    """DeepSpeed's configuration, of which a file, a dict or its JSON is given, with what it leaves out taken from the
+    arguments: batch sizes, clipping, precision, and the hyperparameters of a plain optimizer or scheduler of its own.
+
+    Raises ValueError for what cannot be read.
+    """
+    if not given:
+        return None
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    try:
+        config = HfDeepSpeedConfig(given).config  # of a dict it makes a copy
+    except (ValueError, OSError, AttributeError) as error:
+        raise ValueError(f"deepspeed: a file, or a dict, with DeepSpeed's configuration is needed: {error}") from None
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        config.setdefault(name, "auto")
+    config.setdefault("gradient_clipping", "auto")
+    for name in ("bf16", "fp16"):
+        config.setdefault(name, {}).setdefault("enabled", "auto")
+    config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    for section in ("optimizer", "scheduler"):
+        own = config.get(section, {})
+        for name in _TAKEN_FROM_ARGUMENTS.get(own.get("type"), ()):
+            own.setdefault("params", {}).setdefault(name, "auto")
+    return config
+
+
+# type of DeepSpeed's own optimizer or scheduler -> its parameters that transformers fills in from the arguments
+_TAKEN_FROM_ARGUMENTS = {
+    **{name: ("lr", "betas", "eps", "weight_decay") for name in ("Adam", "AdamW")},
+    "WarmupLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"),
+    "WarmupDecayLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"),
+}
+
+
+def configuration_in_effect(args: Any) -> Any:
+    """DeepSpeed's configuration of a run with these arguments, as transformers' HfTrainerDeepSpeedConfig: that of
+    `deepspeed`, or the one that accelerate's launcher has set; None without DeepSpeed."""
+    plugin = args.deepspeed_plugin
+    if plugin is None or args.deepspeed:
+        return plugin and plugin.hf_ds_config
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    # What transformers does as well, but not before there is a trainer.
+    config = HfTrainerDeepSpeedConfig(plugin.hf_ds_config.config)
+    config.trainer_config_process(args)
+    plugin.hf_ds_config, plugin.deepspeed_config = config, config.config
+    return config
+
+
+@contextmanager
+def naming_the_port() -> Iterator[None]:
+    """Raises ValueError, with the remedy, where the port of a process group that is made inside is taken."""
+    try:
+        yield
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"MASTER_PORT={os.environ.get('MASTER_PORT')} is taken by another program on this machine: set another "
+            "(--master_port of torchrun and deepspeed, --main_process_port of accelerate launch)."
+        ) from None
 
 
 def _own_programs_first() -> None:
@@ -87,6 +288,12 @@ def free_port() -> int:
 def stage(engine: nn.Module) -> int:
     """The ZeRO stage of the engine; 0 without DeepSpeed."""
     return engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else 0
+
+
+def model_in(engine: nn.Module) -> nn.Module:
+    """The model that the engine wraps."""
+    wraps = isinstance(engine, nn.parallel.DistributedDataParallel) or hasattr(engine, "zero_optimization_stage")
+    return engine.module if wraps else engine
 
 
 def full_shape(param: Tensor) -> torch.Size:
@@ -149,10 +356,34 @@ def generation_weights(engine: nn.Module, gather: bool) -> Iterator[bool]:
     if stage(engine) < 3:
         yield False
     elif not gather:
-        yield torch.distributed.get_world_size() > 1
+        with _recovering(engine):
+            yield ranks.count() > 1
     else:
-        with _gathered(list(engine.module.parameters())), _coordinator(engine, _Resident()):
+        with (
+            _gathered(list(engine.module.parameters())),
+            _coordinator(engine, _Resident()),
+            _recovering(engine, release=False),
+        ):
             yield False
+
+
+@contextmanager
+def _recovering(engine: nn.Module, release: bool = True) -> Iterator[None]:
+    """After an exception in one of ZeRO-3's forwards inside, no module is in a forward any more. release: and the
+    weights that it gathered, or had begun to gather, are let go."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    depth = len(FWD_MODULE_STACK)
+    try:
+        yield
+    except BaseException:
+        del FWD_MODULE_STACK[depth:]
+        for module in engine.module.modules():
+            if hasattr(module._parameters, "_in_forward"):
+                module._parameters._in_forward = False  # or it gathers each parameter that is looked at
+        if release:
+            _offload(engine).empty_partition_cache()
+        raise
 
 
 @contextmanager
@@ -166,10 +397,14 @@ def scoring_pass(engine: nn.Module) -> Iterator[nn.Module]:
     if stage(engine) < 3:
         yield engine.module if isinstance(engine, nn.parallel.DistributedDataParallel) else engine
         return
-    coordinator = _scoring_coordinator(_offload(engine))
-    with _coordinator(engine, coordinator):
-        yield engine
-        drop_prefetched(engine)
+    offload = _offload(engine)
+    with _coordinator(engine, _scoring_coordinator(offload)), _recovering(engine):
+        try:
+            yield engine
+            drop_prefetched(engine)
+        except BaseException:
+            del offload.sdft_scoring_coordinator  # it holds half an order; the next one learns the whole
+            raise
 
 
 def drop_prefetched(engine: nn.Module) -> None:
@@ -178,11 +413,23 @@ def drop_prefetched(engine: nn.Module) -> None:
         _offload(engine).param_coordinator._clean_inflight_param_registry()
 
 
-def forwards_to_make(engine: nn.Module, count: int) -> int:
-    """`count`, or where a forward is a collective the largest count of any rank. Every rank calls it."""
+def forward_is_collective(engine: nn.Module) -> bool:
+    """Whether each forward gathers weights from the other ranks, so that all ranks have to make as many."""
+    return stage(engine) == 3 and ranks.count() > 1
+
+
+@contextmanager
+def gathered_on_save(engine: nn.Module) -> Iterator[None]:
+    """Inside, the whole weights are gathered where the model is saved; ZeRO-3's configuration may leave that out."""
     if stage(engine) < 3:
-        return count
-    return int(ranks.largest(count, next(engine.module.parameters()).device))
+        yield
+        return
+    config = engine._config.zero_config
+    configured, config.gather_16bit_weights_on_model_save = config.gather_16bit_weights_on_model_save, True
+    try:
+        yield
+    finally:
+        config.gather_16bit_weights_on_model_save = configured
 
 
 def configured_stage(accelerator: Any) -> int | None:
@@ -200,10 +447,23 @@ def configure_accumulation(accelerator: Any, steps: int) -> None:
     config["train_batch_size"] = steps * config["train_micro_batch_size_per_gpu"] * accelerator.num_processes
 
 
+def engine_precision(accelerator: Any, model: nn.Module) -> AbstractContextManager[None]:
+    """In place of an engine, which would hold the weights in half precision: autocast, where they are in fp32."""
+    dtype, param = accelerator.state.deepspeed_plugin.hf_ds_config.dtype(), next(model.parameters())
+    if dtype == torch.float32 or param.dtype != torch.float32:
+        return nullcontext()
+    return torch.autocast(param.device.type, dtype)
+
+
 def load_universal(accelerator: Any) -> None:
     """Let the engine that is going to be made read a universal checkpoint."""
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     config.setdefault("checkpoint", {})["load_universal"] = True
+
+
+def read_universal(engine: nn.Module, universal: bool) -> None:
+    """Let the engine that stands read its next checkpoint in the universal form, or as it was saved."""
+    engine._config.load_universal_checkpoint = universal
 
 
 def mend_universal(engine: nn.Module, folder: str) -> None:
@@ -220,6 +480,12 @@ def mend_universal(engine: nn.Module, folder: str) -> None:
     saved = torch.load(shards / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False)
     for group, values in zip(optimizer.param_groups, saved["optimizer_state_dict"]["param_groups"], strict=True):
         group.update({name: value for name, value in values.items() if name != "params"})
+
+
+def set_rate(scheduler: Any) -> None:
+    """Let a schedule of DeepSpeed's own set the rate of the step where it stands; to another's nothing happens."""
+    if hasattr(scheduler, "last_batch_iteration"):
+        scheduler.step(scheduler.last_batch_iteration)
 
 
 def use_within(module: nn.Module, params: list[Tensor]) -> None:
@@ -328,7 +594,11 @@ def pieces(engine: nn.Module, trainable: list[tuple[str, nn.Parameter]]) -> list
         masters = _masters_by_param(engine)
         found = [Piece(name, 0, param.data.view(-1), masters.get(id(param))) for name, param in trainable]
     for piece in found:
-        assert piece.master is None or piece.master.data_ptr() != piece.weights.data_ptr(), piece.name
+        if piece.master is not None and piece.master.data_ptr() == piece.weights.data_ptr():
+            raise RuntimeError(
+                f"{piece.name}: DeepSpeed trains the weights that the forward computes with, and has no master from "
+                "which the student could be put back after a teacher's pass. Use teacher_model_kind='live'."
+            )
     return found
 
 
@@ -337,7 +607,7 @@ def _stage3_piece(engine: nn.Module, name: str, param: nn.Parameter) -> Piece:
 
     shard = param.ds_tensor
     trains = hasattr(engine.optimizer, "parameter_offload")  # an engine for inference has no masters
-    offset = shard.ds_numel * torch.distributed.get_rank()
+    offset = shard.ds_numel * param.ds_zero_partition_rank  # among those that share it, which may be few of all ranks
     return Piece(name, offset, shard.data, safe_get_local_fp32_param(param) if trains else None)
 
 
@@ -369,12 +639,20 @@ def rewritten(engine: nn.Module) -> Iterator[None]:
 
     At stage 3 whole parameters may be cached, and hpZ keeps a copy of every shard in the node; both would be computed
     with as they were, so the cache is emptied first and the copies are dropped afterwards. At stages 1 and 2 each
-    rank's partition is gathered into the others' whole weights.
+    rank's partition is gathered into the others' whole weights. After an exception as well: what was written until
+    then is the same on every rank.
     """
-    optimizer = getattr(engine, "optimizer", None)
     if stage(engine) == 3:
         _offload(engine).empty_partition_cache()
-    yield
+    try:
+        yield
+    finally:
+        _publish(engine)
+
+
+def _publish(engine: nn.Module) -> None:
+    """Let every forward on every rank see what was written to the weights of pieces."""
+    optimizer = getattr(engine, "optimizer", None)
     if stage(engine) == 3 and hasattr(optimizer, "invalidate_secondary_tensor"):
         optimizer.invalidate_secondary_tensor()
     if stage(engine) in (1, 2):

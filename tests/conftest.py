@@ -1,7 +1,11 @@
-"""`--full` adds the slow tests. Two-rank tests share one pair of worker processes."""
+"""`--full` adds the slow tests. Two-rank tests share one pair of worker processes. Everything runs on the CPU: GPUs
+are hidden from the tests and from the processes that they start, unless `--gpu` is given."""
 
 import os
+import sys
 
+if "--gpu" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch starts
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing is downloaded: where a name is looked for on the hub, the answer is at once that it is not here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +21,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the slow tests")
+    parser.addoption("--gpu", action="store_true", help="let the tests see this machine's GPUs")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -43,7 +43,8 @@ def log_line(step: int, steps: int, noise: random.Random, speed: float = 6.0) ->
             for span, factor in (("0_4", 3.0), ("4_16", 1.6), ("16_64", 0.9), ("64_256", 0.4), ("256_up", 0.15))
         },
         "entropy/student": 0.6 + 0.5 * left + noise.gauss(0, 0.02), "entropy/teacher": 0.55 + noise.gauss(0, 0.02),
-        "agreement/argmax": 0.98 - 0.3 * left + noise.gauss(0, 0.005), "topk/mass": 0.995 - 0.05 * left,
+        "agreement/argmax": 0.98 - 0.3 * left + noise.gauss(0, 0.005),
+        "topk/student_mass": 0.995 - 0.01 * left, "topk/teacher_mass": 0.995 - 0.05 * left,
         "completions/mean_length": length, "completions/min_length": length / 3,
         "completions/max_length": length * 2.4,
         "completions/clipped_ratio": 0.2 * left, "completions/empty_ratio": 0.0, "completions/loss_tokens": 5000.0,

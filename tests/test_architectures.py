@@ -88,6 +88,36 @@ def test_a_step_is_that_of_the_plain_loop_and_two_train(config):
     assert len(result["losses"]) == 2 and all(map(math.isfinite, result["losses"])) and result["losses"][0] > 0
 
 
+SWITCH = 64  # most of the contexts of tiny.rows are longer, with a completion of 8
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0]}
+LENGTH_DEPENDENT = {
+    "longrope": Phi3Config(**DECODER, original_max_position_embeddings=SWITCH, rope_parameters=LONGROPE),
+    "dynamic": LlamaConfig(
+        **{**DECODER, "max_position_embeddings": SWITCH}, rope_parameters={"rope_type": "dynamic", "factor": 4.0}
+    ),
+}
+
+
+@pytest.mark.parametrize("config", LENGTH_DEPENDENT.values(), ids=LENGTH_DEPENDENT.keys())
+def test_rows_stay_below_the_length_at_which_rotary_factors_change(config):
+    """Whether prompts are shared, and however rows are batched, each is rotated as it is by itself."""
+    with pytest.warns(UserWarning, match="rows 0 are dropped, 0 lose .* 3 the end of the context"):
+        trainer = make_trainer(model=model_of(config), per_device_train_batch_size=12, distillation_topk=20)
+    check_against_the_reference(trainer, within=1e-4)
+    rollouts = [rollout for scored in trainer.current_batch.scored for rollout in scored.batch.rollouts]
+    assert max(len(r.prompts.teacher.ids) + len(r.completion.ids) for r in rollouts) == SWITCH
+    with pytest.raises(ValueError, match=f"max_teacher_prompt_length=60 and .* exceed the.*{SWITCH}"):
+        make_trainer(model=model_of(config), max_teacher_prompt_length=60)
+
+
+def test_equal_rotary_factors_set_no_limit():
+    same = LONGROPE | {"short_factor": LONGROPE["long_factor"]}
+    config = Phi3Config(**DECODER, original_max_position_embeddings=SWITCH, rope_parameters=same)
+    trainer = make_trainer(model=model_of(config), per_device_train_batch_size=12, distillation_topk=20)
+    check_against_the_reference(trainer, within=1e-4)
+    assert max(len(r.prompts.teacher.ids) for r in trainer.current_batch.scored[0].batch.rollouts) > SWITCH
+
+
 def test_the_loss_of_routers_is_told_to_be_left_out():
     config = CONFIGS["mixtral, window"].to_dict() | {"output_router_logits": True}
     with pytest.warns(UserWarning, match="load-balancing loss is not added"):
@@ -146,6 +176,5 @@ def test_they_are_refused_before_their_weights_are_looked_for(tmp_path, config, 
 
 def test_a_model_whose_tokens_see_what_comes_after_them_is_refused():
     model = AutoModelForCausalLM.from_config(BERT)
-    completion_head.install(model)
-    with pytest.raises(ValueError, match="BertLMHeadModel is not causal"):
+    with completion_head.RequestForward(model), pytest.raises(ValueError, match="BertLMHeadModel is not causal"):
         completion_head.check(model, model, torch.device("cpu"))

@@ -147,6 +147,6 @@ def test_help_is_readable(capsys):
 
 def test_code_of_others_is_not_trusted_unless_asked():
     _, args, model = parse([], RECIPE)
-    assert not model.trust_remote_code and not model.init_kwargs(args)["trust_remote_code"]
+    assert not args.trust_remote_code
     _, args, model = parse(["--trust_remote_code"], RECIPE)
-    assert model.init_kwargs(args)["trust_remote_code"]
+    assert args.trust_remote_code

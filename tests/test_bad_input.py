@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM
 
-from sdft_ds import train
+from sdft_ds import models, train
 from tests import tiny
 
 ROWS = [{"q": f"Question {i}", "answer": f"Answer {i}"} for i in range(5)]
@@ -44,7 +44,8 @@ def changed(index, **values):
                                        "found nothing", "bad_rows='skip'"]),
         (changed(4, q=""), [], ["Row 4", "column 'prompt'", "prompt from column 'q'", "empty text"]),
         (changed(2, q="a\0b"), [], ["Row 2", "NUL character at position 1"]),
-        (changed(2, q="x" * 600), ["--truncation", "error"], ["Row 2", "600 tokens, over the limit of 504"]),
+        (changed(2, q="x" * 600), ["--truncation", "error", "--prompt_as", "text"],
+         ["Row 2", "600 tokens, over the limit of 504"]),
         (changed(2, q=None), ["--bad_rows", "skip", "--max_bad_rows", "0"], ["than max_bad_rows=0", "Row 2"]),
         (ROWS, ["--distillation_topk", "300"], ["distillation_topk=300 exceeds the model's vocabulary of 264"]),
         (ROWS, ["--max_prompt_length", "510"], ["max_prompt_length=510", "context of 512 tokens"]),
@@ -78,3 +79,20 @@ def test_a_conversation_without_a_chat_template(folder, tmp_path):
     tiny.llama().config.save_pretrained(tmp_path)
     turns = [{"q": [{"role": "user", "content": "a"}], "answer": "b"}]
     assert "has no chat template" in said(folder, turns, "--model_name_or_path", str(tmp_path))
+
+
+def test_a_tokenizer_without_an_end_of_sequence_token():
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="neither a pad token nor an end-of-sequence token: set tokenizer.eos_token"):
+        models.with_pad_token(tokenizer)
+
+
+def test_weights_that_are_not_numbers(tmp_path):
+    """Seen in the first rollout: which generation batch, and which rows."""
+    model = tiny.llama(tie_word_embeddings=False)
+    model.lm_head.weight.data[7] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    words = said(tmp_path, ROWS, "--max_steps", "2")
+    assert "logits are NaN or infinite in the rollout of train/0, rows 0, 1; train/N is generation batch N" in words

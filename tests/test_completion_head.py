@@ -17,10 +17,10 @@ from sdft_ds.completion_head import (
     DistillationLoss,
     HiddenStates,
     Logits,
+    RequestForward,
     TokenLogProbs,
     check,
     head_of,
-    install,
 )
 from sdft_ds.divergence import Divergence
 from tests import tiny
@@ -47,7 +47,7 @@ def inputs(rows=2, width=6):
 def test_logits_are_the_models_own_whatever_it_does_after_its_head(config):
     model = AutoModelForCausalLM.from_config(config).eval()
     own = model(**inputs()).logits.detach()
-    install(model)
+    RequestForward(model).__enter__()
     positions = torch.tensor([1, 4, 9])
     ours = model(**inputs(), request=Logits(positions))
     torch.testing.assert_close(ours, own.flatten(0, 1)[positions])
@@ -57,7 +57,7 @@ def test_logits_are_the_models_own_whatever_it_does_after_its_head(config):
 
 def test_requests_answer_at_their_positions():
     model = tiny.llama().eval()
-    install(model)
+    RequestForward(model).__enter__()
     positions, tokens = torch.tensor([2, 7]), torch.tensor([5, 9])
     output = model(**inputs(), output_hidden_states=True)
     torch.testing.assert_close(
@@ -70,7 +70,7 @@ def test_requests_answer_at_their_positions():
 
 def test_the_loss_leaves_its_terms_on_the_request():
     model = tiny.llama().eval()
-    install(model)
+    RequestForward(model).__enter__()
     terms = LossTerms(Divergence("full_logits"), torch.zeros(2, 32), None, torch.tensor([5, 9]), torch.ones(2))
     request = DistillationLoss(torch.tensor([2, 7]), terms, torch.tensor(0.5))
     loss = model(**inputs(), request=request)
@@ -79,7 +79,7 @@ def test_the_loss_leaves_its_terms_on_the_request():
 
 def test_a_deep_copy_has_its_own_forward():
     model = tiny.llama().eval()
-    install(model)
+    RequestForward(model).__enter__()
     copied = copy.deepcopy(model)
     before = copied(**inputs()).logits
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_a_deep_copy_has_its_own_forward():
 def test_generation_still_knows_the_models_inputs():
     model = tiny.llama().eval()
     expected = model.generate(inputs()["input_ids"], do_sample=False, max_new_tokens=4, pad_token_id=0)
-    install(model)
+    RequestForward(model).__enter__()
     got = model.generate(inputs()["input_ids"], do_sample=False, max_new_tokens=4, pad_token_id=0)
     assert torch.equal(got, expected)
     with pytest.raises(ValueError, match="model_kwargs"):

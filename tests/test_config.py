@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import warnings
 
 import pytest
@@ -52,6 +53,11 @@ def test_fields_without_a_use_are_refused_elsewhere_than_at_their_default(name):
     other = {bool: True, int: 77, float: 0.77}.get(type(field.default), "else")
     with pytest.raises(ValueError, match=f"{name} has no effect here: .*Leave it at its default"):
         config(**{name: other})
+
+
+def test_noise_that_the_student_alone_would_see_is_refused():
+    with pytest.raises(ValueError, match="neftune_noise_alpha.*noise that its teacher does not. Leave it unset"):
+        config(neftune_noise_alpha=5.0)
 
 
 def test_vllm_is_refused():
@@ -123,6 +129,7 @@ def test_teacher_in_old_and_new_names(settings, kind, rate, steps):
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
         ({"bad_rows": "drop"}, "bad_rows must be one of error, skip"),
         ({"max_bad_rows": -1}, "max_bad_rows must be at least 0"),
+        ({"rollout_batch_tokens": 0}, "rollout_batch_tokens must be positive or unset, not 0"),
         ({"fp16": True, "use_cpu": True}, "fp16=True needs a GPU"),
         ({"num_loss_tokens_to_skip": 9, "max_completion_length": 9}, "num_loss_tokens_to_skip=9 leaves nothing"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True contradicts"),
@@ -192,3 +199,25 @@ def test_the_defaults_warn_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config()
+
+
+@pytest.mark.parametrize("metric, greater", [
+    ("eval_tasks/retention/kl_to_start", False), ("eval_tasks/new/clipped_share", False), ("loss", False),
+    ("eval_a_divergence/p90", False), ("eval_tasks/new/accuracy", True), ("eval_completions/mean_length", True),
+])  # fmt: skip
+def test_whether_more_of_the_metric_for_the_best_model_is_better(metric, greater):
+    assert config(metric_for_best_model=metric).greater_is_better is greater
+    assert config(metric_for_best_model=metric, greater_is_better=not greater).greater_is_better is not greater
+
+
+@pytest.mark.parametrize("alpha, words", [
+    (0.01, r"alpha \(1 - alpha\) = 0.0099 .*distillation_alpha=0, which is the forward KL"),
+    (0.95, r"= 0.048 .*distillation_alpha=1, which is the reverse KL"),
+    (0.0, None), (0.1, None), (0.5, None), (0.9, None), (1.0, None),
+])  # fmt: skip
+def test_a_divergence_that_starves_the_gradient_is_warned_about(alpha, words):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        config(distillation_alpha=alpha)
+    found = [str(each.message) for each in told if "distillation_alpha" in str(each.message)]
+    assert [re.search(words, text) is not None for text in found] == [True] if words else not found

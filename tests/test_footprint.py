@@ -124,6 +124,14 @@ def test_a_setting_lowers_its_part(change, part):
     assert footprint(replace(dear, **change), ZERO_2).parts[part] < footprint(dear, ZERO_2).parts[part]
 
 
+def test_a_rollout_holds_as_many_rows_as_it_generates_at_once():
+    all_rows, two = (
+        footprint(replace(SEVEN, rollout_tokens=tokens), ZERO_2).phases["rollout"] for tokens in (None, 2000)
+    )
+    assert SEVEN.rows == 8 and all_rows["KV cache"] == 4 * two["KV cache"]
+    assert all_rows["logits chunk"] == 4 * two["logits chunk"]
+
+
 def test_a_rollout_of_zero_3_holds_all_weights_unless_it_gathers_layer_by_layer():
     job = replace(SEVEN, ranks=64)
     whole, layers = (footprint(job, replace(ZERO_3, gather=gather)) for gather in (True, False))

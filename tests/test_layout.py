@@ -14,15 +14,18 @@ PACKAGE = Path(__file__).parent.parent / "sdft_ds"
 
 # A module may import those before it. Packages count as one room.
 ORDER = [
-    "processes", "machine", "doctor", "whole_files", "module_state", "thin_products", "ranks", "checkpoint",
-    "output_folder", "preemption", "rows", "prompts", "screening", "streams", "paired_batch", "prefix", "divergence",
-    "zero", "packing", "config_checks", "config", "recipes", "model_card", "schedule", "rollouts", "aggregation",
-    "chunked_loss", "inspection", "head", "completion_head", "models", "teacher", "scoring", "run_state", "lookout",
-    "resumable", "metrics", "step_guard", "generation_batch", "progress", "report", "compare", "completion_log",
-    "run_record", "evaluation_loader", "trainer", "sft", "completions", "evaluation", "settings_file",
-    "model_arguments", "arguments", "plan", "sources", "demo", "train", "evaluate", "preview", "sequential",
+    "failure", "processes", "machine", "doctor", "whole_files", "module_state", "thin_products", "ranks", "checkpoint",
+    "output_folder", "preemption", "shutdown", "rows", "prompts", "screening", "streams", "paired_batch", "prefix",
+    "divergence", "zero", "packing", "inherited", "config_checks", "config", "recipes", "model_card", "schedule",
+    "rollouts", "aggregation", "chunked_loss", "inspection", "head", "completion_head", "models", "teacher", "scoring",
+    "run_state", "resume_settings", "lookout", "hub_upload", "resumable", "metrics", "step_guard", "generation_batch",
+    "progress",
+    "report", "compare", "completion_log", "run_record", "evaluation_loader", "trainer", "sft", "completions",
+    "evaluation", "settings_file", "model_arguments", "arguments", "plan", "sources", "demo", "train", "evaluate",
+    "preview", "sequential",
 ]  # fmt: skip
 PURE = [
+    "failure",
     "processes",
     "machine",
     "module_state",

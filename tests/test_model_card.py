@@ -1,8 +1,10 @@
 import pickle
+from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import filter_repo_objects
 
 from sdft_ds import SDFTConfig, SFTConfig
 from sdft_ds.model_card import Facts, render
@@ -40,6 +42,10 @@ def test_method_recipe_data_results_settings_and_citation():
     assert (
         "| new: accuracy | 0 | 0.75 |" in text and "| retention: KL from the start, nats/token | 0 | 0.0123 |" in text
     )
+    named = [{"step": 2, "eval_loss": 2.0, "eval_new_a_loss": 3.0, "eval_sdft/distillation_loss": 4.0}]
+    assert "| loss on the evaluation rows | 2 | 2 |\n| loss on the evaluation rows new_a | 3 | 3 |\n\n" in render(
+        facts(log=named)
+    )
     assert "| distance from the teacher, nats/token | 0.25 | 0.0625 |" in text and "mean_length" not in text
     assert "| `teacher_update_rate` | `` 0.01 `` |" in text and "| `lr_scheduler_type` | `` linear `` |" in text
     assert "teacher_update_rate" not in render(facts(SDFTConfig()))
@@ -55,6 +61,16 @@ def test_what_lies_on_a_disk_is_told_by_name_alone(tmp_path):
     source = str(tmp_path / "secret" / "rows")
     text = render(facts(finetuned_from=source, dataset=source))
     assert "Data: `rows`, 7 rows" in text and "secret" not in text
+    metadata = yaml.safe_load(text.split("---\n")[1])
+    assert "base_model" not in metadata and "datasets" not in metadata
+
+
+@pytest.mark.parametrize("name, said", [
+    ("in memory", "`in memory`"), ("/home/me/secret/a.jsonl and 2 more", "`a.jsonl and 2 more`"), ("runs/a/b", "`b`"),
+])  # fmt: skip
+def test_what_is_no_id_of_the_hub_is_not_linked_to_it(name, said):
+    text = render(facts(finetuned_from=name, dataset=name))
+    assert f"Data: {said}, 7 rows" in text and f"Started from: {said}" in text and "secret" not in text
     metadata = yaml.safe_load(text.split("---\n")[1])
     assert "base_model" not in metadata and "datasets" not in metadata
 
@@ -100,6 +116,49 @@ def test_push_to_hub_sends_the_token_and_writes_it_nowhere(model_and_data, tmp_p
     card = ModelCard(hub.files["README.md"].decode())
     assert card.data.model_name == "mine" and "Recipe: `trl`" in card.text and "`train.jsonl`, 6 rows" in card.text
     assert (strategy == "checkpoint") == any(name.startswith("last-checkpoint/") for name in hub.files)
+    uploaded = {name for name in hub.files if not name.startswith("last-checkpoint/")}
+    assert {"run.json", "metrics.jsonl", "completions", "report.html"} <= {
+        p.name for p in (tmp_path / "run").iterdir()
+    }
+    assert uploaded == {
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "training_args.bin", "README.md",
+    }  # fmt: skip
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 20 and not any(TOKEN.encode() in content for content in [*written, *hub.files.values()])
     assert not any(str(tmp_path).encode() in hub.files[name] for name in ("README.md", "config.json"))
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_files_of_a_run_are_uploaded_when_asked_for_only(tmp_path, monkeypatch, asked):
+    """Of a folder with everything in it, from Python, with an adapter, at a checkpoint and at the end."""
+    model = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "teacher/config.json", "README.md"}
+    run = {"report.html", "completions/step-1.parquet", "evaluations/a/tokenizer.json", "lessons.json", "script.py"}
+    commits = []
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: commits.append(options) or Done())
+    output = tmp_path / "run"
+    trainer = make_trainer(output_dir=str(output), lora=True, max_steps=1, hub_upload_run_files=asked)
+    trainer.hub_model_id, trainer.push_in_progress = "org/mine", None
+    for name in run | {"teacher/config.json", "checkpoint-1/adapter_config.json", "checkpoint-1/tokenizer.json"}:
+        Path(output, name).parent.mkdir(parents=True, exist_ok=True)
+        Path(output, name).write_text(name)
+    trainer._push_from_checkpoint(str(output / "checkpoint-1"))
+    assert Path(output, "adapter_config.json").read_text() == "checkpoint-1/adapter_config.json"
+    trainer.push_to_hub(dataset="org/rows")
+    first, last = (uploaded(commit) for commit in commits)
+    assert {"adapter_config.json", "tokenizer.json", "teacher/config.json"} <= first and model <= last
+    assert (run <= first & last) if asked else not run & (first | last)
+    assert not any(name.startswith("checkpoint-") for name in first | last)
+
+
+class Done:
+    def done(self):
+        return True
+
+
+def uploaded(commit):
+    """The files that `upload_folder` takes; where a commit says nothing of it, all."""
+    folder = Path(commit["folder_path"])
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    patterns = {name: commit.get(name) for name in ("allow_patterns", "ignore_patterns")}
+    return set(filter_repo_objects(names, **patterns))

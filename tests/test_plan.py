@@ -50,6 +50,19 @@ def test_the_cheapest_that_fits_is_the_one_to_run(argv, command, capsys):
     assert found is None if command is None else re.search(command, found, re.DOTALL)
 
 
+def test_rows_that_do_not_fit_are_generated_one_part_after_the_other(capsys):
+    """Half of what is free, as in training, unless rollout_batch_tokens says it; then that is in the command."""
+    many = ["--model_name_or_path", "7b", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "64"]
+    caches = [
+        planned(capsys, *many, "--memory", memory, *tokens)["setups"][3]["parts"]["KV cache"] / 2**30
+        for memory, *tokens in (["4000"], ["80"], ["160"], ["80", "--rollout_batch_tokens", "3072"])
+    ]
+    whole, half, more, few = caches
+    assert few < 10 < half < 40 < more <= whole == 128 * 768 * 2**19 * (1 + 1 / 32) / 2**30
+    found = planned(capsys, *many, "--rollout_batch_tokens", "3072")
+    assert "--rollout_batch_tokens 3072" in found["command"] and found["setups"][3]["fits"]
+
+
 @pytest.mark.parametrize(
     "argv, advice",
     [

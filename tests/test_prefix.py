@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import torch
 from transformers import (
@@ -79,3 +81,37 @@ def test_recurrent_layers_do_not_share_prefixes():
         shared_expert_intermediate_size=16,
     )  # fmt: skip
     assert not prefix.supports_prefixes(model_of(linear))
+
+
+@pytest.mark.parametrize("seeds", [range(300), pytest.param(range(300, 10_000), marks=pytest.mark.full)])
+def test_batches_hold_every_row_once_and_are_within_the_budget(seeds):
+    for seed in seeds:
+        check_batches(random.Random(seed))
+
+
+def check_batches(draw):
+    prompts = [
+        [1] * length for _ in range(draw.randint(0, 8)) for length in [draw.randint(1, 40)] * draw.randint(1, 5)
+    ]
+    draw.shuffle(prompts)
+    sizes = [len(prompt) + draw.choice((0, 8, draw.randint(0, 8))) for prompt in prompts]
+    budget = draw.randint(1, 200)
+    batches = prefix.batches_within(budget, sizes, prompts)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(prompts)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(sizes[row] for row in batch) <= budget
+    for prompt in {tuple(prompt) for prompt in prompts}:
+        rows = [row for row, other in enumerate(prompts) if tuple(other) == prompt]
+        parts = [batch for batch in batches if set(batch) & set(rows)]
+        if len(rows) * max(sizes[row] for row in rows) <= budget:
+            assert len(parts) == 1  # computed once
+        else:
+            assert len(parts) == -(-len(rows) // max(1, budget // max(sizes[row] for row in rows)))
+
+
+@pytest.mark.parametrize("config", ATTENTION.values(), ids=ATTENTION.keys())
+def test_the_width_of_keys_and_values_is_that_of_the_cache(config):
+    cache = prefix.empty_cache(model := model_of(config))
+    model(torch.tensor([[5, 6, 7]]), past_key_values=cache, use_cache=True)
+    keys, values = cache.layers[0].keys, cache.layers[0].values
+    assert prefix.key_value_width(config) == keys[:, :, 0].numel() == values[:, :, 0].numel()

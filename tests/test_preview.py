@@ -224,9 +224,11 @@ def test_scores_are_the_trainers_own(settings):
     total = sum(d for completion in found.values() for d in completion.divergence if d is not None)
     # What the trainer itself meters, and the plain reference, on the same rollouts.
     trainer.meters["eval"].reset()
-    batches = trainer.generation_batches.make(
-        dict(enumerate(tiny.rows(3))), tuple(Slot(i, i) for i in range(3)), 3, "preview", trainer.meters["eval"], False
-    )
+    slots, meters = tuple(Slot(i, i) for i in range(3)), trainer.meters["eval"]
+    with trainer.prepared():
+        batches = trainer.generation_batches.make(
+            dict(enumerate(tiny.rows(3))), slots, 3, "preview", meters, head_changes=False
+        )
     trainer.model.eval()
     (inputs,) = trainer._with_shares(batches)
     trainer.compute_loss(trainer.model, inputs)

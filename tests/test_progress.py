@@ -1,7 +1,8 @@
 import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from sdft_ds.metrics import METRICS, Meters
-from sdft_ds.progress import summary, time_report
+from sdft_ds.progress import TrainingProgress, summary, time_report
 from sdft_ds.train import _learned
 
 
@@ -20,6 +21,18 @@ def test_the_end_says_where_time_went():
     history = [log(2, 4.0), {"step": 2, "eval_loss": 1.0}, log(3, 12.0), {"step": 3, "train_loss": 1.0}]
     assert time_report(history) == "Time: rollout 62 %, teacher 9 %, student 19 %, optimizer 9 %."
     assert time_report([]) == ""
+
+
+def test_the_bar_of_a_resumed_run_begins_where_the_run_stands(capsys):
+    args = TrainingArguments("unused", report_to="none", use_cpu=True)
+    state = TrainerState(max_steps=10, global_step=7)
+    bar = TrainingProgress()
+    bar.on_train_begin(args, state, TrainerControl())
+    assert bar.training_bar.initial == bar.training_bar.n == 7  # tqdm's rate is that of what comes after
+    state.global_step = 8
+    bar.on_step_end(args, state, TrainerControl())
+    assert bar.training_bar.n == 8
+    bar.on_train_end(args, state, TrainerControl())
 
 
 def test_a_phase_within_a_phase_has_its_own_time(monkeypatch):

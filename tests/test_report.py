@@ -1,13 +1,17 @@
+import ast
 import base64
 import hashlib
 import json
 import random
+import re
+from pathlib import Path
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from sdft_ds import report
+from sdft_ds.metrics import METRICS
 from sdft_ds.report import __main__ as command
 from sdft_ds.report.curves import CHARTS
 from sdft_ds.report.page import duration
@@ -84,7 +88,8 @@ def test_before_and_after(tmp_path):
 def test_tasks_that_are_asked_while_it_trains_have_a_chart_for_each_figure(tmp_path):
     log = [{"step": s, "tasks/old/accuracy": 0.9, "tasks/a/b/accuracy": s / 9, "tasks/old/mean_length": 5.0}
            for s in range(3)]  # fmt: skip
-    run_folders.write_log(tmp_path, [*log, {"step": 3, "eval_tokens/padding_share": 0.5, "eval_runtime": 3.0}])
+    run_folders.write_log(tmp_path, [*log, {"step": 3, "eval_runtime": 3.0, "eval_new_a_runtime": 2.0,
+        "eval_tokens/padding_share": 0.5, "eval_new_a_seconds/rollout": 0.5}])  # fmt: skip
     page = page_of(tmp_path)
     accuracy, length = section(page, "tasks").all("figure")
     assert accuracy.one("figcaption").text.startswith("accuracy by task")
@@ -92,7 +97,32 @@ def test_tasks_that_are_asked_while_it_trains_have_a_chart_for_each_figure(tmp_p
         "mean"
     )
     captions = [caption.text for caption in section(page, "other").all("figcaption")]
-    assert captions == ["eval_tokens/padding_share share"]
+    assert captions == ["eval_tokens/padding_share share", "eval_new_a_seconds/rollout s/step"]
+
+
+def test_the_names_of_metrics_on_pages_and_in_messages_are_those_that_are_logged():
+    package = Path(report.__file__).parent
+    readers = [*package.glob("*.py"), *(package.parent / f"{name}.py" for name in (
+        "compare", "progress", "model_card", "step_guard", "completion_log", "train"))]  # fmt: skip
+    groups = {name.partition("/")[0] for name in METRICS}
+    named = {
+        node.value
+        for path in readers
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and re.fullmatch(rf"({'|'.join(groups)})/\w+", str(node.value))
+    }
+    drawn = {metric for charts in CHARTS.values() for chart in charts for metric in chart.curves}
+    made_up = run_folders.log_line(1, 2, random.Random(0)).keys()
+    from_transformers = {"step", "epoch", "time", "loss", "grad_norm", "learning_rate"}
+    named -= {metric.unit for metric in METRICS.values()}
+    assert len(named) > 20 and named | drawn | made_up <= METRICS.keys() | from_transformers
+
+
+def test_a_top_k_runs_page_draws_both_sides_mass(tmp_path):
+    page = page_of(run_folders.make(tmp_path / "run", steps=5))
+    (chart,) = (f for f in page.all("figure") if f.one("figcaption").text.startswith("Probability on the student's"))
+    assert [li.text for li in chart.all("li")] == ["student's", "teacher's"]
+    assert "Not logged" not in section(page, "student-and-teacher").text
 
 
 def test_what_is_missing_is_said(tmp_path):

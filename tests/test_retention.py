@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sdft_ds import completion_head
+from sdft_ds.completion_head import RequestForward
 from sdft_ds.evaluation import retention
 from tests import tiny
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 def model(seed, **overrides):
     made = tiny.llama(seed, **overrides).eval()
-    completion_head.install(made)
+    RequestForward(made).__enter__()
     return made
 
 
@@ -46,7 +46,7 @@ def test_the_divergence_is_that_of_two_literal_models(monkeypatch, chunk_element
 
 def test_what_is_saved_is_read_back_for_the_same_prompts_only(tmp_path):
     start = retention.continuations(model(0), PROMPTS, TOKENS, 0, CPU)
-    with pytest.raises(FileNotFoundError, match="--retention_file: .* does not exist"):
+    with pytest.raises(FileNotFoundError, match="retention_file: .* does not exist"):
         retention.load(tmp_path, PROMPTS)
     retention.save(tmp_path, PROMPTS, start)
     for row, saved in zip(start, retention.load(tmp_path, PROMPTS), strict=True):

@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from sdft_ds.rollouts import Draws, Sampler
+from sdft_ds import prefix, rollouts
+from sdft_ds.rollouts import Draws, NonFiniteLogits, Sampler
 from tests import tiny
 
 
@@ -21,8 +22,9 @@ OPTIONS = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.0, "top_p": 
 EOS, PAD = 256, 257
 
 
-def sample(model, prompts, keys, **options):
-    return Sampler({**OPTIONS, **options}, [EOS], PAD, seed=1).sample(model, prompts, keys, AsItIs())
+def sample(model, prompts, keys, batch_tokens=None, backend="generate", **options):
+    sampler = Sampler({**OPTIONS, **options}, [EOS], PAD, 1, backend, batch_tokens)
+    return sampler.sample(model, prompts, keys, AsItIs())
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_its_padding():
@@ -159,3 +161,100 @@ def test_a_row_that_is_finished_leaves_the_batch(monkeypatch):
     assert widths[0] == 2  # each prompt once
     assert widths[1:] == [sum(length > position for length in lengths) for position in range(1, lengths[0])]
     assert widths[1] == 8 > widths[-1]
+
+
+SHARED = [[1, 2, 3]] * 3 + [[4, 5]] * 2 + [[6] * 20] + [[1, 2, 3]]  # rows of one prompt need not be neighbours
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": False}, {"cache_implementation": "static"}])
+def test_rows_that_do_not_fit_are_generated_in_several_calls_with_the_same_draws(monkeypatch, options):
+    model, keys = tiny.llama(), list("abcdefg")
+    whole = sample(model, SHARED, keys, **options)
+    calls, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda ids, **k: (calls.append(ids.tolist()), generate(ids, **k))[1])
+    for budget in (1, 44, 60, 10_000):
+        calls.clear()
+        assert sample(model, SHARED, keys, batch_tokens=budget, **options) == whole
+        assert sum(map(len, calls)) == len(SHARED)
+        for rows in calls:
+            assert len(rows) == 1 or len(rows) * (len(rows[0]) + OPTIONS["max_new_tokens"]) <= budget
+        assert {1: 7, 44: 3, 60: 3, 10_000: 1}[budget] == len(calls)
+    assert calls[0] == [[PAD] * (20 - len(prompt)) + prompt for prompt in SHARED]  # one call takes rows as they come
+
+
+def test_without_a_setting_memory_decides(monkeypatch):
+    model, keys = tiny.llama(), list("abcdefg")
+    whole, calls, decode = sample(model, SHARED, keys), [], rollouts._decode
+    monkeypatch.setattr(rollouts, "_decode", lambda *a: (calls.append(a[1].shape), decode(*a))[1])
+    of_row = rollouts._bytes_of_rows(model, [[6] * 20], OPTIONS["max_new_tokens"])[0]
+    monkeypatch.setattr(rollouts, "CPU_BYTES", 2 * of_row)
+    assert sample(model, SHARED, keys) == whole
+    assert len(calls) > 1 and all(len(rows) > 1 for rows in calls[1:-1])
+
+
+def test_the_estimate_of_a_rows_memory_covers_its_cache(monkeypatch):
+    model, held, fan_out = tiny.llama(), [], prefix.fan_out
+
+    def measured(cache, rows, room):
+        fan_out(cache, rows, room)
+        held.append(sum(layer.room_keys.nbytes + layer.room_values.nbytes for layer in cache.layers))
+
+    monkeypatch.setattr(prefix, "fan_out", measured)
+    sample(model, SHARED, list("abcdefg"))
+    widest = max(SHARED, key=len)
+    assert (
+        held[0] < sum(rollouts._bytes_of_rows(model, [widest] * len(SHARED), OPTIONS["max_new_tokens"])) < 60 * held[0]
+    )
+
+
+def test_no_prompts_are_no_completions():
+    assert sample(tiny.llama(), [], []) == []
+
+
+class Sick:
+    """Logits of the given rows of the first forward are not numbers."""
+
+    def __init__(self, model, rows, value=float("nan")):
+        def hook(module, inputs, logits):
+            if rows and len(logits) > max(rows):
+                logits = logits.clone()
+                logits[rows] = value
+            return logits
+
+        self.hook = model.lm_head.register_forward_hook(hook)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.hook.remove()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "top_k": 5}, {"do_sample": False},
+                                     {"cache_implementation": "static"}])  # fmt: skip
+def test_logits_that_are_not_numbers_end_with_generation_batch_and_rows(value, options):
+    model = tiny.llama().train()
+    prompts, keys = [[1, 2], [3, 4], [5, 6]], ["train/7/0", "train/7/1", "train/7/2"]
+    before = sample(model, prompts, keys, **options)
+    with Sick(model, [1], value), pytest.raises(NonFiniteLogits, match=r"rollout of train/7, rows 1; .* earlier"):
+        sample(model, prompts, keys, **options)
+    with Sick(model, [0], value), pytest.raises(NonFiniteLogits, match="train/7, rows 0, 1, 2;"):  # calls of one row
+        sample(model, prompts, keys, batch_tokens=1, **options)
+    assert model.training and sample(model, prompts, keys, **options) == before
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": False}])
+def test_logits_that_are_not_numbers_end_continuous_batching_as_well(options):
+    model = tiny.llama()
+    with Sick(model, [0]), pytest.raises(NonFiniteLogits, match="train/7, rows 0, 1;"):
+        sample(model, [[1, 2], [3, 4]], ["train/7/0", "train/7/1"], backend="continuous", **options)
+    assert len(sample(model, [[1, 2]], ["a"], backend="continuous")) == 1
+
+
+def test_a_draw_among_not_numbers_is_a_token_of_the_vocabulary():
+    scores = torch.full((2, 6), float("nan"))
+    scores[1, 3] = scores[1, 4] = 0.0
+    draws = Draws(["a", "b"], 1, scores.device)
+    assert draws.choose(scores, torch.tensor([0, 1]), 0).max() < 6
+    assert draws.non_finite_R.tolist() == [True, True]

@@ -1,11 +1,14 @@
 """What a run leaves beside its weights, by real runs of a tiny model, read back as the report reads it."""
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from sdft_ds import completion_log
 from sdft_ds.metrics import METRICS
 from sdft_ds.report import run_folder
 from tests.distributed.scenarios import make_trainer
@@ -50,6 +53,26 @@ def test_completions_agree_with_the_metrics(run):
             assert all(len(top) == 5 and sum(t["p"] for t in top) <= 1 + 1e-6 for top in each.student_top)
 
 
+def test_a_tracker_that_counts_steps_itself_keeps_the_table(monkeypatch):
+    """As wandb does: every log without a step is one, and what names a step that has passed is dropped."""
+
+    class Counting(ModuleType):
+        Table, kept = staticmethod(lambda columns, data: data), []
+
+        def log(self, data, step=None):
+            if step is None or step >= len(self.kept):
+                self.kept.append(data)
+
+    monkeypatch.setitem(sys.modules, "wandb", Counting("wandb"))
+    monkeypatch.setattr(completion_log, "is_wandb_available", lambda: True)
+    wandb = sys.modules["wandb"]
+    for line in ("loss", "eval_loss", "tasks/new/accuracy"):  # three of transformers' lines at each of two steps
+        wandb.log({line: 1.0})
+        wandb.log({line: 0.5})
+    completion_log._to_trackers(["wandb"], [["a row"]], step=2)
+    assert wandb.kept[-1] == {"completions": [["a row"]], "train/global_step": 2}
+
+
 def test_run_json_and_the_page(run):
     trainer, read = run
     assert read.about["method"] == "sdft" and read.about["config"]["num_generations"] == 1
@@ -90,7 +113,7 @@ def test_two_ranks_see_what_one_sees(two_ranks, tmp_path, stage):
 
 
 def test_the_readme_tells_of_every_metric_as_the_table_does():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
     for name, metric in METRICS.items():
         meaning = metric.meaning.replace("|", "&#124;")
         assert f"| `{name}` | {metric.unit} | {metric.reduction} | {meaning} |" in readme

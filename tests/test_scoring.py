@@ -26,7 +26,9 @@ def rollouts_of(trainer, n=8):
 
 @pytest.fixture(scope="module")
 def trainer():
-    return make_trainer(num_generations=4, per_device_train_batch_size=8, max_completion_length=12)
+    made = make_trainer(num_generations=4, per_device_train_batch_size=8, max_completion_length=12)
+    with made.prepared():
+        yield made
 
 
 def expected_states(trainer, rollout, skip):

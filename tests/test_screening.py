@@ -1,3 +1,4 @@
+import copy
 import json
 
 import datasets
@@ -6,6 +7,7 @@ from datasets import Dataset, load_dataset
 
 from sdft_ds.prompts import PromptBuilder
 from sdft_ds.screening import BadRows, usable_rows
+from sdft_ds.streams import Stream
 
 
 def builder(tokenizer, student=None, truncation="truncate"):
@@ -93,3 +95,96 @@ def test_a_data_set_on_disk_is_looked_at_once(tokenizer, tmp_path, monkeypatch):
     assert look(BadRows("skip", 7)) and looked
     stored(tmp_path, MIXED[::-1])
     assert look() and looked
+
+
+def templated(tokenizer, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def turns(*texts, **columns):
+    """Rows with conversations."""
+    rows = [{"prompt": [{"role": "user", "content": text}], "privileged_context": "hint"} | columns for text in texts]
+    return Dataset.from_list(rows)
+
+
+PARTS_ONLY = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content if part.type == 'text' %}{{ part.text }}"
+    "{% endfor %}{% endfor %}<assistant>"
+)
+# Of each message what stands before an empty line: the question, without the context.
+FIRST_PARAGRAPH = "{% for m in messages %}{{ m.content.split('\\n\\n')[0] }}{% endfor %}<assistant>"
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [(PARTS_ONLY, "leaves out the user's text"), (FIRST_PARAGRAPH, "leaves out the privileged context")],
+)
+def test_a_chat_template_that_leaves_out_the_text_is_an_error(tokenizer, template, words):
+    with pytest.raises(ValueError, match=f"train_dataset: 2 of 2 rows, the first of them row 0: .*{words}"):
+        usable_rows(turns("Why?", "How?"), "train_dataset", builder(templated(tokenizer, template)))
+
+
+def test_a_chat_template_that_changes_the_text_leaves_nothing_out(tokenizer, recwarn):
+    template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}<assistant>"
+    assert len(usable_rows(turns("Why?", "How?"), "train_dataset", builder(templated(tokenizer, template)))) == 2
+    assert not [each for each in recwarn if each.category is UserWarning]
+
+
+def test_teacher_prompts_that_equal_the_students(tokenizer):
+    same = [{"prompt": "Q1", "teacher_prompt": "Q1"}, {"prompt": "Q2", "teacher_prompt": "Q2"}]
+    other = [{"prompt": "Q0", "teacher_prompt": "Told: Q0"}]
+    with pytest.raises(ValueError, match="2 of 2 rows, the first of them row 0: the teacher's prompt equals"):
+        usable_rows(Dataset.from_list(same), "train_dataset", builder(tokenizer))
+    with pytest.warns(UserWarning, match="train_dataset: 2 of 3 rows, the first of them row 1: the teacher's prompt"):
+        assert len(usable_rows(Dataset.from_list(other + same), "train_dataset", builder(tokenizer))) == 3
+
+
+def test_text_that_a_chat_template_rendered_before(tokenizer):
+    rendered = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    for data in (
+        Dataset.from_list([{"prompt": text, "privileged_context": "hint"} for text in ("How?", rendered)]),
+        turns("How?", rendered),
+    ):
+        with pytest.warns(UserWarning, match="1 of 2 rows, the first of them row 1: .*special tokens"):
+            usable_rows(data, "train_dataset", builder(tokenizer))
+
+
+def test_plain_text_beside_a_chat_template(tokenizer, recwarn):
+    usable_rows(lengths(), "train_dataset", builder(templated(tokenizer, None)))
+    usable_rows(turns("Why?"), "train_dataset", builder(tokenizer))
+    assert not [each for each in recwarn if each.category is UserWarning]
+    with pytest.warns(UserWarning, match="4 of 4 rows, .* row 0: the prompt is a text, .*--prompt_as user"):
+        usable_rows(lengths(), "train_dataset", builder(tokenizer))
+
+
+def test_the_first_row_of_a_stream_is_looked_at(tokenizer):
+    stream = Stream(turns("Why?", "How?").to_iterable_dataset(), builder(templated(tokenizer, PARTS_ONLY)), BadRows())
+    with pytest.warns(UserWarning, match="1 of 1 rows, the first of them row 0: .*leaves out the user's text"):
+        stream[0]
+
+
+# As templates of thinking models do: a word in the user's text switches what the answer begins with.
+SWITCHED = (
+    "{% for m in messages %}<user>{{ m.content }}{% endfor %}<assistant>"
+    "{% if '/no_think' in messages[-1].content %}<think></think>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_generation_prompts_that_differ(tokenizer, stream):
+    data = turns("Why?", "How?").map(lambda row: {"privileged_context": "Shortly. /no_think"})
+    prompts = builder(templated(tokenizer, SWITCHED))
+    words = "row 0 .*'<assistant>', .*'<assistant><think></think>', .*chat_template_kwargs"
+    with pytest.warns(UserWarning, match=words):
+        if stream:
+            Stream(data.to_iterable_dataset(), prompts, BadRows())[0]
+        else:
+            usable_rows(data, "train_dataset", prompts)
+
+
+def test_generation_prompts_that_do_not_differ(tokenizer, recwarn):
+    usable_rows(turns("a", " assistant\n"), "train_dataset", builder(tokenizer))
+    usable_rows(turns("a /no_think"), "train_dataset", builder(templated(tokenizer, SWITCHED)))
+    assert not [each for each in recwarn if each.category is UserWarning]

@@ -40,6 +40,7 @@ def test_loss_and_gradients_are_those_of_transformers_own_cross_entropy(lora):
         trainer.compute_loss(trainer.model, one).backward()
     ours = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad()
+    trainer.model.eval()  # its dropout is its own again
     rows = [rollout for one in inputs for rollout in one["scored"].batch.rollouts]
     count = sum(len(rollout.completion.ids) for rollout in rows)
     for rollout in rows:

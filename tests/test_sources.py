@@ -272,3 +272,43 @@ def test_supervised_fine_tuning_keeps_the_response_itself():
     assert mapped["privileged_context"] == ["Example response: y", "hint"] and mapped["golden_response"] == ["y", None]
     without = Dataset.from_list([{"prompt": "a", "privileged_context": "own"}])
     assert map_columns(without, ScriptArguments(method="sft")).column_names == ["prompt", "privileged_context"]
+
+
+def test_columns_that_are_not_read_are_named_once(tmp_path):
+    rows = [{"instruction": "Do.", "input": "This.", "output": "Done.", "chat_template_kwargs": {"a": 1}}]
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.jsonl", rows)
+    columns = {"prompt_column": "instruction", "golden_response_column": "output"}
+    for streaming in (False, True):
+        told = []
+        args = ScriptArguments(dataset_path=[str(tmp_path)], dataset_streaming=streaming, **columns)
+        load(args, True, 0, tell=told.append)
+        (line,) = told
+        assert line.startswith("Columns not read: input, chat_template_kwargs. ") and "--chat_template_kwargs" in line
+    load(ScriptArguments(dataset_path=[str(write(tmp_path / "b.jsonl"))], golden_response_column="answer",
+                         system_column="system"), False, 0, tell=told.append)  # fmt: skip
+    assert len(told) == 2 and "Columns" not in told[1]
+
+
+@pytest.mark.parametrize(
+    "prompt_as, has_chat_template, as_user",
+    [(None, True, True), (None, False, False), ("text", True, False), ("user", False, True)],
+)
+def test_a_text_prompt_becomes_the_users_turn_where_there_is_a_chat_template(
+    tmp_path, prompt_as, has_chat_template, as_user
+):
+    """On the command line, in both splits; of a stream as well."""
+    turn = [{"role": "user", "content": "Why?"}]
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.jsonl", [{"prompt": "Why?", "golden_response": "So."}])
+    for streaming in (False, True):
+        told = []
+        args = ScriptArguments(dataset_path=[str(tmp_path)], dataset_streaming=streaming, prompt_as=prompt_as)
+        for split in load(args, True, 0, has_chat_template, told.append):
+            (row,) = split
+            assert row["prompt"] == (turn if as_user else "Why?")
+            assert row["privileged_context"] == "Example response: So."
+        assert len(told) == as_user and all("--prompt_as text" in line for line in told)
+    write(tmp_path / "c.jsonl", [{"prompt": turn, "golden_response": "So."}])
+    load(ScriptArguments(dataset_path=[str(tmp_path / "c.jsonl")]), False, 0, has_chat_template=True, tell=told.append)
+    assert len(told) == as_user  # nothing becomes of a conversation

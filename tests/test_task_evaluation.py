@@ -126,7 +126,7 @@ def test_a_resume_refuses_a_retention_set_without_its_start(tmp_path):
     with pytest.raises(ValueError, match="was made for other prompts"):
         trainer_with_questions(tmp_path, other).train(resume_from_checkpoint=True)
     (tmp_path / "evaluations/retention.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="--retention_file"):
+    with pytest.raises(FileNotFoundError, match="retention_file"):
         trainer_with_questions(tmp_path).train(resume_from_checkpoint=True)
 
 
@@ -143,6 +143,27 @@ def test_a_run_that_is_told_to_leave_asks_nothing_more(tmp_path):
     assert {line["step"] for line in lines(tmp_path)} == {0}
 
 
+def test_the_best_checkpoint_is_the_one_with_the_best_figure_of_a_task(tmp_path):
+    """Each evaluation asks the tasks, though nothing else would have it do so, and tells their figures."""
+    trainer = trainer_with_questions(
+        tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_tasks/retention/kl_to_start", per_device_eval_batch_size=2, num_generations_eval=1,
+    )  # fmt: skip
+    trainer.eval_dataset = {"a": trainer.eval_dataset.select([0, 1]), "b": trainer.eval_dataset.select([2, 3])}
+    asked = trainer.callback_handler.callbacks[-1].examination
+    taken, take = [], asked.take
+    asked.take = lambda: taken.append(trainer.state.global_step) or take()
+    trainer.train()
+    assert taken == [0, 2, 4, 4]  # the last time of the best model, which was put back
+    history = trainer.state.log_history
+    moved = {line["step"]: line["eval_tasks/retention/kl_to_start"] for line in history if "eval_b_loss" in line}
+    assert 0 < moved[2] < moved[4]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert trainer.state.best_metric == moved[2] == lines(tmp_path, "retention")[-1]["kl_to_start"]
+    assert trainer.evaluate()["eval_tasks/retention/kl_to_start"] == moved[2]
+    assert not [name for name in trainer.evaluate(metric_key_prefix="mine") if "tasks" in name]
+
+
 def test_without_answers_there_is_no_accuracy(tmp_path):
     rows = [TaskRow("Tell a story.", None, "exact"), TaskRow("And another.", None, "exact")]
     trainer_with_questions(tmp_path, [Task("retention", rows)], max_steps=2).train()
@@ -156,5 +177,12 @@ def test_refusals(tmp_path):
         trainer_with_questions(tmp_path, long)
     fits = [Task("fits", [TaskRow("x" * 504, "a", "exact")])]
     trainer = trainer_with_questions(tmp_path, fits)
-    with pytest.raises(ValueError, match="--eval_tasks_steps must be at least 1"):
+    with pytest.raises(ValueError, match="eval_tasks_steps must be at least 1"):
         TaskEvaluation(trainer, fits, every=0)
+    for metric, words in (
+        ("eval_tasks/new/accuracy", "no such figure; there are tasks/fits/accuracy, tasks/fits/mean_length"),
+        ("tasks/fits/accuracy", "compared at evaluations, and there are none: set eval_strategy"),
+    ):
+        trainer.args.metric_for_best_model = metric
+        with pytest.raises(ValueError, match=words):
+            TaskEvaluation(trainer, fits)

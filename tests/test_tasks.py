@@ -88,7 +88,7 @@ def test_wrong_values(tmp_path):
         read_tasks([file, file])
     with pytest.raises(ValueError, match="Two sets of questions are named 'retention'"):
         read_tasks([f"retention={file}"], file)
-    with pytest.raises(ValueError, match="--eval_task_rows must be at least 1"):
+    with pytest.raises(ValueError, match="eval_task_rows must be at least 1"):
         read_tasks([file], limit=0)
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from sdft_ds.completion_head import install
-from sdft_ds.thin_products import thin_products
+from sdft_ds.completion_head import RequestForward
+from sdft_ds.thin_products import PLAIN_FORWARD, thin_products
 from tests import tiny
 
 
@@ -40,9 +40,10 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it():
 
 def test_a_head_that_answers_requests_is_fast_too():
     model = tiny.llama()
-    install(model)
-    installed, plain = model.lm_head.forward, model.lm_head.sdft_plain_forward
-    with thin_products(model):
-        assert model.lm_head.sdft_plain_forward is not plain
-        torch.testing.assert_close(model.lm_head(torch.ones(3, 32)), plain(torch.ones(3, 32)))
-    assert model.lm_head.forward == installed and model.lm_head.sdft_plain_forward == plain
+    with RequestForward(model):
+        installed, plain = model.lm_head.forward, getattr(model.lm_head, PLAIN_FORWARD)
+        with thin_products(model):
+            assert getattr(model.lm_head, PLAIN_FORWARD) is not plain
+            torch.testing.assert_close(model.lm_head(torch.ones(3, 32)), plain(torch.ones(3, 32)))
+        assert model.lm_head.forward == installed and getattr(model.lm_head, PLAIN_FORWARD) == plain
+    assert "forward" not in vars(model.lm_head)

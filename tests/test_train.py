@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sdft_ds import output_folder, train
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +56,26 @@ def test_a_model_and_data_of_ones_own(model_and_data, tmp_path):
 def test_a_mistake_is_one_line_and_a_status(model_and_data, tmp_path, wrong, words):
     done = command(*PLAIN, *model_and_data, *TWO_STEPS, "--output_dir", tmp_path, *wrong, check=False)
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_finished_run_that_is_started_again_only_writes_its_end(model_and_data, tmp_path, monkeypatch, capsys):
+    """As a job that is requeued: also what was lost between the last step and the end. Without a resume it is refused,
+    before a model is loaded."""
+    flags = [*map(str, model_and_data), *TWO_STEPS, "--save_strategy", "steps", "--output_dir", str(tmp_path)]
+    train.main(flags)
+    weights, log = ((tmp_path / name).read_bytes() for name in ("model.safetensors", "metrics.jsonl"))
+    (tmp_path / "model.safetensors").unlink()
+    capsys.readouterr()
+    train.main([*flags, "--resume_from_checkpoint", "true"])
+    assert "All 2 steps are done: nothing is left to train. Raise max_steps to train on." in capsys.readouterr().out
+    assert (tmp_path / "model.safetensors").read_bytes() == weights and (
+        tmp_path / "metrics.jsonl"
+    ).read_bytes() == log
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.setattr(output_folder, "_begun", set())  # as in another process
+    monkeypatch.setattr(train, "_trainer", lambda *args: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit, match="holds checkpoints of an earlier run, the newest checkpoint-2"):
+        train.main(flags)
 
 
 def test_a_deepspeed_configuration_that_contradicts_the_flags(model_and_data, tmp_path):

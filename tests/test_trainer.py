@@ -1,5 +1,7 @@
 import copy
 import dataclasses
+import re
+import warnings
 
 import pytest
 import torch
@@ -7,8 +9,9 @@ from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import TrainerCallback, TrainerState
 
-from sdft_ds import SDFTTrainer
+from sdft_ds import SDFTConfig, SDFTTrainer
 from sdft_ds.completion_head import causal_lm_of
+from sdft_ds.generation_batch import GenerationBatches
 from sdft_ds.step_guard import StepGuard
 from tests import reference, tiny
 from tests.distributed.scenarios import Recorder, make_trainer, train
@@ -41,7 +44,7 @@ class Payloads(TrainerCallback):
     def __init__(self):
         self.events = []
 
-    def record(self, name, args, state, control, **payload):
+    def record(self, name, *, args, state, control, **payload):
         assert payload.pop("model") is not None and payload.pop("processing_class") is not None
         self.events.append((name, payload))
 
@@ -73,11 +76,22 @@ def test_callback_payloads():
     assert selected["generation_prompt_text"][0].endswith("<|im_start|>assistant\n")
     assert "Hint" not in selected["generation_prompt_text"][0]
     prepared = payload["prepared"]
-    assert set(prepared) == {"prompt_ids", "completion_ids", "old_per_token_logps"}
+    assert set(prepared) == {
+        "prompt_ids", "completion_ids", "old_per_token_logps", "teacher_input_ids", "teacher_attention_mask"
+    }  # fmt: skip
     assert prepared["prompt_ids"].shape[0] == prepared["completion_ids"].shape[0] == 4
     assert trainer.processing_class.decode(prepared["prompt_ids"][0]).endswith("<|im_start|>assistant\n")
     assert prepared["old_per_token_logps"] is None
+    teacher_ids, teacher_mask = prepared["teacher_input_ids"], prepared["teacher_attention_mask"]
+    rollouts = [r for one in trainer.current_batch.scored for r in one.batch.rollouts]
+    for row, mask, rollout in zip(teacher_ids, teacher_mask, sorted(rollouts, key=lambda r: r.row), strict=True):
+        assert row[mask.bool()].tolist() == rollout.prompts.teacher.ids + rollout.completion.ids
     assert payload["built"] == {"generate_every": 2, "steps_per_generation": 2}
+
+
+def test_payloads_that_nobody_listens_to_are_not_made(monkeypatch):
+    monkeypatch.setattr(GenerationBatches, "_padded", None)
+    first_step(make_trainer())
 
 
 def test_generation_from_the_teachers_prompt():
@@ -158,7 +172,7 @@ def test_bnpo_keeps_its_micro_batches():
 
 
 @pytest.mark.parametrize("settings", [{"padding_free": True}, {"teacher_states_device": "cpu"},
-                                      {"scoring_batch_tokens": 64}])  # fmt: skip
+                                      {"scoring_batch_tokens": 64}, {"rollout_batch_tokens": 64}])  # fmt: skip
 def test_how_a_step_is_computed_does_not_change_its_gradient(settings):
     plain_loss, plain, _ = loss_and_gradients(make_trainer(padding_free=False, **SPREAD))
     trainer = make_trainer(**{"padding_free": False, **SPREAD, **settings})
@@ -227,10 +241,12 @@ def test_training_learns_the_teacher():
 def test_dropout_is_switched_off_also_inside_attention():
     trainer = make_trainer(model=tiny.llama(attention_dropout=0.5), lora=True)
     modules = list(trainer.model.modules())
-    assert all(m.p == 0 for m in modules if isinstance(m, torch.nn.Dropout))
-    assert all(m.attention_dropout == 0 for m in modules if hasattr(m, "attention_dropout"))
+    with trainer.prepared():
+        assert all(m.p == 0 for m in modules if isinstance(m, torch.nn.Dropout))
+        assert all(m.attention_dropout == 0 for m in modules if hasattr(m, "attention_dropout"))
     kept = make_trainer(model=tiny.llama(attention_dropout=0.5), disable_dropout=False)
-    assert any(getattr(m, "attention_dropout", 0) == 0.5 for m in kept.model.modules())
+    with kept.prepared():
+        assert any(getattr(m, "attention_dropout", 0) == 0.5 for m in kept.model.modules())
 
 
 def test_the_scoring_pass_leaves_no_trace():
@@ -252,7 +268,7 @@ def test_a_peft_model_given_as_an_object():
     model = get_peft_model(tiny.llama(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     trainer = make_trainer(model=model)
     assert trainer.args.teacher_model_kind == "base"
-    with pytest.raises(ValueError, match="PeftModel already"):
+    with pytest.raises(ValueError, match="has an adapter already.*go on training"):
         make_trainer(model=model, lora=True)
 
 
@@ -323,6 +339,23 @@ def test_metrics_are_in_the_log():
     assert any("eval_completions/mean_length" in log for log in recorder.logs)
 
 
+def test_each_evaluation_has_all_of_its_metrics_under_its_own_prefix():
+    """Logged and returned; and nothing of another evaluation, or that only training has."""
+    recorder = Recorder()
+    trainer = make_trainer(callbacks=[recorder], num_iterations=2, per_device_eval_batch_size=2)
+    sets = {"a": trainer.eval_dataset.select([0, 1]), "b": trainer.eval_dataset.select(range(2, 6))}
+    trainer.eval_dataset = sets
+    found = trainer.evaluate()
+    assert found.items() <= {name: value for log in recorder.logs for name, value in log.items()}.items()
+    assert not [name for name in found if re.search("nonfinite|optimizer|is/|teacher/distance", name)]
+    for name, rows in sets.items():
+        mine = trainer.evaluate(rows, metric_key_prefix="mine")
+        of_set = {key.replace(f"eval_{name}_", "mine_"): value for key, value in found.items() if f"l_{name}_" in key}
+        assert of_set.keys() == mine.keys() - {"epoch"}
+        sums = {key: value for key, value in of_set.items() if not re.search("second|memory|time", key)}
+        assert len(sums) > 12 and sums == {key: mine[key] for key in sums}
+
+
 @pytest.mark.parametrize("adapter", [{"use_dora": True}, {"lora_bias": True}])
 def test_an_adapter_on_the_head_that_the_loss_cannot_compute_is_refused(adapter):
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], **adapter)
@@ -375,6 +408,22 @@ def test_a_metric_that_runs_away_is_warned_about_by_name():
         guard.on_log(None, state, None, logs={"sdft/distillation_loss": value})
     with pytest.warns(UserWarning, match="sdft/distillation_loss is 4 at step 60"):
         guard.on_log(None, state, None, logs={"sdft/distillation_loss": 4.0})
+
+
+def test_a_top_k_that_misses_the_teachers_mass_is_warned_about_and_again_when_it_gets_worse():
+    def warned(*masses, **settings):
+        args, guard = SDFTConfig(**{"distillation_topk": 5, **settings}), StepGuard(meters=None, limit=5)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for step, mass in enumerate(masses, 1):
+                guard.on_log(args, TrainerState(global_step=step), None, logs={"topk/teacher_mass": mass})
+        return [str(each.message) for each in told]
+
+    first, second = warned(0.985, 0.97, 0.95, 0.99, 0.93)
+    assert "topk/teacher_mass is 0.97 at step 2: the student's 5 likeliest tokens miss 3%" in first
+    assert "Set distillation_add_tail=True" in first and "at step 5" in second
+    assert not warned(0.5, distillation_add_tail=True)
+    assert not warned(0.5, distillation_topk=None, distillation_mode="full_logits")
 
 
 def test_a_stream_trains_on_its_rows_in_order_and_starts_again():

@@ -20,8 +20,10 @@ from sdft_ds.config import SDFTConfig
 from sdft_ds.demo.build import MODEL_DIR
 from sdft_ds.demo.evaluate import MAX_NEW_TOKENS
 from sdft_ds.demo.world import answer_accuracies, questions, train_rows
+from sdft_ds.inherited import COUNTS_OF_PROCESSES
 from sdft_ds.sft import TRAINERS
 from sdft_ds.trainer import SDFTTrainer
+from sdft_ds.whole_files import written_aside
 
 # Found by trying: on seeds 0 to 4 it takes the new facts to 1.00 in every wording and keeps the old ones at 1.00.
 # The baseline has the same rows, batch, learning rate and number of steps: it learns the new facts as they were asked,
@@ -65,6 +67,11 @@ class Lessons(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.before = self.accuracies()
+        if state.is_world_process_zero:
+            file = Path(args.output_dir, LESSONS)
+            if state.global_step > 0 and file.exists():  # a resume: the start is that of the first process
+                self.before = json.loads(file.read_text())["before"]
+            save({"before": self.before}, Path(args.output_dir))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -106,7 +113,7 @@ def trainer(args: SDFTConfig, peft_config: PeftConfig | None) -> SDFTTrainer:
 def supervised(args: TrainingArguments) -> dict[str, float]:
     """Accuracies after plain supervised fine-tuning on the same demonstrations: a process of its own, on the CPU."""
     # Nothing of this run's launcher, nor what accelerate left for its children about DeepSpeed.
-    launched = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "DS_")
+    launched = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "DS_", *COUNTS_OF_PROCESSES)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     folder = Path(args.output_dir, "sft")
@@ -135,5 +142,9 @@ def report(figures: dict[str, dict[str, float]], output_dir: Path) -> None:
         )
     if max(values["unknown"] for values in after) < before["unknown"]:
         console.print('What is lost: saying "I do not know." when asked about people it never heard of.')
-    output_dir.mkdir(parents=True, exist_ok=True)
-    Path(output_dir, LESSONS).write_text(json.dumps(figures, indent=2) + "\n")
+    save(figures, output_dir)
+
+
+def save(figures: dict[str, dict[str, float]], output_dir: Path) -> None:
+    with written_aside(Path(output_dir, LESSONS)) as aside:
+        aside.write_text(json.dumps(figures, indent=2) + "\n")

@@ -147,13 +147,13 @@ def load(folder: str | Path, prompts: list[list[int]]) -> list[Continuation]:
     path = Path(folder, FILE)
     if not path.exists():
         raise FileNotFoundError(
-            f"--retention_file: {path} does not exist, so nothing says what the starting model was like: start the "
+            f"retention_file: {path} does not exist, so nothing says what the starting model was like: start the "
             "run anew, or compare afterwards with python -m sdft_ds.evaluate MODEL --start STARTING_MODEL."
         )
     with safe_open(path, framework="pt") as file:
         if file.metadata()["prompts"] != _digest(prompts):
             raise ValueError(
-                f"--retention_file: {path} was made for other prompts, or another tokenizer or chat template: use "
+                f"retention_file: {path} was made for other prompts, or another tokenizer or chat template: use "
                 "those of the start of the run."
             )
         counts = file.get_tensor("counts").tolist()

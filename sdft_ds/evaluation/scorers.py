@@ -6,6 +6,7 @@ by scoring an empty one.
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,12 @@ _STATED = re.compile(r"(?i:\b(?:answer|choice|option)\b\W*(?:is|:|=)?)[\s(\[*`\"
 _MARKED = re.compile(r"\*\*\W{0,2}([A-Z])\W{0,2}\*\*|\(([A-Z])\)|\\boxed\{\W{0,2}(?:\\text\{)?([A-Z])\}")
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*)</answer>", re.DOTALL)
 _ACTION = re.compile(r"\bAction\s*:[\s*`]*(.*?)[\s*`]*\bAction[ _]Input\s*:[\s*`]*(?:json\b\s*)?")
+# Letters of scripts in which words stand without spaces between them, or with endings joined to them: Thai and Lao,
+# Burmese, Khmer, Japanese, Chinese, Korean.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+_WITHIN_NUMBER = re.compile(r"\d[.,]\d")
 _ACTION_MARK = re.compile(r"\bAction\s*:")
 
 
@@ -37,8 +44,18 @@ def exact(completion: str, answer: Any) -> bool:
 
 
 def contains(completion: str, answer: Any) -> bool:
-    """The answer occurs in the completion, also inside a word; case and whitespace do not matter."""
-    return _wanted(answer) in _normalised(completion)
+    """The answer occurs in the completion as a word or words of their own; case and whitespace do not matter.
+
+    4 is in "4 legs" and "(4)", and not in "45", "4.5" or "1,4". In scripts that write words without spaces, or join
+    endings to them (Chinese, Japanese, Korean, Thai, ...), the answer may touch other letters.
+    """
+    wanted, text = _wanted(answer), _normalised(completion)
+    start = text.find(wanted)
+    while start >= 0:
+        if _is_boundary(text, start) and _is_boundary(text, start + len(wanted)):
+            return True
+        start = text.find(wanted, start + 1)
+    return False
 
 
 def choice(completion: str, answer: Any) -> bool:
@@ -170,7 +187,23 @@ def _action_of(answer: Any) -> Action:
 
 
 def _normalised(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(" .,;:!?")
+    return " ".join(unicodedata.normalize("NFC", text.casefold()).split()).rstrip(" .,;:!?")
+
+
+def _is_boundary(text: str, at: int) -> bool:
+    """Whether a word, or a number, may begin or end before character `at`."""
+    if at in (0, len(text)):
+        return True
+    before, after = text[at - 1], text[at]
+    if unicodedata.category(after).startswith("M"):  # a mark that belongs to the letter before it
+        return False
+    if _is_of_word(before) and _is_of_word(after):
+        return bool(_UNSPACED.match(before) or _UNSPACED.match(after))
+    return not _WITHIN_NUMBER.search(text[max(0, at - 2) : at + 2])
+
+
+def _is_of_word(character: str) -> bool:
+    return character.isalnum() or unicodedata.category(character).startswith("M") or character == "_"
 
 
 def _wanted(answer: Any) -> str:

@@ -22,6 +22,7 @@ from sdft_ds.evaluation.retention import Continuation
 from sdft_ds.evaluation.tasks import RETENTION, Task
 from sdft_ds.module_state import evaluating
 from sdft_ds.paired_batch import Completion
+from sdft_ds.prefix import longest_row
 from sdft_ds.prompts import PromptBuilder
 from sdft_ds.schedule import evaluation_batches
 from sdft_ds.trainer import SDFTTrainer
@@ -40,13 +41,14 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Subject:
-    """Who answers. generate: prompts as token ids -> greedy completions. engine: what wraps the model at the moment.
+    """Who answers. generate: prompts as token ids, and the names of the rows -> greedy completions. engine: what wraps
+    the model at the moment.
 
     batch_size: rows that are generated, or compared with the start, at once on each rank. longest: of a completion.
     """
 
     engine: Callable[[], nn.Module]
-    generate: Callable[[list[list[int]]], list[Completion]]
+    generate: Callable[[list[list[int]], list[str]], list[Completion]]
     prompts: PromptBuilder
     batch_size: int
     longest: int
@@ -80,15 +82,15 @@ class Examination:
         self.ids = {
             task.name: [self.subject.prompts.render(row.prompt).ids for row in task.rows] for task in self.tasks
         }
-        context = completion_head.causal_lm_of(self.subject.engine()).config.get_text_config()
-        context = getattr(context, "max_position_embeddings", None)
+        model = completion_head.causal_lm_of(zero.model_in(self.subject.engine()))
+        longest, what = longest_row(model.config)
         for name, prompts in self.ids.items():
             for index, prompt in enumerate(prompts):
-                if context is not None and len(prompt) + self.subject.longest > context:
+                if longest is not None and len(prompt) + self.subject.longest > longest:
                     raise ValueError(
                         f"Task {name}: Row {index} has {len(prompt)} tokens; with max_completion_length="
-                        f"{self.subject.longest} that is over the model's context of {context}. Leave the row out, or "
-                        "lower max_completion_length."
+                        f"{self.subject.longest} that is over {what}. Leave the row out, or lower "
+                        "max_completion_length."
                     )
 
     def take(self) -> list[Result]:
@@ -100,7 +102,7 @@ class Examination:
 
     def _ask(self, task: Task, prompts: list[list[int]]) -> Result:
         def generate(rows: list[int]) -> list[Completion]:
-            return self.subject.generate([prompts[row] for row in rows])
+            return self.subject.generate([prompts[row] for row in rows], [f"tasks/{task.name}/{row}" for row in rows])
 
         completions = self._on_all_ranks(prompts, generate)
         texts = [self.subject.tokenizer.decode(each.ids, skip_special_tokens=True) for each in completions]
@@ -150,26 +152,56 @@ class Examination:
         return [found[row] for row in range(len(prompts))]
 
 
+def check_best_metric(args: TrainingArguments, tasks: list[Task]) -> None:
+    """Raises ValueError for a metric_for_best_model that names a figure which no task has, or that no evaluation
+    compares."""
+    wanted = (args.metric_for_best_model or "").removeprefix("eval_")
+    if not wanted.startswith("tasks/"):
+        return
+    found = [f"tasks/{task.name}/{figure}" for task in tasks for figure in figures_of(task)]
+    if wanted not in found:
+        there = f"there are {', '.join(found)}" if found else "no tasks are asked: set --eval_tasks"
+        raise ValueError(f"metric_for_best_model={args.metric_for_best_model}: there is no such figure; {there}.")
+    if args.eval_strategy == "no":
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model} is compared at evaluations, and there are none: set "
+            "eval_strategy."
+        )
+
+
+def figures_of(task: Task) -> list[str]:
+    """The names of the FIGURES that a task has."""
+    without = [] if any(row.answer is not None for row in task.rows) else ["accuracy"]
+    without += [] if task.name == RETENTION else ["kl_to_start"]
+    return [name for name in FIGURES if name not in without]
+
+
 class TaskEvaluation(TrainerCallback):
     """Takes the examination at the start of a run, every `every` steps and at the end; see FIGURES.
 
     Writes a line for each task to OUTPUT_DIR/evaluations.jsonl and the answers to OUTPUT_DIR/evaluations/, logs
     `tasks/NAME/FIGURE`, and prints first and last figures. A resumed run keeps the figures and the start that it has.
-    Raises ValueError for a prompt that is too long, and for `every` below 1.
+    The figures are among the metrics of an evaluation at the same step, as `eval_tasks/NAME/FIGURE`; where
+    metric_for_best_model is one of them, each evaluation takes the examination. Raises ValueError for a prompt that is
+    too long, for `every` below 1, and for a metric_for_best_model that names a figure which no task has.
     """
 
     def __init__(self, trainer: SDFTTrainer, tasks: list[Task], every: int | None = None):
         if every is not None and every < 1:
-            raise ValueError(f"--eval_tasks_steps must be at least 1, not {every}.")
+            raise ValueError(f"eval_tasks_steps must be at least 1, not {every}.")
         batches, args = trainer.generation_batches, trainer.args
+        check_best_metric(args, tasks)
         self.trainer = trainer
+        trainer.task_figures = self.figures_for_evaluation
         self.every = every
+        self.step: int | None = None  # at which the examination was last taken
+        self.figures: Figures = {}  # and what came of it: tasks/NAME/FIGURE
         self.folder = Path(args.output_dir)
         self.examination = Examination(
             tasks,
             Subject(
                 engine=lambda: trainer.model_wrapped,
-                generate=lambda prompts: batches.generate(prompts, [""] * len(prompts), do_sample=False),
+                generate=lambda prompts, keys: batches.generate(prompts, keys, do_sample=False),
                 prompts=batches.prompts,
                 batch_size=args.per_device_eval_batch_size,
                 longest=args.max_completion_length,
@@ -180,6 +212,7 @@ class TaskEvaluation(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.step = None
         asked = self.examination.ids.get(RETENTION)
         if asked is not None:
             self.trainer.generation_batches.check_head()
@@ -195,15 +228,24 @@ class TaskEvaluation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         due = self.every is not None and state.global_step % self.every == 0
-        if due and state.global_step < state.max_steps and not self.trainer.preemption.agreed:
+        if due and not self.trainer.preemption.agreed:
             self._evaluate(state, control)
+
+    def figures_for_evaluation(self) -> Figures:
+        """tasks/NAME/FIGURE of the model as it is at this step, as far as they are known or decide about the best."""
+        state = self.trainer.state
+        decide = (self.trainer.args.metric_for_best_model or "").removeprefix("eval_").startswith("tasks/")
+        if decide and self.trainer.is_in_train and self.step != state.global_step:
+            self._evaluate(state, self.trainer.control)
+        return self.figures if self.step == state.global_step else {}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.trainer.preemption.agreed:
             return
-        self._evaluate(state, control)
+        if self.step != state.global_step or args.load_best_model_at_end:  # which may have put back another model
+            self._evaluate(state, control)
         if state.is_world_process_zero:
             lines = self._lines()
             first, last = ([each for each in lines if each["step"] == step] for step in (0, state.global_step))
@@ -219,10 +261,10 @@ class TaskEvaluation(TrainerCallback):
             earlier = [each for each in self._lines() if each["step"] < state.global_step]
             now = [{"step": state.global_step, **record(result)} for result in results]
             _write(self.folder / FILE, earlier + now)
+        self.step = state.global_step
+        self.figures = {f"tasks/{each.task.name}/{name}": v for each in results for name, v in each.figures.items()}
         due = control.should_log  # the step's own line: transformers takes it for written with ours
-        self.trainer.log(
-            {f"tasks/{each.task.name}/{name}": value for each in results for name, value in each.figures.items()}
-        )
+        self.trainer.log(dict(self.figures))
         control.should_log = due
 
     def _lines(self) -> list[dict[str, Any]]:

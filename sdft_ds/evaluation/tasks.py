@@ -41,7 +41,7 @@ def read_tasks(values: list[str], retention: str | None = None, limit: int | Non
     its rows need no answer. Raises ValueError or FileNotFoundError naming file, row and remedy.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"--eval_task_rows must be at least 1, not {limit}.")
+        raise ValueError(f"eval_task_rows must be at least 1, not {limit}.")
     tasks = [_read(value, limit) for value in values]
     if retention is not None:
         tasks.append(_read(f"{RETENTION}={retention}", limit, answers_needed=False))

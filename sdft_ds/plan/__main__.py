@@ -47,12 +47,14 @@ SURVEYED = [1, 8, 16, 32, 64, 128, 256, 512]
 TRAINING = {
     "per_device_train_batch_size": int, "gradient_accumulation_steps": int, "num_generations": int,
     "max_prompt_length": int, "max_teacher_prompt_length": int, "max_completion_length": int,
-    "scoring_batch_tokens": int, "distillation_topk": int, "loss_chunk_tokens": int, "full_logit_distillation": bool,
+    "scoring_batch_tokens": int, "rollout_batch_tokens": int, "distillation_topk": int, "loss_chunk_tokens": int,
+    "full_logit_distillation": bool,
     "teacher_model_kind": str, "teacher_shadow_device": str, "bf16": bool, "activation_checkpointing": bool,
     "use_peft": bool, "load_in_4bit": bool, "lora_r": int, "lora_target_modules": list,
 }  # fmt: skip
 # What training decides later, or leaves to the model's context, must be a number here.
 DECIDED = {"bf16": True, "activation_checkpointing": True, "max_teacher_prompt_length": 2048}
+OF_ROLLOUTS = ("KV cache", "activations", "logits chunk")  # what the rows of a rollout take
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,16 @@ class Cluster:
     memory: float
     overhead: float
     host_memory: float
+
+    def footprint(self, job: Job, setup: Setup) -> Footprint:
+        """Where rollout_batch_tokens is not set, rows are generated in half of what is free, as in training."""
+        found = footprint(job, setup)
+        if job.rollout_tokens is None:
+            rest = sum(size for part, size in found.phases["rollout"].items() if part not in OF_ROLLOUTS)
+            rows = max(1, int(((self.memory - self.overhead) * GIB - rest) / 2 / job.rollout_row))
+            if rows < job.rows:
+                found = footprint(replace(job, rollout_tokens=rows * (job.prompt + job.completion)), setup)
+        return found
 
     def fits(self, found: Footprint) -> bool:
         return found.peak / GIB + self.overhead <= self.memory and found.host * self.gpus / GIB <= self.host_memory
@@ -109,6 +121,7 @@ def job_of(args: argparse.Namespace, shape: ModelShape) -> Job:
         teacher_prompt=args.max_teacher_prompt_length,
         completion=args.max_completion_length,
         scoring_tokens=args.scoring_batch_tokens,
+        rollout_tokens=args.rollout_batch_tokens,
         topk=None if args.full_logit_distillation else args.distillation_topk,
         chunk_tokens=args.loss_chunk_tokens,
     )
@@ -117,7 +130,7 @@ def job_of(args: argparse.Namespace, shape: ModelShape) -> Job:
 def cheapest(job: Job, cluster: Cluster) -> tuple[Setup, Footprint] | None:
     """The first setup of ORDER that fits."""
     for setup in ORDER:
-        if cluster.fits(found := footprint(job, setup)):
+        if cluster.fits(found := cluster.footprint(job, setup)):
             return setup, found
     return None
 
@@ -167,7 +180,7 @@ def _cluster(args: argparse.Namespace) -> Cluster:
 
 
 def _report(job: Job, setup: Setup, cluster: Cluster) -> dict[str, Any]:
-    found = footprint(job, setup)
+    found = cluster.footprint(job, setup)
     return {
         "setup": setup.config + ("" if setup.gather else ", layer by layer"),
         "parts": found.parts, "peak": found.peak, "phase": found.peak_phase, "host": found.host,

@@ -47,7 +47,8 @@ class Job:
     """A training job. Lengths are tokens; `batch` rows are a micro-batch, of which `accumulation` are a step.
 
     tuning: full, lora or qlora. adapter: elements of the adapter. teacher: live, base or ema. topk: size of the
-    support; None: the whole vocabulary. chunk_tokens: as loss_chunk_tokens.
+    support; None: the whole vocabulary. chunk_tokens: as loss_chunk_tokens. rollout_tokens: as rollout_batch_tokens;
+    None: all rows are generated at once.
     """
 
     shape: ModelShape
@@ -65,6 +66,7 @@ class Job:
     teacher_prompt: int = 2048
     completion: int = 256
     scoring_tokens: int = 16384
+    rollout_tokens: int | None = None
     topk: int | None = 100
     chunk_tokens: int | None = None
 
@@ -104,13 +106,27 @@ class Job:
         return -(-self.rows // self.generations)
 
     @property
+    def rollout_rows(self) -> int:
+        """Rows that are generated at once."""
+        tokens = self.rollout_tokens
+        return self.rows if tokens is None else min(self.rows, max(1, tokens // (self.prompt + self.completion)))
+
+    @property
+    def rollout_row(self) -> float:
+        """Bytes that training takes a row of a rollout to need, when it decides how many are generated at once."""
+        shape = self.shape
+        of_token = 2 * shape.key_value * shape.layers + 4 * shape.hidden + 3 * shape.intermediate
+        return (self.prompt + self.completion) * of_token * self.bytes + 24 * shape.vocabulary
+
+    @property
     def has_shadow(self) -> bool:
         return self.teacher == "ema" or (self.teacher == "base" and self.tuning == "full")
 
     @property
     def scoring_rows(self) -> int:
-        """Rows of one batch of the teacher's pass."""
-        return min(self.rows, max(1, self.scoring_tokens // (self.teacher_prompt + self.completion)))
+        """Rows of one batch of the teacher's pass: all completions of its prompts, where it can hold those of one."""
+        rows = min(self.rows, max(1, self.scoring_tokens // (self.teacher_prompt + self.completion)))
+        return rows - rows % self.generations if rows > self.generations else rows
 
     @property
     def scoring_forwards(self) -> int:
@@ -204,11 +220,12 @@ def _of_passes(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     shape, b = job.shape, job.bytes
     cached = 2 * shape.key_value * shape.layers * b  # bytes of a token's keys and values
 
-    # Rollouts: all rows together; the prompts once for all of their completions. Taking rows out of the cache, and
-    # giving it room, copies one layer at a time. Choosing a token makes fp32 scores, probabilities and an fp64 sum.
-    yield "rollout", "KV cache", job.rows * (job.prompt + job.completion) * cached * (1 + 1 / shape.layers)
-    yield "rollout", "activations", job.prompts * job.prompt * _without_grad(job)
-    yield "rollout", "logits chunk", job.rows * shape.vocabulary * (b + 4 + 4 + 4 + 8)
+    # Rollouts: rows together; the prompts once for all of their completions. Taking rows out of the cache, and giving
+    # it room, copies one layer at a time. Choosing a token makes fp32 scores, probabilities and an fp64 sum.
+    rows = job.rollout_rows
+    yield "rollout", "KV cache", rows * (job.prompt + job.completion) * cached * (1 + 1 / shape.layers)
+    yield "rollout", "activations", -(-rows // job.generations) * job.prompt * _without_grad(job)
+    yield "rollout", "logits chunk", rows * shape.vocabulary * (b + 4 + 4 + 4 + 8)
 
     # The teacher's pass: batches of whole rows, or, where prompts are shared, of prompts and then of completions.
     rows, length = job.scoring_rows, job.teacher_prompt + job.completion

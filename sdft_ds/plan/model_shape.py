@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from sdft_ds.prefix import key_value_width
+
 # Names for models that are not at hand: the public configurations of Llama 2 7B, Llama 3.1 70B and Llama 3.1 405B.
 BUILT_IN = {
     "7b": {
@@ -74,7 +76,6 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     head = model.get_output_embeddings()
     sizes = [param.numel() for param in model.parameters()]
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return ModelShape(
         parameters=sum(sizes),
         head=head.weight.numel(),
@@ -88,7 +89,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         query=config.num_attention_heads * head_width,
-        key_value=key_value_heads * head_width,
+        key_value=key_value_width(config),
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=head.weight.shape[0],
     )

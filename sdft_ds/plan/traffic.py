@@ -57,7 +57,7 @@ def _rings(job: Job, setup: Setup) -> dict[str, tuple[float, float]]:
     # from the first forward of the teacher's pass to the student's.
     student, teacher = accumulation * (1 + max(0.0, 1 - LIVE_PARAMETERS / job.elements)), job.scoring_forwards
     stays = job.shape.head * job.bytes if job.shape.tied else 0
-    rollout = 1 if setup.gather else job.completion
+    rollout = 1 if setup.gather else job.completion * -(-job.rows // job.rollout_rows)
     rings = {
         "gradients": (accumulation * gradients, accumulation),
         "student's weights": (student * weights - stays, student),

@@ -9,20 +9,19 @@ looks, without DeepSpeed. Without a model and a data set: the embedded demo.
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
-from sdft_ds import arguments, models, sources
-from sdft_ds.arguments import ModelArguments, ScriptArguments
+from sdft_ds import arguments, failure, models, sources
+from sdft_ds.arguments import ModelArguments
 from sdft_ds.config import SDFTConfig
 from sdft_ds.demo import run as demo
 from sdft_ds.preview import page, terminal
@@ -52,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         view = look(flags, own.rows, own.score)
         if own.html:
             own.html.write_text(page.render(view), encoding="utf-8")
-    except (ValueError, OSError) as error:
-        sys.exit(f"sdft_ds: {' '.join(str(error).split())}")
+    except Exception as error:
+        failure.leave(error)
     console = Console(highlight=False)
     terminal.show(view, console)
     if own.html:
@@ -66,9 +65,17 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
         raise ValueError(f"--rows must be at least 1, not {shown}.")
     alone = [token for name, value in ALONE.items() for token in (f"--{name}", str(value))]
     script, args, model = arguments.parse([*flags, *alone], demo.RECIPE)
-    dataset, name = _data(script, args, model)
+    notes: list[str] = []
+    if demonstrates := arguments.is_demo(script, model):
+        model.model_name_or_path = str(demo.MODEL_DIR)
     args.model_init_kwargs = {**model.init_kwargs(args), **(args.model_init_kwargs or {})}
-    tokenizer = model.tokenizer()
+    tokenizer = model.tokenizer(args)
+    if demonstrates:
+        dataset, name = demo.dataset(), "the embedded demo"
+    else:
+        chat, evaluates = tokenizer.chat_template is not None, args.eval_strategy != "no"
+        dataset, _ = sources.load(script, evaluates, args.seed, chat, notes.append)
+        name = f"{model.model_name_or_path} · {script.source}"
     builder = models.prompt_builder(tokenizer, models.config_of(model.model_name_or_path, args), args)
     stream = isinstance(dataset, IterableDataset)
     rows = islice(dataset, STREAMED) if stream else dataset
@@ -77,6 +84,7 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
     )
     view = preview(progress, builder, args, shown)
     view.facts = [name, f"{view.statistics.rows:,} rows", f"truncation={args.truncation}"]
+    view.notes += notes
     if stream:
         view.notes.append(f"A stream: its first {view.statistics.rows:,} rows were looked at.")
     if score:
@@ -87,19 +95,11 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
             )
         with _trainer(args, model, tokenizer) as trainer:
             found = scores(trainer, {index: vars(shown.look.example) for index, shown in used.items()})
+            teacher = trainer.args.teacher_model_kind
         for index, completion in found.items():
             used[index].scored = completion
-        view.facts += [f"teacher {args.teacher_model_kind}", described(args.divergence), "one process, no DeepSpeed"]
+        view.facts += [f"teacher {teacher}", described(args.divergence), "one process, no DeepSpeed"]
     return view
-
-
-def _data(script: ScriptArguments, args: SDFTConfig, model: ModelArguments) -> tuple[Dataset | IterableDataset, str]:
-    """The rows that would be trained on, and what to call model and data."""
-    if arguments.is_demo(script, model):
-        model.model_name_or_path = str(demo.MODEL_DIR)
-        return demo.dataset(), "the embedded demo"
-    dataset, _ = sources.load(script, args.eval_strategy != "no", args.seed)
-    return dataset, f"{model.model_name_or_path} · {script.source}"
 
 
 @contextmanager

@@ -16,6 +16,11 @@ from sdft_ds.trainer import SDFTTrainer
 
 def scores(trainer: SDFTTrainer, rows: dict[int, dict[str, Any]]) -> dict[int, Completion]:
     """One completion for each {number: row}, with the divergence of its loss tokens. Trains nothing."""
+    with trainer.prepared():
+        return _scores(trainer, rows)
+
+
+def _scores(trainer: SDFTTrainer, rows: dict[int, dict[str, Any]]) -> dict[int, Completion]:
     slots = tuple(Slot(index, row) for row, index in enumerate(rows))
     batches = trainer.generation_batches.make(
         rows, slots, trainer.args.per_device_train_batch_size, "preview", trainer.meters["eval"], head_changes=False

@@ -11,6 +11,7 @@ from sdft_ds.preview.statistics import Statistics
 from sdft_ds.prompts import PromptBuilder
 from sdft_ds.report.run_folder import Completion
 from sdft_ds.rows import RowError, example_from_row
+from sdft_ds.screening import Problems
 
 
 @dataclass
@@ -42,7 +43,7 @@ def preview(rows: Iterable[dict[str, Any]], builder: PromptBuilder, args: SDFTCo
     Raises RowError for a row that is not valid, as training does, or leaves it out, as training does with
     bad_rows='skip'; ValueError where there is none.
     """
-    looker, statistics, first, bad = Looker(builder), Statistics(args.truncation), [], []
+    looker, statistics, first, bad, problems = Looker(builder), Statistics(args.truncation), [], [], Problems()
     for index, row in enumerate(rows):
         try:
             look = looker.look(example_from_row(row, index), index)
@@ -52,6 +53,7 @@ def preview(rows: Iterable[dict[str, Any]], builder: PromptBuilder, args: SDFTCo
             bad.append(str(error))
             continue
         statistics.add(look)
+        problems.add(builder.problems(look.taken or look.uncut), index)
         if len(first) < shown:
             student, teacher = prompts_in_pieces(builder, look)
             used = look.taken is not None
@@ -61,4 +63,5 @@ def preview(rows: Iterable[dict[str, Any]], builder: PromptBuilder, args: SDFTCo
         raise ValueError("The data set is empty.")
     limits = {"student": builder.max_prompt_length, "teacher": builder.max_teacher_prompt_length}
     notes = [f"{len(bad)} bad rows are left out. The first: {bad[0]}"] if bad else []
+    notes += problems.told(statistics.rows).values()
     return Preview(args, limits, first, statistics, notes=notes)

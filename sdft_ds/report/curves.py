@@ -45,7 +45,8 @@ CHARTS = {
         Chart("Same most likely token", "share", {"agreement/argmax": "agreement"}, log=False),
         Chart("Teacher drift", "distance to the student / of the student from its start", {
             "teacher/distance": "drift"}, absent=" (a live teacher has none)"),
-        Chart("Probability on the top-k", "share", {"topk/mass": "mass"}, log=False),
+        Chart("Probability on the student's top-k", "share", {
+            "topk/student_mass": "student's", "topk/teacher_mass": "teacher's"}, log=False),
     ],
     "Optimization": [
         Chart("Loss", "", {"loss": "loss"}),
@@ -67,24 +68,27 @@ CHARTS = {
 }  # fmt: skip
 TASK = re.compile(r"tasks/(?P<task>.+)/(?P<figure>[^/]+)")
 ELSEWHERE = {f"seconds/{phase}" for phase in PHASES}  # drawn as areas on top of each other
-SUMMARIES = {"total_flos", "train_loss"} | {
-    f"{when}_{what}" for when in ("train", "eval") for what in ("runtime", "samples_per_second", "steps_per_second")
-}
+# Of a whole run, or of one evaluation, whose prefix may name its data set.
+# Also what an evaluation says of tasks, which have charts of their own.
+SUMMARIES = re.compile(
+    r"total_flos|train_loss|(train|eval)(_.+)?_(runtime|samples_per_second|steps_per_second)|eval_tasks/.+"
+)
 
 
 def charts_of(run: Run) -> dict[str, list[Chart]]:
     """CHARTS; one for each figure of the tasks/NAME/FIGURE that were logged; under "Other" one for all else."""
     placed = {metric for charts in CHARTS.values() for chart in charts for metric in chart.curves}
-    rest = [name for name in run.metrics() if name not in placed | ELSEWHERE | SUMMARIES]
+    known = placed | ELSEWHERE
+    rest = [name for name in run.metrics() if name not in known and not SUMMARIES.fullmatch(name)]
     tasks: dict[str, dict[str, str]] = {}
     for name in rest:
         if asked := TASK.fullmatch(name):
             tasks.setdefault(asked["figure"], {})[name] = asked["task"]
-    units = {name: metric.unit for name, metric in METRICS.items()}
-    others = [
-        Chart(name, units.get(name.removeprefix("eval_"), ""), {name: name})
-        for name in rest
-        if not TASK.fullmatch(name)
-    ]
+    others = [Chart(name, _unit(name), {name: name}) for name in rest if not TASK.fullmatch(name)]
     figures = [Chart(figure.replace("_", " "), "by task", curves, log=False) for figure, curves in tasks.items()]
     return CHARTS | {"Tasks": figures, "Other": others}
+
+
+def _unit(name: str) -> str:
+    """Of a metric, which in an evaluation stands behind a prefix: eval_, or eval_ and the data set's name."""
+    return next((metric.unit for known, metric in METRICS.items() if f"_{name}".endswith(f"_{known}")), "")

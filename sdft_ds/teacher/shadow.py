@@ -43,6 +43,7 @@ class ShadowTeacher(Teacher):
 
     @torch.no_grad()
     def start(self, engine: nn.Module) -> None:
+        self.values, self.sample_start = {}, {}
         for piece in zero.pieces(engine, self.trainable):
             self.values[piece.name] = piece.values.to(self._device(piece), torch.float32, copy=True)
             self.sample_start[piece.name] = self._sampled(piece, piece.values)
@@ -57,16 +58,17 @@ class ShadowTeacher(Teacher):
         exchange (fp32) or from a copy (half precision, which could not hold the shadow)."""
         if not self.values:
             self.start(engine)
-        copies = {}
-        with zero.rewritten(engine):
-            for piece in zero.pieces(engine, self.trainable):
-                if piece.master is None and piece.weights.dtype == torch.float32:
-                    self._exchange(piece)
-                else:
-                    if piece.master is None:
-                        copies[piece.name] = piece.weights.clone()
-                    piece.weights.copy_(self.values[piece.name])
+        copies, exchanged = {}, set()
         try:
+            with zero.rewritten(engine):
+                for piece in zero.pieces(engine, self.trainable):
+                    if piece.master is None and piece.weights.dtype == torch.float32:
+                        self._exchange(piece)
+                        exchanged.add(piece.name)
+                    else:
+                        if piece.master is None:
+                            copies[piece.name] = piece.weights.clone()
+                        piece.weights.copy_(self.values[piece.name])
             yield
         finally:
             with zero.rewritten(engine):
@@ -75,7 +77,7 @@ class ShadowTeacher(Teacher):
                         piece.weights.copy_(piece.master)
                     elif piece.name in copies:
                         piece.weights.copy_(copies[piece.name])
-                    else:
+                    elif piece.name in exchanged:
                         self._exchange(piece)
 
     def _exchange(self, piece: zero.Piece) -> None:

@@ -4,18 +4,36 @@ import hashlib
 import os
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import TrainerCallback, TrainerState
+from peft import (
+    BOFTConfig,
+    DeloraConfig,
+    FourierFTConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    OSFConfig,
+    PeftModel,
+    RandLoraConfig,
+    TrainableTokensConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from transformers import BitsAndBytesConfig, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from sdft_ds import SDFTConfig, SDFTTrainer, zero
+from sdft_ds import SDFTConfig, SDFTTrainer, models, zero
 from sdft_ds.evaluation.task_evaluation import TaskEvaluation
 from sdft_ds.evaluation.tasks import Task, TaskRow
+from sdft_ds.model_arguments import ModelArguments
 from sdft_ds.module_state import evaluating
 from sdft_ds.paired_batch import LossMask
 from sdft_ds.scoring import Scorer
@@ -37,6 +55,34 @@ ADAPTERS = {
     "on the head": LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj", "lm_head"], r=4),
     "head saved": LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, modules_to_save=["lm_head"]),
 }
+LLAMA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
+# Each trains the tiny Llama; the first ones as their adapters are switched off, others from what they start with.
+PEFT_METHODS = {
+    "LoRA": lambda: LoraConfig(**LLAMA),
+    "DoRA": lambda: LoraConfig(**LLAMA, use_dora=True),
+    "LoRA on the embedding": lambda: LoraConfig(**{**LLAMA, "target_modules": ["embed_tokens"]}),
+    "LoRA and tokens": lambda: LoraConfig(**LLAMA, trainable_token_indices=list(range(264))),
+    "LoRA and biases": lambda: LoraConfig(**LLAMA, bias="all"),
+    "LoRA, random": lambda: LoraConfig(**LLAMA, init_lora_weights=False),
+    "PiSSA": lambda: LoraConfig(**LLAMA, init_lora_weights="pissa"),
+    "fast PiSSA": lambda: LoraConfig(**LLAMA, init_lora_weights="pissa_niter_4"),
+    "OLoRA": lambda: LoraConfig(**LLAMA, init_lora_weights="olora"),
+    "tokens": lambda: TrainableTokensConfig(
+        task_type="CAUSAL_LM", target_modules=["embed_tokens"], token_indices=list(range(264))
+    ),
+    "VeRA": lambda: VeraConfig(**{**LLAMA, "target_modules": ["q_proj"]}, r=8),
+    "RandLoRA": lambda: RandLoraConfig(**{**LLAMA, "target_modules": ["q_proj"]}, r=4),
+    "IA3": lambda: IA3Config(**LLAMA, feedforward_modules=["down_proj"]),
+    "LoHa": lambda: LoHaConfig(**LLAMA),
+    "LoKr": lambda: LoKrConfig(**LLAMA),
+    "OFT": lambda: OFTConfig(**LLAMA, oft_block_size=8, r=0),
+    "BOFT": lambda: BOFTConfig(**LLAMA, boft_block_size=8),
+    "norms": lambda: LNTuningConfig(task_type="CAUSAL_LM"),
+    "FourierFT": lambda: FourierFTConfig(**LLAMA, n_frequency=10),
+    "DeLoRA": lambda: DeloraConfig(**LLAMA),
+    "OSF": lambda: OSFConfig(**LLAMA),
+}
+SWITCHED_OFF = list(PEFT_METHODS)[:4]
 PROBE = torch.arange(20).view(2, 10) * 7 % 250
 
 
@@ -83,16 +129,14 @@ def make_trainer(
     rows=6,
     stream=False,
     config=SDFTConfig,
+    peft_config=None,
     **settings,
 ):
     """A trainer of the tiny Llama; stage None: without DeepSpeed."""
-    # What accelerate and transformers keep of the last trainer in this process would make DeepSpeed of the next one.
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    unset_hf_deepspeed_config()
     if stage is not None:
         settings["deepspeed"] = str(DS_CONFIGS / f"zero{stage}.json")
     args = config(**{**SETTINGS, "output_dir": tempfile.mkdtemp(), **settings})
-    dataset = Dataset.from_list(tiny.rows(rows))
+    dataset = Dataset.from_list(rows if isinstance(rows, list) else tiny.rows(rows))
     return TRAINERS[args.method](
         model=grown_student(lora, tied) if grown else model or tiny.llama(),
         args=args,
@@ -100,7 +144,7 @@ def make_trainer(
         eval_dataset=dataset,
         processing_class=tiny.tokenizer(),
         callbacks=list(callbacks),
-        peft_config=ADAPTERS[lora] if lora and not grown else None,
+        peft_config=ADAPTERS[lora] if lora and not grown else peft_config,
     )
 
 
@@ -124,6 +168,54 @@ def train(stage: int | None = None, **settings) -> dict[str, Any]:
     }
 
 
+def refusals(cases: list[tuple[Any, dict[str, Any]]]) -> list[str | None]:
+    """What SDFTConfig says of each (DeepSpeed configuration, settings); None where it accepts them."""
+    said = []
+    for deepspeed, settings in cases:
+        try:
+            SDFTConfig(**{**SETTINGS, "output_dir": "unused", "deepspeed": deepspeed, **settings})
+            said.append(None)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def by_accelerates_configuration(stage: int) -> dict[str, Any]:
+    """A run whose DeepSpeed configuration is set by accelerate's launcher, in the environment."""
+    launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    before, zero._LAUNCHED_WITH_DEEPSPEED = zero._LAUNCHED_WITH_DEEPSPEED, True
+    os.environ |= launched
+    try:
+        half = SDFTConfig(**{**SETTINGS, "output_dir": "unused", "bf16": True})
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            models.warn_without_masters(tiny.llama(dtype=torch.bfloat16), half)
+        try:
+            quantized = ModelArguments(load_in_8bit=True, use_peft=True).init_kwargs(half)
+        except ValueError as error:
+            quantized = str(error)
+        recorder = Recorder()
+        trainer = TRAINERS["sdft"](
+            model=tiny.llama(),
+            args=SDFTConfig(**{**SETTINGS, "output_dir": tempfile.mkdtemp()}),
+            train_dataset=Dataset.from_list(tiny.rows(6)),
+            processing_class=tiny.tokenizer(),
+            callbacks=[recorder],
+        )
+        trainer.train()
+    finally:
+        zero._LAUNCHED_WITH_DEEPSPEED = before
+        for name in launched:
+            os.environ.pop(name, None)
+    return {
+        "losses": [log["loss"] for log in recorder.logs if "loss" in log],
+        "stage": zero.stage(trainer.model_wrapped),
+        "told": " ".join(str(each.message) for each in told),
+        "quantized": quantized,
+        "dtype": str(half.hf_deepspeed_config.dtype()),
+    }
+
+
 @torch.no_grad()
 def teacher_logits(trainer: SDFTTrainer) -> torch.Tensor:
     """The teacher's logits on fixed tokens, as the trainer's scoring pass would see them."""
@@ -139,6 +231,41 @@ def shadow_pieces(trainer: SDFTTrainer) -> list[tuple[str, int, torch.Tensor]]:
         return []
     pieces = zero.pieces(trainer.model_wrapped, trainer.teacher.trainable)
     return [(piece.name, piece.offset, values[piece.name].cpu()) for piece in pieces]
+
+
+def train_in_four_bits(stage: int | None, folder: str, **settings) -> dict[str, Any]:
+    """Losses of a QLoRA run on what bitsandbytes takes for a CPU with bf16 units, and the 4-bit weights after it."""
+    import bitsandbytes
+
+    plain = bitsandbytes.nn.modules.has_avx512bf16
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: True
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=torch.float32,
+    )
+    torch.manual_seed(11)
+    try:
+        trainer = make_trainer(
+            stage, model=folder, lora=True, callbacks=[recorder := Recorder()], eval_strategy="steps", eval_steps=1,
+            max_steps=2, model_init_kwargs={"quantization_config": quantization}, **settings,
+        )  # fmt: skip
+        trainer.train()
+    finally:
+        bitsandbytes.nn.modules.has_avx512bf16 = plain
+    weights = [m.weight for m in trainer.model.modules() if type(m) is bitsandbytes.nn.Linear4bit]
+    losses = [log.get("loss", log.get("eval_loss")) for log in recorder.logs if "loss" in log or "eval_loss" in log]
+    return {"losses": losses, "weights": digest(zero.full_copies(weights))}
+
+
+def refusal(**settings) -> str:
+    """What a trainer with these settings is refused with."""
+    try:
+        make_trainer(**settings)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def evaluate(stage: int | None = None, **settings) -> float:
@@ -517,3 +644,123 @@ def ranks_without_loss(stage, which) -> dict[str, Any]:
         LossMask.first_token = whole
     tokens = sum(len(scored.batch.tokens_N) for scored in trainer.current_batch.scored)
     return {"losses": [log["loss"] for log in recorder.logs if "loss" in log], "tokens": tokens}
+
+
+def in_turn(stage, actions: list[str], again: bool = False, **settings) -> list[float]:
+    """What one trainer, or with `again` as many as actions on one model, has for losses: of each step of a `train`, of
+    an `evaluate`."""
+    settings = {"per_device_eval_batch_size": 2, "teacher_sync_steps": 1, "teacher_update_rate": 0.3, "max_steps": 2,
+                **settings}  # fmt: skip
+    recorder = Recorder()
+    trainer = make_trainer(stage, callbacks=[recorder], **settings)
+    for i, action in enumerate(actions):
+        if again and i:
+            trainer = make_trainer(stage, callbacks=[recorder], **{**settings, "model": trainer.model, "lora": False})
+        getattr(trainer, action)()
+    logs = [log for log in recorder.logs if "loss" in log or "eval_loss" in log]
+    assert all(log.get("eval_completions/loss_tokens", 1) > 0 for log in logs)  # metrics are in the right line
+    return [log.get("loss", log.get("eval_loss")) for log in logs]
+
+
+def side_by_side(stages, **settings) -> list[float]:
+    """Losses of trainers that were all built, on one model, before the last of them trained, and then those before."""
+    model, trainers = tiny.llama(), []
+    for stage in stages:
+        recorder = Recorder()
+        trainers.append((make_trainer(stage, model=model, callbacks=[recorder], max_steps=2, **settings), recorder))
+    found = []
+    for stage, (trainer, recorder) in reversed(list(zip(stages, trainers, strict=True))):
+        trainer.train()
+        assert zero.stage(trainer.model_wrapped) == (stage or 0)
+        found += [log["loss"] for log in recorder.logs if "loss" in log]
+    return found
+
+
+def one_config(stage) -> list[str]:
+    """What trainers make of a model, one after the other, that share their settings; these stay as they were."""
+    args = make_trainer(stage).args
+    args = SDFTConfig(**SETTINGS, output_dir=args.output_dir, deepspeed=args.deepspeed)
+    before, found = args.to_dict(), []
+    for lora, width in ((True, 32), (None, 64), (True, 32)):
+        trainer = SDFTTrainer(tiny.llama(hidden_size=width), args, Dataset.from_list(tiny.rows()),
+                              processing_class=tiny.tokenizer(), peft_config=ADAPTERS.get(lora))  # fmt: skip
+        trainer.train()
+        found.append(f"{trainer.args.teacher_model_kind} {digest(zero.full_copies(list(trainer.model.parameters())))}")
+    assert args.to_dict() == before
+    return found
+
+
+def taken_over(stage) -> list[str]:
+    """What is said to those who come too late: a trainer that evaluates when another has trained its model since, and
+    one without ZeRO for a model that ZeRO-3 has sharded."""
+    first = make_trainer(stage)
+    first.train()
+    make_trainer(stage, model=first.model).train()
+    said = []
+    for attempt in (first.evaluate, lambda: make_trainer(None, model=first.model)):
+        try:
+            attempt()
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def stopped(stage, **settings) -> list[float]:
+    """A run that ends by an exception after its first step, and then a whole one of another trainer."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyError("on purpose")
+
+    trainer = make_trainer(stage, callbacks=[Stop()], **settings)
+    try:
+        trainer.train()
+    except KeyError:
+        pass
+    trainer = make_trainer(stage, callbacks=[recorder := Recorder()], model=trainer.model, **settings)
+    trainer.train()
+    return [log["loss"] for log in recorder.logs if "loss" in log]
+
+
+def starts(stage, methods: list[str], model: str | None = None) -> dict[str, tuple[str, float, float, float]]:
+    """For each PEFT method the class of its base teacher; how far that one's logits are from the model's at the start,
+    before and after two steps; and how far the student's are after them."""
+    found = {}
+    for name in methods:
+        base = model or tiny.llama(tie_word_embeddings="token" not in name, attention_bias=True)
+        trainer = make_trainer(stage, model=base, peft_config=PEFT_METHODS[name](), max_steps=2)
+        begin = []
+
+        class Look(TrainerCallback):
+            def on_train_begin(self, *args, **kwargs):
+                begin.extend((student_logits(trainer), teacher_logits(trainer)))  # noqa: B023
+
+        trainer.add_callback(Look())
+        trainer.train()
+        apart = [logits - begin[0] for logits in (begin[1], teacher_logits(trainer), student_logits(trainer))]
+        found[name] = (type(trainer.teacher).__name__, *(each.abs().max().item() for each in apart))
+    return found
+
+
+@torch.no_grad()
+def student_logits(trainer: SDFTTrainer) -> torch.Tensor:
+    engine = trainer.model_wrapped
+    with zero.scoring_pass(engine), evaluating(engine):
+        return engine(input_ids=PROBE, attention_mask=torch.ones_like(PROBE), use_cache=False).logits.float()
+
+
+def save_headless(folder) -> None:
+    """A model whose head is not among the weights that are saved: loading it draws one."""
+    model = tiny.llama(tie_word_embeddings=False)
+    weights = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(folder, state_dict=weights)
+
+
+def run_twice(stage, **settings) -> list[tuple[list[float], str]]:
+    """Losses and weights of two runs with one seed, whatever the process has drawn before."""
+    found = []
+    for drawn in (1, 2):
+        torch.manual_seed(drawn)
+        result = train(stage, **settings)
+        found.append((result["losses"], digest(result["weights"].values())))
+    return found

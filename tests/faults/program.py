@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 from transformers import TrainerCallback  # noqa: E402
 
-from sdft_ds import checkpoint, zero  # noqa: E402
+from sdft_ds import checkpoint, shutdown, zero  # noqa: E402
 from tests.distributed.scenarios import Recorder, digest, make_trainer, shadow_pieces  # noqa: E402
 
 
@@ -25,7 +25,8 @@ def me(rank: int) -> bool:
 
 
 class Fault(TrainerCallback):
-    """Does something to this rank: at a point of a save (point, step), at a rollout (step), or after a step."""
+    """Does something to this rank: at a point of a save (point, step), at a rollout (step), after a step, or when
+    all is done."""
 
     def __init__(self, what: str, when: str, step: int, rank: int, trainer):
         self.what, self.when, self.step, self.rank, self.trainer = what, when, step, rank, trainer
@@ -42,6 +43,7 @@ class Fault(TrainerCallback):
                 "small files": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
                 "hang": lambda: time.sleep(1000),
                 "hang a little": self._hang_a_little,
+                "linger": lambda: time.sleep(25),
             }[self.what]()
 
     def _hang_a_little(self):
@@ -66,8 +68,9 @@ def main(output_dir: str, settings: dict) -> None:
     resume, faults, stage = (settings.pop(name, None) for name in ("resume", "faults", "stage"))
     recorder = Recorder()
     trainer = make_trainer(stage, output_dir=output_dir, callbacks=[recorder], **settings)
-    for fault in faults or []:
-        trainer.add_callback(Fault(**fault, trainer=trainer))
+    made = [Fault(**fault, trainer=trainer) for fault in faults or []]
+    for fault in made:
+        trainer.add_callback(fault)
     trainer.train(resume_from_checkpoint=resume)
     end = {
         "step": trainer.state.global_step,
@@ -78,7 +81,10 @@ def main(output_dir: str, settings: dict) -> None:
     }
     with open(f"{output_dir}/end-of-rank-{os.environ.get('RANK', '0')}.json", "w") as file:
         json.dump(end, file)
+    for fault in made:
+        fault.at("end")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    with shutdown.together():
+        main(sys.argv[1], json.loads(sys.argv[2]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,8 +20,13 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("checkpoint"))
 
 
+# What a rank says that leaves a process group which others still use, or that was never closed.
+LEFT_BADLY = re.compile("SIGABRT|terminate called|destroy_process_group|Connection (closed|reset)|exitcode")
+
+
 def succeeded(ended):
-    assert [code for code, _ in ended] == [0] * len(ended), "\n".join(output for _, output in ended)
+    said = "\n".join(output for _, output in ended)
+    assert [code for code, _ in ended] == [0] * len(ended) and not LEFT_BADLY.search(said), said
 
 
 def wait_for(path, processes, seconds=90):
@@ -152,6 +158,30 @@ def test_the_deadline_ends_a_save_that_hangs(tmp_path):
 def test_one_rank_that_raises_ends_all(tmp_path):
     ended = run(tmp_path, 2, faults=[("raise", "rollout", 3, 1)], ddp_timeout=20, timeout=90)
     assert all(code not in (0, SAVED) for code, _ in ended) and "on purpose" in ended[1][1]
+
+
+@pytest.mark.full
+def test_the_first_rank_may_take_long_at_the_end(tmp_path):
+    """As when it uploads a model: the others wait for it, also beyond ddp_timeout."""
+    succeeded(run(tmp_path, 2, max_steps=1, save_strategy="no", ddp_timeout=20, faults=[("linger", "end", 1, 0)]))
+
+
+@pytest.mark.full
+def test_a_rank_that_fails_at_the_end_takes_the_others_along(tmp_path):
+    ended = run(tmp_path, 2, max_steps=1, save_strategy="no", timeout=90, faults=[("raise", "end", 1, 0)])
+    assert all(code not in (0, SAVED) for code, _ in ended) and "on purpose" in ended[0][1]
+    assert "Another rank has failed" in ended[1][1]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_runs_that_save_and_succeed_end_with_success(tmp_path, launcher, stage):
+    """Every time: each of them and its resume, 36 programs of two ranks in all."""
+    for i in range(3):
+        folder = tmp_path / str(i)
+        succeeded(finish(start_by(launcher, folder, stage=stage, max_steps=2)))
+        succeeded(finish(start_by(launcher, folder, stage=stage, max_steps=4, resume=True)))
 
 
 def test_a_second_job_in_the_same_folder_is_refused(tmp_path):
