@@ -129,6 +129,8 @@ class Sampler:
         self.pad_token_id = pad_token_id
         self.seed = seed
         self.backend = BACKENDS[backend]
+        # Called when this rank is done and begins to wait for the others: a phase of its own for the watchdog.
+        self.on_wait: Callable[[], None] = lambda: None
         self.batch_tokens = batch_tokens
 
     def sample(
@@ -173,6 +175,7 @@ class Sampler:
                 if len(outputs) != len(batch):
                     raise RuntimeError(f"Generation returned {len(outputs)} completions for {len(batch)} prompts.")
                 tokens_of |= zip(rows, outputs, strict=True)
+        self.on_wait()
         self._refuse(non_finite, model.device)
         return [self._completion(tokens_of[row]) for row in range(len(prompts))]
 

@@ -177,6 +177,7 @@ class SDFTTrainer(ResumableTrainer):
             packing=packing_for(causal_lm_of(model), args.padding_free),
             dispatch=self._dispatch,
         )
+        self.generation_batches.sampler.on_wait = lambda: self.say_phase("waiting after the rollout")
 
     # ---- runs -------------------------------------------------------------------------------------------------------
 

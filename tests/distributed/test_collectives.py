@@ -3,7 +3,9 @@
 import pytest
 
 SIX_STEPS = {"max_steps": 6, "gradient_accumulation_steps": 2}
-KINDS = pytest.mark.parametrize("kind, lora", [("base", False), ("ema", False), ("base", True)])
+KINDS = pytest.mark.parametrize(
+    "kind, lora", [("base", False), pytest.param("ema", False, marks=pytest.mark.full), ("base", True)]
+)
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,10 @@ def test_a_resumed_run_is_the_run_that_was_interrupted(two_ranks, tmp_path, stag
     assert len(results[0]["resumed"]["completions"]) == (1 if inside else 3)
 
 
-@pytest.mark.parametrize("settings", [{}, INSIDE, {"gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [INSIDE, *(pytest.param(each, marks=pytest.mark.full) for each in ({}, {"gradient_accumulation_steps": 2}))],
+)
 def test_a_stream_goes_on_with_the_rows_that_follow(two_ranks, tmp_path, settings):
     assert_exact(two_ranks.run("resume", 2, str(tmp_path), teacher_model_kind="base", stream=True, **settings))
 
@@ -52,6 +55,7 @@ def test_a_half_used_batch_of_bf16_states_and_an_adapted_head(two_ranks, tmp_pat
     )
 
 
+@pytest.mark.full
 def test_continuous_batching_inside_a_generation_batch(two_ranks, tmp_path):
     assert_exact(two_ranks.run("resume", 2, str(tmp_path), rollout_backend="continuous", **INSIDE))
 
@@ -63,6 +67,9 @@ def test_the_teacher_and_the_fp32_weights_can_be_exported(two_ranks, tmp_path, s
         assert rank["teacher"] < 1e-4 and rank["fp32"] == 0.0
 
 
-@pytest.mark.parametrize("stage, lora, settings", [(2, False, {"gradient_accumulation_steps": 2}), (3, True, {})])
+@pytest.mark.parametrize(
+    "stage, lora, settings",
+    [(2, False, {"gradient_accumulation_steps": 2}), pytest.param(3, True, {}, marks=pytest.mark.full)],
+)
 def test_supervised_fine_tuning(two_ranks, tmp_path, stage, lora, settings):
     assert_exact(two_ranks.run("resume", stage, str(tmp_path), config=SFTConfig, lora=lora, **settings))
