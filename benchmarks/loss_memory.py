@@ -56,8 +56,8 @@ def _status(field: str) -> int:
 
 
 def _ours(student, teacher, head, tokens, path):
-    from sdft_ds.chunked_loss import HeadValues, LossTerms, chunked_distillation_loss
-    from sdft_ds.divergence import Divergence
+    from sdft_ds.loss.chunked import HeadValues, LossTerms, chunked_distillation_loss
+    from sdft_ds.loss.divergence import Divergence
 
     mode = {"mode": "topk_logits", "topk": 100} if "top" in path else {"mode": "full_logits"}
     terms = LossTerms(

@@ -67,9 +67,9 @@ def is_right(losses: list[float], reference: list[float], bf16: bool) -> bool:
 def main() -> None:
     import torch
 
-    from sdft_ds import machine
-    from tests import tiny
+    from sdft_ds.doctor import checks
     from tests.distributed.ranks import RankError, Ranks
+    from tests.helpers import tiny
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=STAGES, action="append", help="these stages only")
@@ -116,7 +116,7 @@ def main() -> None:
         counts = [[o["right"] for o in outcomes if (o["stage"], o["adapter"]) == (stage, a)] for a in ADAPTERS]
         print(f"| {stage} | " + " | ".join(f"{sum(c)}/{len(c)}" for c in counts) + " |")
     print(f"\n{sum(o['right'] for o in outcomes)} of {len(outcomes)} in {time.time() - started:.0f} s")
-    print(f"{torch.backends.cpu.get_cpu_capability()}; {machine.bf16().found}")
+    print(f"{torch.backends.cpu.get_cpu_capability()}; {checks.bf16().found}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sdft_ds.zero import free_port
+from sdft_ds.distributed.launch import free_port
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
 KINDS = ["live", "base", "ema"]

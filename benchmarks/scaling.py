@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.memory import CONFIGS
 from benchmarks.step_time import WORDS, Clock
-from sdft_ds.zero import free_port
+from sdft_ds.distributed.launch import free_port
 
 
 def median_seconds(call: Callable[[], None], times: int = 3) -> float:
@@ -38,8 +38,8 @@ def median_seconds(call: Callable[[], None], times: int = 3) -> float:
 
 
 def loss(model_folder: str) -> list[list]:
-    from sdft_ds.chunked_loss import HeadValues, LossTerms, chunked_distillation_loss
-    from sdft_ds.divergence import Divergence
+    from sdft_ds.loss.chunked import HeadValues, LossTerms, chunked_distillation_loss
+    from sdft_ds.loss.divergence import Divergence
 
     found = []
     device = "cuda" if torch.cuda.is_available() else "cpu"

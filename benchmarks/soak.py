@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from sdft_ds.zero import free_port
+from sdft_ds.distributed.launch import free_port
 from tests.faults import program
 from tests.faults.runs import end
 

@@ -26,4 +26,8 @@ ruff format --check .
 if command -v shellcheck >/dev/null; then
   shellcheck -x .ci/run launch/*.sh launch/slurm/*.sh launch/slurm/*.sbatch tests/cluster/cluster.sh
 fi
-exec python -m pytest "$@"
+# Two at a time, unless the arguments say otherwise. The slow tests start many processes of their own: one at a time.
+case " $* " in
+  *" -n"* | *" --full "*) exec python -m pytest "$@" ;;
+  *) exec python -m pytest -n 2 "$@" ;;
+esac

@@ -5,26 +5,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdft_ds.config import SDFTConfig
-    from sdft_ds.sft import SFTConfig, SFTTrainer
-    from sdft_ds.trainer import SDFTTrainer
+    from sdft_ds import register
+    from sdft_ds.config.recipes import recipe
+    from sdft_ds.config.sdft_config import SDFTConfig
+    from sdft_ds.config.sft_config import SFTConfig
+    from sdft_ds.trainer import SDFTTrainer, SFTTrainer
 
-__all__ = ["SDFTConfig", "SDFTTrainer", "SFTConfig", "SFTTrainer"]
+__all__ = ["SDFTConfig", "SDFTTrainer", "SFTConfig", "SFTTrainer", "recipe", "register"]
 __version__ = "0.1.0"
 
 # peft imports bitsandbytes, which on some CPUs warns that a kernel for 4-bit inference is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 _HOMES = {
-    "SDFTConfig": "sdft_ds.config",
+    "SDFTConfig": "sdft_ds.config.sdft_config",
     "SDFTTrainer": "sdft_ds.trainer",
-    "SFTConfig": "sdft_ds.sft",
-    "SFTTrainer": "sdft_ds.sft",
+    "SFTConfig": "sdft_ds.config.sft_config",
+    "SFTTrainer": "sdft_ds.trainer",
+    "recipe": "sdft_ds.config.recipes",
 }
 
 
 def __getattr__(name: str) -> Any:
     """The classes, imported when they are asked for: the doctor runs where their imports fail."""
+    if name == "register":
+        return import_module("sdft_ds.register")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""One HTML page that stands runs side by side, e.g. SDFT and SFT: what each learned and forgot, curves overlaid.
+"""Compare runs, e.g. SDFT and SFT, on one HTML page: accuracy before and after, overlaid curves, settings.
 
 python -m sdft_ds.compare RUN_A RUN_B [RUN ...] [--output FILE]         writes compare.html
 """
@@ -10,19 +10,19 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
-from sdft_ds.progress import PHASES, phase_seconds
-from sdft_ds.report import run_folder
+from sdft_ds.metrics import run_folder
+from sdft_ds.metrics.progress import PHASES, phase_seconds
+from sdft_ds.metrics.run_folder import Run
 from sdft_ds.report.charts import COLOURS, Series, lines, shares
 from sdft_ds.report.curves import Chart, charts_of
 from sdft_ds.report.page import document, grid, missing, table
-from sdft_ds.report.run_folder import Run
 from sdft_ds.report.run_page import before_after, facts
 
 MOST = COLOURS
 
 
 def write(folders: Sequence[str | Path], output: str | Path) -> Path:
-    """Writes the page. Raises ValueError where a folder is no run's, or there are not two to six of them."""
+    """Writes the page. Raises ValueError if a folder is not a run folder, or unless there are two to six of them."""
     if not 2 <= len(folders) <= MOST:
         raise ValueError(f"Name two to {MOST} run folders to compare, not {len(folders)}.")
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
@@ -33,7 +33,7 @@ def write(folders: Sequence[str | Path], output: str | Path) -> Path:
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page as text. Runs are told apart by their folder's name, or its whole path where names are the same."""
+    """The page as HTML. Runs are labeled by folder name, or by full path if names coincide."""
     names = [run.folder.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.folder) for run in runs]
@@ -57,7 +57,7 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def _all_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
-    """Those that any of the runs has."""
+    """The union of all runs' charts."""
     found: dict[str, dict[str, Chart]] = {}
     for run in runs:
         for heading, charts in charts_of(run).items():
@@ -68,7 +68,7 @@ def _all_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
 
 
 def _overlaid(named: dict[str, Run], chart: Chart) -> list[str]:
-    """A figure for each metric of the chart that one of the runs logged, with a curve per run."""
+    """A figure for each metric of the chart that any run logged, with one curve per run."""
     figures = []
     for metric, name in chart.curves.items():
         points = [run.series(metric) for run in named.values()]
@@ -83,7 +83,7 @@ def _overlaid(named: dict[str, Run], chart: Chart) -> list[str]:
 
 
 def _differences(named: dict[str, Run], *parts: str) -> str:
-    """A table of the settings in which the runs differ, and how many are the same."""
+    """A table of the settings that differ between runs, and the number of equal ones."""
     found = {name: {k: v for part in parts for k, v in run.about.get(part, {}).items()} for name, run in named.items()}
     keys = sorted({key for settings in found.values() for key in settings})
     if not keys:

@@ -1,10 +1,10 @@
-"""What a saved model learned and forgot, in one process and without DeepSpeed.
+"""Evaluate a saved model, optionally against its starting model, in one process and without DeepSpeed.
 
     python -m sdft_ds.evaluate MODEL --eval_tasks FILE ... [--start STARTING_MODEL] [--retention_file FILE] [--json]
     python -m sdft_ds.evaluate MODEL --lm_eval TASK ...      tasks of lm-eval: pip install 'sdft_ds[lm-eval]'
 
-MODEL is a folder that a run saved, a model or an adapter, or a hub id. With --start the same questions go to the model
-that the run started from. The retention set is compared with it, or else with what the run itself left in MODEL.
+MODEL is a folder saved by a run (a model or an adapter) or a hub id. With --start the starting model is evaluated on
+the same tasks. The retention set is compared with it, or else with the reference that the run saved in MODEL.
 """
 
 import argparse
@@ -18,26 +18,28 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sdft_ds import completion_head, failure, models, zero
-from sdft_ds.arguments import ScriptArguments
-from sdft_ds.completion_head import RequestForward
-from sdft_ds.config import SDFTConfig
+from sdft_ds.cli import errors
+from sdft_ds.cli.arguments import ScriptArguments
+from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.data.batch import Completion
+from sdft_ds.data.prompts import PromptBuilder
+from sdft_ds.distributed import zero
 from sdft_ds.evaluation import retention
-from sdft_ds.evaluation.retention import Continuation
-from sdft_ds.evaluation.task_evaluation import Examination, Subject, print_table, record
+from sdft_ds.evaluation.retention import ReferenceContinuation
+from sdft_ds.evaluation.task_evaluation import EvalModel, TaskEvaluator, print_table, record
 from sdft_ds.evaluation.tasks import RETENTION, Task, read_tasks
-from sdft_ds.paired_batch import Completion
-from sdft_ds.prompts import PromptBuilder
-from sdft_ds.rollouts import Sampler
+from sdft_ds.model import completion_forward, loading
+from sdft_ds.model.completion_forward import RequestForward
+from sdft_ds.rollouts.sampler import Sampler
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate as the command line says. A mistake in it, or in a file, is one line and exit status 1."""
+    """Evaluate as specified on the command line. Invalid arguments or files print one line and exit with status 1."""
     args = _parser().parse_args(argv)
     try:
         results = evaluate(args)
     except Exception as error:
-        failure.leave(error)
+        errors.leave(error)
     if args.json:
         print(json.dumps(results, indent=1))
         return
@@ -49,10 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Records as in evaluations.jsonl under `start` (with --start) and `model`; lm-eval's figures under `lm_eval`."""
+    """Returns records as in evaluations.jsonl under `start` (with --start) and `model`, and lm-eval results under
+    `lm_eval`."""
     tasks = read_tasks(args.eval_tasks, args.retention_file, args.eval_task_rows)
     if not tasks and not args.lm_eval:
-        raise ValueError("Nothing is asked: give --eval_tasks, --retention_file or --lm_eval.")
+        raise ValueError("Nothing to evaluate: give --eval_tasks, --retention_file or --lm_eval.")
     if args.lm_eval and importlib.util.find_spec("lm_eval") is None:
         raise ValueError("--lm_eval needs lm_eval, which is not installed: pip install 'sdft_ds[lm-eval]'")
     results: dict[str, Any] = {}
@@ -60,16 +63,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.start is not None:
         examination = _Saved.load(args.start, args).examination(tasks)
         with RequestForward(examination.subject.engine()):
-            results["start"] = [record(result) for result in examination.take()]
+            results["start"] = [record(result) for result in examination.evaluate()]
         start = examination.start
         del examination
-        gc.collect()  # of the model, which may hold itself in cycles: else it stays beside the next one
+        gc.collect()  # the model may be in reference cycles, and would stay in memory with the next one
     saved = _Saved.load(args.model, args)
     examination = saved.examination(tasks, start)
     if RETENTION in examination.ids and start is None:
         examination.start = retention.load(args.model, examination.ids[RETENTION])
     with RequestForward(saved.model):
-        results["model"] = [record(result) for result in examination.take()]
+        results["model"] = [record(result) for result in examination.evaluate()]
     if args.lm_eval:
         results["lm_eval"] = saved.lm_eval(args.lm_eval)
     return results
@@ -77,7 +80,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass
 class _Saved:
-    """A model as it was saved, and how it is asked."""
+    """A saved model and its evaluation settings."""
 
     model: PreTrainedModel
     prompts: PromptBuilder
@@ -90,22 +93,22 @@ class _Saved:
         trust = args.trust_remote_code
         model = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, trust_remote_code=trust)
         model = model.to(device).eval()
-        tokenizer = models.with_pad_token(AutoTokenizer.from_pretrained(name, trust_remote_code=trust))
-        models.check_embedding(tokenizer, model)
-        models.keep_quantized_layout(model)
-        models.disable_dropout(model)  # an adapter's configuration may still name it, and the head refuses it
+        tokenizer = loading.with_pad_token(AutoTokenizer.from_pretrained(name, trust_remote_code=trust))
+        loading.check_embedding(tokenizer, model)
+        loading.keep_quantized_layout(model)
+        loading.disable_dropout(model)  # an adapter's configuration may still set it, which the head refuses
         with RequestForward(model):
-            completion_head.check(model, model, model.device)
-        # Only its rendering is used, which knows no limits; prompts that are too long are refused, never cut.
+            completion_forward.check(model, model, model.device)
+        # Used for rendering only, so without length limits; prompts that are too long are refused, never truncated.
         template = SDFTConfig.__dataclass_fields__["teacher_prompt_template"].default
         prompts = PromptBuilder(tokenizer, template, None, None, chat_template_kwargs=args.chat_template_kwargs)
         return cls(model, prompts, args.batch_size, args.max_completion_length)
 
-    def examination(self, tasks: list[Task], start: list[Continuation] | None = None) -> Examination:
+    def examination(self, tasks: list[Task], start: list[ReferenceContinuation] | None = None) -> TaskEvaluator:
         tokenizer = self.prompts.tokenizer
         sampler = Sampler(
             {"do_sample": False, "max_new_tokens": self.longest},
-            models.stop_token_ids(self.model, tokenizer),
+            loading.stop_token_ids(self.model, tokenizer),
             tokenizer.pad_token_id,
             seed=0,
         )
@@ -114,11 +117,13 @@ class _Saved:
             weights = zero.generation_weights(self.model, gather=False)
             return sampler.sample(self.model, prompts, keys, weights)
 
-        subject = Subject(lambda: self.model, generate, self.prompts, self.batch_size, self.longest, self.model.device)
-        return Examination(tasks, subject, start)
+        subject = EvalModel(
+            lambda: self.model, generate, self.prompts, self.batch_size, self.longest, self.model.device
+        )
+        return TaskEvaluator(tasks, subject, start)
 
     def lm_eval(self, tasks: list[str]) -> dict[str, dict[str, float]]:
-        """Figures by task. A task is a name that lm-eval knows, or a YAML file."""
+        """lm-eval results by task. A task is a name known to lm-eval, or a YAML file."""
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 

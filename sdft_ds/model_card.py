@@ -1,4 +1,4 @@
-"""The model card: facts about a run -> Markdown with the hub's metadata."""
+"""Model card: renders facts about a run as Markdown with hub metadata."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from sdft_ds.config import SDFTConfig
+from sdft_ds.config.fields import own_fields
+from sdft_ds.config.inherited import ON_THE_CARD
+from sdft_ds.config.sdft_config import SDFTConfig
 
 METHODS = {
     "sdft": (
@@ -27,18 +29,7 @@ CITATION = """\
     archivePrefix = {arXiv},
 }
 ```"""
-# The settings that decide what is learned: those of both methods, and those of SDFT.
-SETTINGS = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "loss_type",
-    "max_prompt_length", "max_completion_length", "truncation", "seed", "bf16", "fp16",
-)  # fmt: skip
-SDFT_SETTINGS = (
-    "distillation_alpha", "distillation_mode", "distillation_topk", "distillation_add_tail", "distillation_is_clip",
-    "num_loss_tokens_to_skip", "teacher_model_kind", "teacher_prompt_template", "num_generations", "num_iterations",
-    "temperature", "top_p", "top_k",
-)  # fmt: skip
-EMA_SETTINGS = ("teacher_update_rate", "teacher_sync_steps")
-# Metric of the log -> what it is called.
+# Logged metric -> its label.
 LOSSES = {
     "sdft/distillation_loss": "distance from the teacher, nats/token",
     "loss": "loss",
@@ -50,7 +41,7 @@ FIGURES = {"accuracy": "accuracy", "kl_to_start": "KL from the start, nats/token
 
 @dataclass(frozen=True)
 class Source:
-    """A model or a data set: its id on the hub, or what else it is called; of a path on a disk the last part."""
+    """A model or a data set: its hub id, or another name; of a local path only the last component."""
 
     name: str
     on_hub: bool
@@ -68,8 +59,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card tells. log: the lines of the Trainer's log history; rows: of the data set, None for a stream;
-    finetuned_from, dataset: hub ids or paths, of which the last part alone is told."""
+    """Contents of a model card. log: the Trainer's log history; rows: of the data set, None for a stream;
+    finetuned_from, dataset: hub ids or local paths, of which only the last component is shown."""
 
     model_name: str
     args: SDFTConfig
@@ -121,14 +112,18 @@ def render(facts: Facts) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _names(args: SDFTConfig) -> tuple[str, ...]:
-    if args.method != "sdft":
-        return SETTINGS
-    return SETTINGS + SDFT_SETTINGS + (EMA_SETTINGS if args.teacher_model_kind == "ema" else ())
+def _names(args: SDFTConfig) -> list[str]:
+    """The settings shown on the card: those that affect what is learned."""
+    declared = [
+        f.name
+        for f in own_fields(type(args))
+        if f.metadata.get("card") in (True, args.teacher_model_kind) and args.method in f.metadata["read_by"]
+    ]
+    return [*ON_THE_CARD, *declared]
 
 
 def _results(log: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """First and last value of each metric that the card names."""
+    """First and last value of each metric shown on the card."""
     names = dict(LOSSES)
     for name in dict.fromkeys(name for line in log for name in line):
         if evaluated := EVALUATED.fullmatch(name):
@@ -146,6 +141,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _code(value: Any) -> str:
-    """A value inside a table: a line, and no bar or backtick that would end its cell or its code."""
+    """A value as code in a table cell: one line; bars and backticks in it end neither the cell nor the code."""
     text = str(getattr(value, "value", value)).replace("\n", "\\n").replace("|", "\\|")
     return f"`` {text} ``"

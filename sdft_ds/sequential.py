@@ -1,11 +1,11 @@
-"""Sequential continual learning: one task after the other, each from the model that the one before left, and after
-each the questions of all tasks.
+"""Sequential continual learning: trains one task after another, each stage from the previous stage's model, and
+evaluates all tasks after each stage.
 
     python launch/sequential.py --stage NAME=TRAIN_FILE,TASK_FILE[:SCORER] --stage ... \\
         [--launcher 'deepspeed --num_gpus 8'] [--output_dir DIR] [--dry-run] -- --model_name_or_path MODEL FLAGS
 
 FLAGS are those of launch/train.py, for every stage. DIR/1-NAME, DIR/2-NAME ... are the runs; DIR/matrix.json and
-DIR/matrix.html say what each stage taught, and what was forgotten. The same command again goes on where it was.
+DIR/matrix.html report accuracy after each stage, and forgetting. The same command again resumes where it stopped.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from sdft_ds.checkpoint.preemption import MARKER
 from sdft_ds.evaluation.tasks import RETENTION, read_tasks
-from sdft_ds.preemption import MARKER
-from sdft_ds.report import run_folder
+from sdft_ds.files import atomic_write
+from sdft_ds.metrics import run_folder
 from sdft_ds.report.charts import COLOURS, Series, lines
 from sdft_ds.report.page import document, grid, table
-from sdft_ds.whole_files import written_aside
 
 FINISHED = "stages.json"
 START = "start"
@@ -37,7 +37,7 @@ OWN_FLAGS = ("dataset_path", "dataset_name", "output_dir", "eval_tasks", "resume
 
 
 class StageFailed(RuntimeError):
-    """A stage did not come to its end. status: what to exit with."""
+    """A stage did not finish. status: the exit status."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -46,7 +46,7 @@ class StageFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Stage:
-    """A task: what is trained on, and the questions about it, as --eval_tasks takes them but for the name."""
+    """A task. train: training file; questions: evaluation file, as in --eval_tasks without the name."""
 
     name: str
     train: str
@@ -57,7 +57,7 @@ class Stage:
         parts = re.fullmatch(r"([\w.-]+)=([^,]+),([^,]+)", text)
         if parts is None or parts[1] in (RETENTION, START):
             raise ValueError(
-                f"--stage {text}: needed is NAME=TRAIN_FILE,TASK_FILE or NAME=TRAIN_FILE,TASK_FILE:SCORER, with a "
+                f"--stage {text}: expected NAME=TRAIN_FILE,TASK_FILE or NAME=TRAIN_FILE,TASK_FILE:SCORER, with a "
                 f"NAME other than {RETENTION} and {START}."
             )
         if not Path(parts[2]).exists():
@@ -67,7 +67,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """train: the command of a stage, but for what is the stage's own. flags: the part of it that the user gave."""
+    """All stages. train: launch command shared by the stages; flags: training flags given by the user."""
 
     stages: list[Stage]
     output: Path
@@ -78,15 +78,15 @@ class Plan:
         return self.output / f"{i + 1}-{self.stages[i].name}"
 
     def command(self, i: int) -> list[str]:
-        """What trains stage `i`. An adapter's stage is followed by `merged`."""
+        """The training command of stage `i`. A stage after an adapter starts from the merged model."""
         start = ["--model_name_or_path", str(_merged(self.folder(i - 1)))] if i else []
         own = ["--dataset_path", self.stages[i].train, "--output_dir", str(self.folder(i)), *start]
         asked = [f"{stage.name}={stage.questions}" for stage in self.stages]
         return [*self.train, *self.flags, *own, "--eval_tasks", *asked, "--resume_from_checkpoint", "true"]
 
     def run(self) -> None:
-        """Train what is not finished, and write the matrix after each stage. Raises StageFailed, and ValueError where
-        a finished stage was another one."""
+        """Train unfinished stages, and write the matrix after each stage. Raises StageFailed, and ValueError if a
+        finished stage differs from the given one."""
         self.output.mkdir(parents=True, exist_ok=True)
         record = self.output / FINISHED
         finished = json.loads(record.read_text()) if record.exists() else []
@@ -108,7 +108,7 @@ class Plan:
     def _train(self, i: int) -> None:
         status = subprocess.run(self.command(i)).returncode
         if status or (self.folder(i) / MARKER).exists():
-            raise StageFailed(f"Stage {self.stages[i].name} has not ended; the same command goes on with it.", status)
+            raise StageFailed(f"Stage {self.stages[i].name} has not finished; the same command continues it.", status)
         if (self.folder(i) / "adapter_config.json").exists():
             merge(self.folder(i))
 
@@ -136,7 +136,7 @@ class Plan:
 
 
 def forgotten(names: list[str], rows: list[dict[str, float]]) -> dict[str, float]:
-    """For each task that was trained before the last one: its best accuracy from its own stage on, less its last.
+    """For each task trained before the last one: its best accuracy from its own stage on, minus its latest.
 
     rows: accuracies by task, at the start and after each stage so far.
     """
@@ -148,12 +148,12 @@ def forgotten(names: list[str], rows: list[dict[str, float]]) -> dict[str, float
 
 
 def curves(names: list[str], runs: list[list[dict[str, Any]]]) -> list[Series]:
-    """The accuracy in each task over the optimizer steps of all stages, one after the other."""
+    """The accuracy in each task over the concatenated optimizer steps of all stages."""
     points: dict[str, list[tuple[int, float]]] = {name: [] for name in names}
     before = 0
     for i, run in enumerate(runs):
         for line in run:
-            # What a stage starts with is what the one before ended with.
+            # A later stage's step 0 repeats the end of the previous stage.
             if line["task"] in points and (line["step"] > 0 or i == 0):
                 points[line["task"]].append((before + line["step"], line["accuracy"]))
         before += max(line["step"] for line in run)
@@ -164,7 +164,7 @@ def curves(names: list[str], runs: list[list[dict[str, Any]]]) -> list[Series]:
 
 
 def merge(folder: Path) -> None:
-    """Write the adapter in `folder`, merged into its model, to `folder`/merged."""
+    """Merge the adapter in `folder` into its model and save it to `folder`/merged."""
     model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto").merge_and_unload()
     model.save_pretrained(folder / "merged")
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "merged")
@@ -183,12 +183,12 @@ def _shown(names: list[str], values: dict[str, float]) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def plan(args: argparse.Namespace, train_script: Path) -> Plan:
-    """Raises ValueError or FileNotFoundError naming the flag and the remedy."""
+    """Returns the validated plan. Raises ValueError or FileNotFoundError, naming the flag and the fix."""
     stages = [Stage.parse(text) for text in args.stage]
     read_tasks([f"{stage.name}={stage.questions}" for stage in stages])
     for flag in args.flags:
@@ -199,8 +199,8 @@ def plan(args: argparse.Namespace, train_script: Path) -> Plan:
 
 
 def main(train_script: Path, argv: Sequence[str] | None = None) -> None:
-    """Train all stages by `train_script`. A mistake on the command line is one line and exit status 1; a stage that
-    fails gives its own status."""
+    """Train all stages with `train_script`. Invalid arguments print one line and exit with status 1; a failed stage
+    exits with its own status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", action="append", required=True, metavar="NAME=TRAIN_FILE,TASK_FILE[:SCORER]")
     parser.add_argument("--launcher", default=shlex.quote(sys.executable), help="what starts launch/train.py")

@@ -1,4 +1,4 @@
-"""Command line -> objects -> trainer.train().
+"""Entry point of training: parse the command line, build the trainer, train, save.
 
 deepspeed launch/train.py --deepspeed ds_configs/zero2.json         the embedded demo
 deepspeed launch/train.py --deepspeed ds_configs/zero2.json \\
@@ -7,32 +7,29 @@ deepspeed launch/train.py --deepspeed ds_configs/zero2.json \\
 
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-import datasets
-import transformers
-
-from sdft_ds import arguments, failure, output_folder, shutdown, sources
-from sdft_ds.checkpoint import CannotResume
-from sdft_ds.completions import ShowCompletions
+from sdft_ds.checkpoint import output_dir
+from sdft_ds.checkpoint.output_dir import OutputFolderInUse
+from sdft_ds.checkpoint.storage import CannotResume
+from sdft_ds.cli import arguments, dataset_loading, errors, terminal
+from sdft_ds.cli.yaml_config import SavedSettings
+from sdft_ds.data.rows import DataError
 from sdft_ds.demo import run as demo
+from sdft_ds.distributed import shutdown
 from sdft_ds.evaluation.task_evaluation import TaskEvaluation, check_best_metric
 from sdft_ds.evaluation.tasks import Task, read_tasks
-from sdft_ds.output_folder import OutputFolderInUse
-from sdft_ds.rollouts import NonFiniteLogits
-from sdft_ds.rows import DataError
-from sdft_ds.settings_file import SavedSettings
-from sdft_ds.sft import TRAINERS
-from sdft_ds.step_guard import TooManyBadSteps
-from sdft_ds.trainer import SDFTTrainer
+from sdft_ds.metrics.completions import ShowCompletions
+from sdft_ds.metrics.nonfinite import TooManyNonFiniteSteps
+from sdft_ds.rollouts.sampler import NonFiniteLogits
+from sdft_ds.trainer import TRAINERS, MethodTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says. A mistake in it is one line and exit status 2; what else keeps it from starting,
-    one line and status 1."""
-    quiet_unless_first_rank()
+    """Train as specified on the command line. Usage errors print one line and exit with status 2; other errors at
+    startup print one line and exit with status 1."""
+    terminal.quiet_unless_first_rank()
     with shutdown.together(), ExitStack() as stack:
         _main(sys.argv[1:] if argv is None else argv, stack)
 
@@ -45,22 +42,22 @@ def _main(argv: Sequence[str], stack: ExitStack) -> None:
         check_best_metric(args, questions)
         is_demo = arguments.is_demo(script, model)
         resume = _resume(args.resume_from_checkpoint)
-        # Before the weights are loaded, and until all is written.
-        stack.enter_context(output_folder.locked(args.output_dir))
+        # Held from before the weights are loaded until everything is written.
+        stack.enter_context(output_dir.locked(args.output_dir))
         if resume is None:
-            output_folder.refuse_others(args.output_dir)
+            output_dir.refuse_others(args.output_dir)
         trainer = demo.trainer(args, model.peft_config()) if is_demo else _trainer(script, args, model)
         if questions:
             trainer.add_callback(TaskEvaluation(trainer, questions, script.eval_tasks_steps))
         trainer.add_callback(settings)
     except Exception as error:
-        failure.leave(error)
+        errors.leave(error)
     try:
         trainer.train(resume_from_checkpoint=resume)
-    except DataError as error:  # of a stream: perhaps on this rank alone
+    except DataError as error:  # from a stream, possibly on this rank only
         sys.exit(f"sdft_ds: {error}")
-    except (CannotResume, NonFiniteLogits, OutputFolderInUse, TooManyBadSteps) as error:
-        sys.exit(_one_line(error))
+    except (CannotResume, NonFiniteLogits, OutputFolderInUse, TooManyNonFiniteSteps) as error:
+        errors.leave(error)
     trainer.save_model()
     if args.save_teacher:
         trainer.save_teacher(os.path.join(args.output_dir, "teacher"))
@@ -79,12 +76,12 @@ def _main(argv: Sequence[str], stack: ExitStack) -> None:
 
 def _trainer(
     script: arguments.ScriptArguments, args: arguments.SDFTConfig, model: arguments.ModelArguments
-) -> SDFTTrainer:
+) -> MethodTrainer:
     evaluates = args.eval_strategy != "no"
     args.model_init_kwargs = {**model.init_kwargs(args), **(args.model_init_kwargs or {})}
     tokenizer = model.tokenizer(args)
-    train_dataset, eval_dataset = sources.load(
-        script, evaluates, args.seed, tokenizer.chat_template is not None, _tell
+    train_dataset, eval_dataset = dataset_loading.load(
+        script, evaluates, args.seed, tokenizer.chat_template is not None, terminal.tell
     )
     trainer = TRAINERS[args.method](
         model=model.model_name_or_path,
@@ -95,17 +92,13 @@ def _trainer(
         peft_config=model.peft_config(),
     )
     if evaluates and script.eval_num_prompts:
-        trainer.add_callback(ShowCompletions(trainer, trainer.eval_dataset, script.eval_num_prompts))
+        shown = (trainer.eval_dataset, script.eval_num_prompts)
+        trainer.add_callback(ShowCompletions(trainer.rollouts.generate, trainer.prompts, *shown))
     return trainer
 
 
-def _tell(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"sdft_ds: {text}", flush=True)
-
-
 def _questions(script: arguments.ScriptArguments) -> list[Task]:
-    """What is asked before and after training, if anything."""
+    """The tasks to evaluate before and after training, if any."""
     found = read_tasks(script.eval_tasks or [], script.retention_file, script.eval_task_rows)
     if not found and (script.eval_tasks_steps is not None or script.eval_task_rows is not None):
         raise ValueError("--eval_tasks_steps and --eval_task_rows need --eval_tasks or --retention_file.")
@@ -116,25 +109,8 @@ def _resume(value: str | None) -> str | bool | None:
     return {"true": True, "false": None}.get((value or "false").lower(), value)
 
 
-def quiet_unless_first_rank() -> None:
-    """Other ranks say the same; what goes wrong on one of them alone is an exception, and still shows."""
-    # Names that the libraries below us still use among each other, and that no user can do anything about.
-    for module in ("transformers", "torch.distributed"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-    if os.environ.get("RANK", "0") != "0":
-        warnings.simplefilter("ignore")
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-
-
-def _one_line(error: Exception) -> str | int:
-    """What to exit with: the message in one line, said by the first rank only, and status 1 on every rank."""
-    return f"sdft_ds: {' '.join(str(error).split())}" if os.environ.get("RANK", "0") == "0" else 1
-
-
 def _learned(log_history: list[dict[str, float]], method: str) -> str:
-    """One sentence about the run: how far the student is from its teacher or its demonstrations, at first and at
+    """One-sentence summary: the distance of the student from its teacher, or the loss on its demonstrations, first and
     last."""
     metric = {"sdft": "sdft/distillation_loss", "sft": "loss"}[method]
     distances = [log[metric] for log in log_history if metric in log]

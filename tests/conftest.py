@@ -13,8 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from tests import tiny
 from tests.distributed.ranks import Ranks
+from tests.helpers import tiny
 
 torch.set_num_threads(1)
 
@@ -22,6 +22,19 @@ torch.set_num_threads(1)
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the slow tests")
     parser.addoption("--gpu", action="store_true", help="let the tests see this machine's GPUs")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With two workers, one runs all of tests/distributed, so that one pair of processes serves it; the others are
+    shared out by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ranks" if "tests/distributed/" in nodeid else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(config, items):

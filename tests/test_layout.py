@@ -1,4 +1,5 @@
-"""The house rules that a program can check: imports flow one way, and only zero.py knows ZeRO."""
+"""The rules of the house that a program can check: imports flow one way, each framework is known in one place, nothing
+that is read is evaluated."""
 
 import ast
 import re
@@ -6,48 +7,55 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
-from sdft_ds import settings_file
+from sdft_ds.cli import yaml_config
 
-PACKAGE = Path(__file__).parent.parent / "sdft_ds"
+PACKAGE = Path(__file__).parents[1] / "sdft_ds"
 
-# A module may import those before it. Packages count as one room.
-ORDER = [
-    "failure", "processes", "machine", "doctor", "whole_files", "module_state", "thin_products", "ranks", "checkpoint",
-    "output_folder", "preemption", "shutdown", "rows", "prompts", "screening", "streams", "paired_batch", "prefix",
-    "divergence", "zero", "packing", "inherited", "config_checks", "config", "recipes", "model_card", "schedule",
-    "rollouts", "aggregation", "chunked_loss", "inspection", "head", "completion_head", "models", "teacher", "scoring",
-    "run_state", "resume_settings", "lookout", "hub_upload", "resumable", "metrics", "step_guard", "generation_batch",
-    "progress",
-    "report", "compare", "completion_log", "run_record", "evaluation_loader", "trainer", "sft", "completions",
-    "evaluation", "settings_file", "model_arguments", "arguments", "plan", "sources", "demo", "train", "evaluate",
-    "preview", "sequential",
-]  # fmt: skip
-PURE = [
-    "failure",
-    "processes",
-    "machine",
-    "module_state",
-    "thin_products",
-    "ranks",
-    "checkpoint",
-    "rows",
-    "prompts",
-    "paired_batch",
-    "prefix",
-    "divergence",
-    "schedule",
-    "aggregation",
-    "chunked_loss",
-    "inspection",
-    "zero",
-    "metrics",
+# A package or module may import those of the lines before its own; those of one line do not import each other.
+LAYERS = [
+    {"distributed"},
+    {"files"},
+    {"data"},
+    {"loss"},
+    {"config"},
+    {"checkpoint", "model", "model_card"},
+    {"rollouts", "teacher"},
+    {"metrics", "register"},
+    {"report", "objectives"},
+    {"loop"},
+    {"trainer"},
+    {"cli", "evaluation"},
+    {"demo"},
+    {"preview", "plan", "doctor"},
+    {"compare", "train", "evaluate"},
+    {"sequential"},
 ]
+CORE = LAYERS[: [{"trainer"} <= layer for layer in LAYERS].index(True) + 1]
+# The page of a run is written by the trainer when the run ends; it reads nothing but the run's folder.
+TOOLS = {"cli", "evaluation", "demo", "preview", "plan", "doctor", "compare", "train", "evaluate", "sequential"}
+
+# Attributes of transformers.Trainer that are not part of its interface: an upgrade of transformers is checked by them.
+TRAINER_PRIVATES = {
+    "_evaluate", "_export_callbacks", "_finalize_training", "_finish_current_push", "_get_grad_norm",
+    "_get_output_dir", "_init_training_state", "_initial_global_step", "_inner_training_loop", "_load_best_model",
+    "_load_optimizer_and_scheduler", "_push_from_checkpoint", "_run_epoch", "_save", "_save_checkpoint",
+    "_save_optimizer_and_scheduler", "_save_rng_state", "_save_scaler", "_tr_loss", "_train_batch_size",
+}  # fmt: skip
+DEEPSPEED = re.compile(
+    r"\bds_(id|tensor|shape|numel)\b|GatheredParameters|zero_optimization_stage|\.zero_stage\b|latest_universal|"
+    r"parameter_offload\b|param_coordinator|\bstage\(engine\)|configured_stage\([^)]*\) *[=<>!]"
+)
+# What sets an attribute of a module, a class or an object that belongs to a library, to be found by its first lines.
+PATCHES = re.compile(
+    r"\.(forward|destroy|param_coordinator|generation_config) = |(engine|optimizer)\.step = |__compatible_ops__"
+)
 
 
-def modules():
-    return [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+def modules() -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
 
 def room(path: Path) -> str:
@@ -64,29 +72,82 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_every_room_has_its_place():
-    assert {room(path) for path in modules()} == set(ORDER)
+def layer(name: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if name in names)
 
 
-def test_imports_flow_one_way():
+def test_every_module_has_its_layer():
+    assert {room(path) for path in modules()} == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_flow_one_way(path):
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "sdft_ds" and len(parts) > 1 and parts[1] != room(path):
+            if any(parts[1] in names for names in LAYERS):
+                assert layer(parts[1]) < layer(room(path)), f"{path} imports {name}"
+
+
+def test_the_core_imports_no_tool():
     for path in modules():
-        for name in imports(path):
-            parts = name.split(".")
-            if parts[0] == "sdft_ds" and len(parts) > 1 and parts[1] in ORDER and parts[1] != room(path):
-                assert ORDER.index(parts[1]) < ORDER.index(room(path)), f"{path.name} imports {name}"
+        if any(room(path) in names for names in CORE):
+            assert not {name.split(".")[1] for name in imports(path) if name.startswith("sdft_ds.")} & TOOLS, path
 
 
-def test_only_zero_knows_deepspeed():
+def test_modules_of_a_package_do_not_import_each_other_in_a_circle():
+    graph = {path: set() for path in modules()}
+    by_name = {"sdft_ds." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in graph}
+    for path in graph:
+        graph[path] = {by_name[name] for name in imports(path) if name in by_name} - {path}
+    while graph:
+        leaves = {path for path, needed in graph.items() if not needed & graph.keys()}
+        assert leaves, sorted(map(str, graph))
+        graph = {path: needed for path, needed in graph.items() if path not in leaves}
+
+
+def test_only_distributed_knows_deepspeed():
     for path in modules():
-        if room(path) != "zero":
-            text = path.read_text()
+        if room(path) != "distributed":
             assert not any(name.split(".")[0] == "deepspeed" for name in imports(path)), path
-            assert not any(word in text for word in ("ds_id", "ds_tensor", "GatheredParameters")), path
+            if room(path) not in ("plan", "doctor"):  # which compute with the stages, and run no engine
+                assert not DEEPSPEED.search(path.read_text()), (path, DEEPSPEED.search(path.read_text()))
+
+
+def test_only_the_loop_names_the_privates_of_transformers_trainer():
+    from transformers import Trainer
+
+    from sdft_ds.trainer import SDFTTrainer
+
+    ours = {
+        name
+        for each in SDFTTrainer.__mro__
+        if each.__module__.startswith("sdft_ds")
+        for name in vars(each)
+        if name.startswith("_")
+    }
+    private = {name for name in vars(Trainer) if name.startswith("_") and not name.startswith("__")}
+    assert ours & private <= TRAINER_PRIVATES
+    source = Path(sys.modules["transformers.trainer"].__file__).read_text()
+    missing = {name for name in TRAINER_PRIVATES if name not in source} - {"_export_callbacks"}
+    assert not missing, f"this transformers has no {sorted(missing)}"
+    for path in modules():
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        own = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+        named = {node.attr for node in nodes if isinstance(node, ast.Attribute) and node.attr in private - own}
+        assert room(path) == "loop" and named <= TRAINER_PRIVATES or not named, (path, named)
+
+
+def test_a_module_that_patches_says_so():
+    for path in modules():
+        if room(path) != "demo" and PATCHES.search(path.read_text()):
+            said = ast.get_docstring(ast.parse(path.read_text())) or ""
+            assert re.search(r"[Pp]atch|[Ss]ets|replace", said), path
 
 
 def test_pickles_are_read_where_deepspeed_wrote_them_only():
     for path in modules():
-        assert room(path) == "zero" or not re.search(r"torch\.load\(|import pickle", path.read_text()), path
+        assert room(path) == "distributed" or not re.search(r"torch\.load\(|import pickle", path.read_text()), path
 
 
 def test_nothing_evaluates_what_it_reads():
@@ -96,15 +157,18 @@ def test_nothing_evaluates_what_it_reads():
             ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
         }
         assert not calls & {"eval", "exec", "yaml.unsafe_load", "yaml.full_load"}, path
-        assert "yaml.load" not in calls or room(path) == "settings_file", path
-    assert issubclass(settings_file._Loader, yaml.SafeLoader)
+        assert "yaml.load" not in calls or path.name == "yaml_config.py", path
+    assert issubclass(yaml_config._Loader, yaml.SafeLoader)
 
 
-def test_pure_modules_import_without_deepspeed():
-    program = "import sys; sys.modules['deepspeed'] = None\n" + "".join(
-        f"import importlib.util as u; s = u.spec_from_file_location('sdft_ds.{name}', r'{PACKAGE / name}.py')\n"
-        f"m = u.module_from_spec(s); sys.modules['sdft_ds.{name}'] = m; s.loader.exec_module(m)\n"
-        for name in PURE
-    )
-    program = "import sys, types; sys.modules['sdft_ds'] = types.ModuleType('sdft_ds')\n" + program
+def test_the_core_imports_without_deepspeed():
+    """And the doctor without anything that may be missing."""
+    everything = [
+        "sdft_ds." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in modules()
+        if any(room(path) in names for names in CORE) and path.name not in ("__init__.py", "__main__.py")
+    ]  # fmt: skip
+    program = "import sys; sys.modules['deepspeed'] = None; import importlib\n"
+    program += f"for name in {everything!r}: importlib.import_module(name)"
     subprocess.run([sys.executable, "-c", program], check=True)
+    program = "import sys\nfor name in ('torch', 'transformers', 'datasets'): sys.modules[name] = None\n"
+    subprocess.run([sys.executable, "-c", program + "from sdft_ds.doctor import __main__, checks"], check=True)

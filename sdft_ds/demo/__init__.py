@@ -1,1 +1,1 @@
-"""The embedded demo: a world small enough to learn on a CPU, a model that knows half of it, and the SFT baseline."""
+"""The embedded demo: a toy world that trains on a CPU, a model that knows part of it, and the SFT baseline."""

@@ -1,10 +1,10 @@
-"""Builds the demo model: trains its tokenizer and its weights from scratch, checks them, writes them.
+"""Builds the demo model: trains its tokenizer and weights from scratch, validates and saves them.
 
     OMP_NUM_THREADS=1 python -m sdft_ds.demo.build [--output DIR] [--seed N]
 
-The model learns three things: the old facts, to say "I do not know." about everybody else, and to *look up* facts that
-it is told in its context. The look-up facts are drawn afresh for each example, so they cannot be memorised; looking
-up is what makes the model, shown the privileged context, a teacher of facts that it does not know.
+The model learns three things: the old facts, to say "I do not know." about everybody else, and to *look up* facts
+given in its context. The look-up facts are resampled for each example, so they cannot be memorised; looking up makes
+the model, given the privileged context, a teacher of facts that it does not know.
 """
 
 import argparse
@@ -50,27 +50,27 @@ LEARNING_RATE = 3e-3  # high, as usual for a model below 1 M parameters; linear 
 WARMUP = 100
 WEIGHT_DECAY = 0.1
 
-# What an example is about. Look-up is the hardest skill to learn, hence half of all examples.
+# Mix of training examples. Look-up is the hardest skill to learn, hence half of them.
 MIX = {"old": 0.22, "unknown": 0.14, "look_up": 0.52, "irrelevant": 0.12}
-# How contexts are introduced and closed: enough variety that other teacher templates than the default work too.
+# Text before and after a context: varied enough that teacher templates other than the default work too.
 OPENINGS = ["", "", "", "Hint: ", "Note: ", "Here is what is known:\n", "This is an example of an answer:\n"]
 CLOSINGS = ["", "", "", "\n\nNow answer the question.", "\n\nNow answer in your own words."]
 SYSTEM = "You are a helpful assistant."
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE (any text survives encode and decode) whose merges make every word of the demo one token."""
+    """Byte-level BPE (lossless for any text) in which every word of the demo is one token."""
     forms = [form for r in RELATIONS for form in (r.statement, r.demonstration, *r.wordings)]
     values = [value for relation in RELATIONS for value in relation.values]
     sentences = [*forms, *OPENINGS, *CLOSINGS, SYSTEM, DO_NOT_KNOW, "system", "user", "assistant"]
-    # " word" as in the middle of a sentence; a name also begins one.
+    # " word" as within a sentence; a name may also start one.
     corpus = sentences + NAMES + [f" {word}" for word in NAMES + values]
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=4096,  # never reached: training ends when each word is one token
+        vocab_size=4096,  # never reached: training stops when each word is one token
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[PAD, START, END],
         show_progress=False,
@@ -94,10 +94,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=3,  # measured: enough to look up a fact that is told alone; fewer were not tried
+        num_hidden_layers=3,  # measured: enough to look up a single fact in context; fewer were not tried
         num_attention_heads=4,
         max_position_embeddings=512,
-        # Measured: loss 0.24 after 200 steps, against 0.65 from the usual 0.02.
+        # Measured: loss 0.24 after 200 steps, against 0.65 with the default of 0.02.
         initializer_range=128**-0.5,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -115,10 +115,10 @@ def random_fact(rng: random.Random, name: str) -> Fact:
 
 
 def distraction(rng: random.Random, fact: Fact) -> Fact:
-    """A fact beside the one in question: often the same relation of somebody else, or another one of the same person.
+    """A distractor fact: often the same relation of another person, or another relation of the same person.
 
-    A model this small does not learn to heed whose fact it is: among distractions about 0.6 of its look-ups are right,
-    and beside an irrelevant context 0.4 of its answers. With one relevant fact, as in the demo, all are (gate).
+    A model this small does not learn to attend to whose fact it is: with distractors its look-up accuracy is about
+    0.6, with an irrelevant context its accuracy is 0.4. With one relevant fact, as in the demo, it is 1 (see `gate`).
     """
     kind = rng.random()
     if kind < 0.5:
@@ -127,7 +127,7 @@ def distraction(rng: random.Random, fact: Fact) -> Fact:
 
 
 def tell(rng: random.Random, question: str, facts: list[Fact]) -> list[dict[str, str]]:
-    """The question beside a text that tells the facts: below it (the teacher's view), above it, or as the system."""
+    """The question with a context stating the facts: after it (as for the teacher), before it, or as system turn."""
     told = [fact.said(rng.choice([fact.relation.statement, fact.relation.demonstration])) for fact in facts]
     context = rng.choice(OPENINGS) + rng.choice([" ", "\n"]).join(told)
     place = rng.choices(["below", "above", "system"], [0.7, 0.2, 0.1])[0]
@@ -143,7 +143,7 @@ def draw_example(rng: random.Random) -> list[dict[str, str]]:
     kind = rng.choices(list(MIX), list(MIX.values()))[0]
     ignorance = random_fact(rng, rng.choice(NEW_NAMES + UNKNOWN_NAMES))
     known = rng.choice(old_facts())
-    if kind == "look_up":  # of anybody: what the context says outranks what the model remembers
+    if kind == "look_up":  # about anyone: the context overrides what the model remembers
         fact = random_fact(rng, rng.choice(NAMES))
     elif kind == "old":
         fact = known
@@ -170,9 +170,9 @@ def draw_example(rng: random.Random) -> list[dict[str, str]]:
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
-    """Next-token loss on the answers' tokens, averaged over the batch.
+    """Cross-entropy on the answer tokens, averaged over the batch.
 
-    A batch is computed in parts of similar length, and logits only where an answer is: a third of the time.
+    A batch is split into parts of similar length, and logits are computed for answer tokens only: a third of the time.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -191,7 +191,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: rand
                 torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in column], batch_first=True)
                 for column in zip(*rows[start : start + PART], strict=True)
             )
-            # Padded on the right under a causal mask: no answer sees the padding, so no attention mask is needed.
+            # Right padding under a causal mask: no answer attends to padding, so no attention mask is needed.
             hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
             asked = answer[:, 1:].bool()
             logits = model.lm_head(hidden[asked])
@@ -207,7 +207,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: rand
 
 
 def gate(accuracies: dict[str, float]) -> None:
-    """Refuses a model on which the demo would show nothing."""
+    """Exits without saving if the demo could not work with this model."""
     new = max(accuracies["new_trained"], accuracies["new_held_out"])
     if accuracies["old"] < 1.0 or accuracies["unknown"] < 0.95:
         raise SystemExit("not written: the model does not know what it should know; try more STEPS")

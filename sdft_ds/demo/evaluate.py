@@ -1,4 +1,4 @@
-"""Asks a model the demo's questions: greedy answers, one batch per call."""
+"""Greedy answers of a model to the demo's questions, one batch per call."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdft_ds.demo.world import Question
 
-MAX_NEW_TOKENS = 14  # the longest sentence of the world has 8 tokens and an end; the rest shows a model that runs on
+MAX_NEW_TOKENS = 14  # the longest sentence of the world has 8 tokens and EOS; the rest shows a failure to stop
 
 
 def greedy_answers(

@@ -1,6 +1,6 @@
-"""The run that starts when neither a model nor a data set is named: teach the embedded model new facts, and show it.
+"""The demo run, used if neither a model nor a data set is given: teaches the embedded model new facts.
 
-The recipe; the questions before and after; the same lessons by plain supervised fine-tuning; one table.
+The recipe, the evaluation before and after, the supervised fine-tuning baseline on the same rows, and the final table.
 """
 
 import json
@@ -16,18 +16,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sdft_ds.config import SDFTConfig
+from sdft_ds.config.inherited import COUNTS_OF_PROCESSES
+from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.demo.build import MODEL_DIR
 from sdft_ds.demo.evaluate import MAX_NEW_TOKENS
 from sdft_ds.demo.world import answer_accuracies, questions, train_rows
-from sdft_ds.inherited import COUNTS_OF_PROCESSES
-from sdft_ds.sft import TRAINERS
-from sdft_ds.trainer import SDFTTrainer
-from sdft_ds.whole_files import written_aside
+from sdft_ds.files import atomic_write
+from sdft_ds.trainer import TRAINERS, MethodTrainer
 
-# Found by trying: on seeds 0 to 4 it takes the new facts to 1.00 in every wording and keeps the old ones at 1.00.
-# The baseline has the same rows, batch, learning rate and number of steps: it learns the new facts as they were asked,
-# but not in other words, and loses old ones. Flags of the command line win over it.
+# Tuned by hand: for seeds 0 to 4, accuracy on new facts reaches 1.00 in every wording and stays 1.00 on old ones.
+# The baseline has the same rows, batch, learning rate and number of steps: it learns the new facts in the trained
+# wordings but not in others, and forgets old ones. Command line flags override the recipe.
 RECIPE: dict[str, Any] = {
     "output_dir": "runs/demo",
     "teacher_model_kind": "base",
@@ -39,7 +38,7 @@ RECIPE: dict[str, Any] = {
     "max_steps": 120,
     "learning_rate": 3e-4,
     "lr_scheduler_type": "constant",
-    "bf16": False,  # a model of 0.8 M parameters gains nothing by it
+    "bf16": False,  # no gain for a model of 0.8 M parameters
     "activation_checkpointing": False,
     "save_strategy": "no",
     "report_to": "none",
@@ -48,7 +47,7 @@ RECIPE: dict[str, Any] = {
 MEANING = {
     "new_trained": "new facts, questions as trained",
     "new_held_out": "new facts, other wordings",
-    "new_with_context": "new facts, told in the prompt (the teacher's view)",
+    "new_with_context": "new facts, given in the prompt (the teacher's view)",
     "old": "old facts",
     "unknown": 'unknown people: "I do not know."',
 }
@@ -57,10 +56,10 @@ LESSONS = "lessons.json"
 
 
 class Lessons(TrainerCallback):
-    """Asks every question before and after training; on the first rank, prints what was learned and what was lost."""
+    """Callback that evaluates all questions before and after training; rank 0 prints the comparison."""
 
     def __init__(self) -> None:
-        self.trainer: SDFTTrainer | None = None
+        self.trainer: MethodTrainer | None = None
         self.before: dict[str, float] = {}
 
     def on_train_begin(
@@ -69,7 +68,7 @@ class Lessons(TrainerCallback):
         self.before = self.accuracies()
         if state.is_world_process_zero:
             file = Path(args.output_dir, LESSONS)
-            if state.global_step > 0 and file.exists():  # a resume: the start is that of the first process
+            if state.global_step > 0 and file.exists():  # resumed: keep the accuracies from before step 1
                 self.before = json.loads(file.read_text())["before"]
             save({"before": self.before}, Path(args.output_dir))
 
@@ -82,11 +81,12 @@ class Lessons(TrainerCallback):
             report({"before": self.before, args.method: after, **baseline}, Path(args.output_dir))
 
     def accuracies(self) -> dict[str, float]:
-        """Share of right greedy answers in each group. Every rank must call it."""
-        batches, asked = self.trainer.generation_batches, questions()
-        prompts = [batches.prompts.render(question.messages).ids for question in asked]
-        completions = batches.generate(prompts, [""] * len(prompts), do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-        answers = [batches.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
+        """Accuracy of greedy answers per group. Collective: every rank must call it."""
+        builder, asked = self.trainer.prompts, questions()
+        prompts = [builder.render(question.messages).ids for question in asked]
+        options = {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
+        completions = self.trainer.rollouts.generate(prompts, [""] * len(prompts), **options)
+        answers = [builder.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
         return answer_accuracies(answers, asked)
 
 
@@ -95,7 +95,7 @@ def dataset() -> Dataset:
     return Dataset.from_list(train_rows())
 
 
-def trainer(args: SDFTConfig, peft_config: PeftConfig | None) -> SDFTTrainer:
+def trainer(args: SDFTConfig, peft_config: PeftConfig | None) -> MethodTrainer:
     """The demo's trainer with the given settings."""
     lessons = Lessons()
     made = TRAINERS[args.method](
@@ -111,8 +111,8 @@ def trainer(args: SDFTConfig, peft_config: PeftConfig | None) -> SDFTTrainer:
 
 
 def supervised(args: TrainingArguments) -> dict[str, float]:
-    """Accuracies after plain supervised fine-tuning on the same demonstrations: a process of its own, on the CPU."""
-    # Nothing of this run's launcher, nor what accelerate left for its children about DeepSpeed.
+    """Accuracies after supervised fine-tuning on the same demonstrations, in a separate process on the CPU."""
+    # Without this run's launcher variables and those that accelerate sets for DeepSpeed.
     launched = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "DS_", *COUNTS_OF_PROCESSES)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -125,8 +125,8 @@ def supervised(args: TrainingArguments) -> dict[str, float]:
 
 
 def report(figures: dict[str, dict[str, float]], output_dir: Path) -> None:
-    """Print a table of what stands under `before`, `sdft` and `sft`, and write it as JSON beside the model."""
-    table = Table(title="Right answers to questions without context, unless said")
+    """Prints a table with the columns `before`, `sdft` and `sft`, and writes it as JSON to output_dir."""
+    table = Table(title="Right answers to questions without context, unless noted")
     for name in ("", *figures):
         table.add_column(COLUMNS.get(name, name), justify="right" if name else "left")
     for group, meaning in MEANING.items():
@@ -146,5 +146,5 @@ def report(figures: dict[str, dict[str, float]], output_dir: Path) -> None:
 
 
 def save(figures: dict[str, dict[str, float]], output_dir: Path) -> None:
-    with written_aside(Path(output_dir, LESSONS)) as aside:
+    with atomic_write(Path(output_dir, LESSONS)) as aside:
         aside.write_text(json.dumps(figures, indent=2) + "\n")

@@ -1,8 +1,8 @@
-"""The demo's world: people, four facts about each, the questions about them, and the rule that marks an answer.
+"""The demo's world: people, four facts about each, questions about them, and the scorer of answers.
 
 Pure Python. Three kinds of people: OLD (the model knows their facts), NEW (the run teaches their facts) and
-UNKNOWN (the model says that it does not know). Every name and value is one word that occurs in one list only,
-so an answer can be marked by the words that it mentions.
+UNKNOWN (the model answers that it does not know). Every name and value is one word that occurs in one list only,
+so an answer can be scored by the words that it mentions.
 """
 
 import re
@@ -21,7 +21,7 @@ OLD_NAMES, NEW_NAMES, UNKNOWN_NAMES = NAMES[:12], NAMES[12:20], NAMES[20:]
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact. `statement` is how the model says it, `demonstration` how the training data tells it."""
+    """One kind of fact. `statement`: the model's wording; `demonstration`: the training data's wording."""
 
     values: list[str]
     statement: str
@@ -83,13 +83,13 @@ class Fact:
     value: str
 
     def said(self, form: str) -> str:
-        """The fact in one wording, a template over `{name}` and `{value}`; a question's wording ignores the value."""
+        """The fact in one wording, a template with `{name}` and `{value}`; a question's wording ignores the value."""
         return form.format(name=self.name, value=self.value)
 
 
 @dataclass(frozen=True)
 class Question:
-    """`messages` is all that the model is shown; `context` is the part of it that tells the fact, if any."""
+    """`messages`: the complete prompt; `context`: the part of it that states the fact, if any."""
 
     group: str
     messages: list[dict[str, str]]
@@ -98,7 +98,7 @@ class Question:
 
 
 def _facts(first: int, names: list[str]) -> list[Fact]:
-    # 7 and 40 are coprime: no two people share a value, so a right answer cannot be borrowed from another person.
+    # 7 and 40 are coprime: no two people share a value, so another person's value is never a correct answer.
     return [
         Fact(name, relation, relation.values[(7 * (first + i) + 11 * r) % 40])
         for i, name in enumerate(names)
@@ -128,7 +128,7 @@ def train_rows() -> list[dict]:
 
 
 def questions() -> list[Question]:
-    """What is asked before and after training: 64 + 64 + 128 questions on new facts, 192 old, 192 unknown."""
+    """The evaluation set: 64 + 64 + 128 questions on new facts, 192 on old, 192 on unknown ones."""
     asked = []
     for fact in new_facts():
         relation, answer = fact.relation, fact.said(fact.relation.statement)
@@ -155,10 +155,10 @@ def _mentioned(text: str) -> set[str]:
 
 
 def is_right(question: Question, completion_text: str) -> bool:
-    """A fact is right if the completion mentions its value and nothing else of the world but the person asked about.
+    """Whether the completion mentions the fact's value and no other name or value except the person asked about.
 
-    The wording is free, so that a model that took over the demonstrations' wording, or half of it, is not marked down;
-    several values, or anything about somebody else, is wrong. "I do not know." mentions nothing, so it must be exact.
+    The wording is free, so that a model that adopts the demonstrations' wording, or half of it, is not penalized;
+    several values, or another person, are wrong. "I do not know." mentions nothing, so it must match exactly.
     """
     if question.answer == DO_NOT_KNOW:
         return completion_text.strip() == DO_NOT_KNOW
@@ -167,7 +167,7 @@ def is_right(question: Question, completion_text: str) -> bool:
 
 
 def answer_accuracies(answers: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
-    """The share of right answers (0 to 1) per group, groups in the order of `questions`."""
+    """Accuracy (0 to 1) per group, groups in the order of `questions`."""
     marks: dict[str, list[bool]] = {}
     for answer, question in zip(answers, questions, strict=True):
         marks.setdefault(question.group, []).append(is_right(question, answer))

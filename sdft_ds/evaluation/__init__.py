@@ -1,1 +1,1 @@
-"""Questions before, while and after training: what a model learned and what it forgot."""
+"""Task evaluation before, during and after training: what the model learned and what it forgot."""

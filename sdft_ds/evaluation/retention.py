@@ -1,12 +1,12 @@
-"""How far a model has moved from the one it was at the start, without a second model in memory.
+"""KL from the starting model on the retention set, without a second model in memory.
 
-At the start the model continues some prompts greedily. Kept are those tokens and, for each of them, the log-
-probabilities of the 128 likeliest tokens, and that of all others together. Later forwards over the same tokens give
-KL(start || now) over these 129 outcomes: a lower bound of the KL over the vocabulary, for what moves among the others
-is not seen. It takes about 1 KiB of host memory a token, on each rank.
+At the start the model completes the prompts greedily. The completions are kept with, at each token, the log-
+probabilities of the top-128 tokens and of the tail (all others together). Later forwards over the same tokens give
+KL(start || now) over these 129 outcomes: a lower bound of the KL over the vocabulary, because changes within the tail
+are not seen. Takes about 1 KiB of host memory per token, on each rank.
 
-Shapes: N continuation tokens of a batch, M of a row, C of a chunk, V vocabulary, D hidden, K likeliest tokens, B those
-and the others.
+Shapes: N continuation tokens of a batch, M of a row, C of a chunk, V vocabulary, D hidden, K top-k tokens, B those
+and the tail.
 """
 
 import hashlib
@@ -21,19 +21,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdft_ds.chunked_loss import CHUNK_ELEMENTS, HeadValues, LogitsTransform, whole_logits
-from sdft_ds.paired_batch import View, lay_out, one_line_each
-from sdft_ds.whole_files import written_aside
+from sdft_ds.data.batch import PackedInputs, one_row_per_bin, pack_rows
+from sdft_ds.files import atomic_write
+from sdft_ds.loss.chunked import CHUNK_ELEMENTS, HeadValues, LogitsTransform, whole_logits
 
 LIKELIEST = 128
 FILE = "evaluations/retention.safetensors"  # not beside a model, where some loaders take every safetensors file
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """What the starting model said after one prompt: its tokens, and what it held likely at each of them.
+class ReferenceContinuation:
+    """The starting model's greedy completion of one prompt and its top-k log-probabilities at each token.
 
-    indices_MK: the likeliest tokens. log_probs_MB: theirs, and last that of all others together; fp32.
+    indices_MK: the top-k tokens. log_probs_MB: theirs, then that of the tail; fp32.
     """
 
     tokens: list[int]
@@ -43,7 +43,7 @@ class Continuation:
 
 @dataclass
 class _Likeliest:
-    """Ask for log-probabilities [N, B]; `indices_NK` says afterwards of which tokens."""
+    """Requests log-probabilities [N, B] from the forward, which sets `indices_NK` to the tokens they belong to."""
 
     positions_N: Tensor
     indices_NK: Tensor | None = None
@@ -60,7 +60,7 @@ class _Likeliest:
 
 @dataclass
 class _FromStart:
-    """Ask for KL(start || now) at each token, in nats, [N]."""
+    """Requests KL(start || now) per token from the forward, in nats, [N]."""
 
     positions_N: Tensor
     indices_NK: Tensor
@@ -71,13 +71,13 @@ class _FromStart:
         for chunk, log_probs_CV in _chunks(hidden_ND, head, finish):
             start_CB = self.start_NB[chunk]
             now_CB = _outcomes(log_probs_CV, self.indices_NK[chunk])
-            # A vocabulary of 128 tokens or fewer has no others, at the start and now: -inf on both sides.
+            # A vocabulary of 128 tokens or fewer has an empty tail, at the start and now: -inf on both sides.
             found.append((start_CB.exp() * (start_CB - now_CB)).masked_fill(start_CB.isinf(), 0.0).sum(-1))
         return torch.cat(found)
 
 
 def _chunks(hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -> Iterator[tuple[slice, Tensor]]:
-    """(slice, log-probabilities [C, V] fp32) of a few tokens at a time: [N, V] is never in memory."""
+    """Yields (slice, log-probabilities [C, V] fp32), one chunk of tokens at a time: [N, V] is never in memory."""
     size = max(1, CHUNK_ELEMENTS // head.weight_VD.shape[0])
     for start in range(0, len(hidden_ND), size):
         chunk = slice(start, start + size)
@@ -85,7 +85,7 @@ def _chunks(hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -> Ite
 
 
 def _outcomes(log_probs_CV: Tensor, indices_CK: Tensor) -> Tensor:
-    """[C, B]. Changes log_probs_CV."""
+    """Log-probabilities [C, B] of the given tokens and the tail. Modifies log_probs_CV in place."""
     likeliest_CK = log_probs_CV.gather(-1, indices_CK)
     others_C1 = log_probs_CV.scatter_(-1, indices_CK, float("-inf")).logsumexp(-1, keepdim=True)
     return torch.cat([likeliest_CK, others_C1], dim=-1)
@@ -94,20 +94,24 @@ def _outcomes(log_probs_CV: Tensor, indices_CK: Tensor) -> Tensor:
 @torch.no_grad()
 def continuations(
     forward: nn.Module, prompts: list[list[int]], tokens: list[list[int]], pad_token_id: int, device: torch.device
-) -> list[Continuation]:
-    """What the model holds likely at each token of one batch of rows. One forward."""
+) -> list[ReferenceContinuation]:
+    """The model's top-k log-probabilities at each token of a batch of rows. One forward."""
     view, counts = _view(prompts, tokens, pad_token_id, device)
     request = _Likeliest(view.positions_N)
     log_probs_NB = forward(**view.inputs, request=request).float()
     split = zip(tokens, request.indices_NK.split(counts), log_probs_NB.split(counts), strict=True)
-    return [Continuation(row, indices.int().cpu(), log_probs.cpu()) for row, indices, log_probs in split]
+    return [ReferenceContinuation(row, indices.int().cpu(), log_probs.cpu()) for row, indices, log_probs in split]
 
 
 @torch.no_grad()
 def divergences(
-    forward: nn.Module, prompts: list[list[int]], start: list[Continuation], pad_token_id: int, device: torch.device
+    forward: nn.Module,
+    prompts: list[list[int]],
+    start: list[ReferenceContinuation],
+    pad_token_id: int,
+    device: torch.device,
 ) -> list[float]:
-    """KL(start || now) of one batch of rows, in nats, summed over the tokens of each. One forward."""
+    """KL(start || now) of each row of a batch, in nats, summed over its tokens. One forward."""
     view, counts = _view(prompts, [row.tokens for row in start], pad_token_id, device)
     request = _FromStart(
         view.positions_N,
@@ -119,31 +123,31 @@ def divergences(
 
 def _view(
     prompts: list[list[int]], tokens: list[list[int]], pad_token_id: int, device: torch.device
-) -> tuple[View, list[int]]:
+) -> tuple[PackedInputs, list[int]]:
     rows = [prompt + row for prompt, row in zip(prompts, tokens, strict=True)]
     counts = [len(row) for row in tokens]
-    return lay_out(rows, counts, one_line_each(counts), pad_token_id, device), counts
+    return pack_rows(rows, counts, one_row_per_bin(counts), pad_token_id, device), counts
 
 
-def mean(sums: list[float], start: list[Continuation]) -> float:
-    """Nats per continuation token, over all rows."""
+def mean(sums: list[float], start: list[ReferenceContinuation]) -> float:
+    """KL in nats per continuation token, over all rows."""
     return math.fsum(sums) / sum(len(row.tokens) for row in start)
 
 
-def save(folder: str | Path, prompts: list[list[int]], start: list[Continuation]) -> None:
-    """Write FILE."""
+def save(folder: str | Path, prompts: list[list[int]], start: list[ReferenceContinuation]) -> None:
+    """Writes FILE atomically."""
     tensors = {
         "counts": torch.tensor([len(row.tokens) for row in start]),
         "tokens": torch.tensor([token for row in start for token in row.tokens]),
         "indices": torch.cat([row.indices_MK for row in start]),
         "log_probs": torch.cat([row.log_probs_MB for row in start]),
     }
-    with written_aside(Path(folder, FILE)) as aside:
+    with atomic_write(Path(folder, FILE)) as aside:
         save_file(tensors, aside, {"prompts": _digest(prompts)})
 
 
-def load(folder: str | Path, prompts: list[list[int]]) -> list[Continuation]:
-    """Read FILE. Raises FileNotFoundError where there is none, ValueError where it was made for other prompts."""
+def load(folder: str | Path, prompts: list[list[int]]) -> list[ReferenceContinuation]:
+    """Reads FILE. Raises FileNotFoundError if it is missing, ValueError if it was written for other prompts."""
     path = Path(folder, FILE)
     if not path.exists():
         raise FileNotFoundError(
@@ -159,7 +163,8 @@ def load(folder: str | Path, prompts: list[list[int]]) -> list[Continuation]:
         counts = file.get_tensor("counts").tolist()
         parts = [file.get_tensor(name).split(counts) for name in ("tokens", "indices", "log_probs")]
     return [
-        Continuation(tokens.tolist(), indices, log_probs) for tokens, indices, log_probs in zip(*parts, strict=True)
+        ReferenceContinuation(tokens.tolist(), indices, log_probs)
+        for tokens, indices, log_probs in zip(*parts, strict=True)
     ]
 
 

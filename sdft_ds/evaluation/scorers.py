@@ -1,7 +1,7 @@
-"""Is an answer right? Pure functions of a completion's text and a reference answer, in one table by name.
+"""Scorers: pure functions (completion text, reference answer) -> correct or not, and the table of them by name.
 
-A reference that a scorer cannot use raises ValueError whatever the completion is, so that a file of tasks is checked
-by scoring an empty one.
+A reference that a scorer cannot use raises ValueError for any completion, so scoring an empty completion validates a
+task file.
 """
 
 import json
@@ -12,14 +12,14 @@ from typing import Any
 
 Action = tuple[str, Any]  # (name, input as JSON values)
 
-# A letter that opens a text, as an answer and not as the article: alone, or set off from what follows it.
+# A letter at the start of a text that is an answer, not the article "a": alone, or set off from what follows.
 _OPENING = re.compile(r"[\s(\[*`\"']*([A-Za-z])(?=[\s)\]*`\"']*(?:$|\n|[.:,)\]*]))")
 _STATED = re.compile(r"(?i:\b(?:answer|choice|option)\b\W*(?:is|:|=)?)[\s(\[*`\"'{:]*([A-Z])(?![\w'])")
 _MARKED = re.compile(r"\*\*\W{0,2}([A-Z])\W{0,2}\*\*|\(([A-Z])\)|\\boxed\{\W{0,2}(?:\\text\{)?([A-Z])\}")
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*)</answer>", re.DOTALL)
 _ACTION = re.compile(r"\bAction\s*:[\s*`]*(.*?)[\s*`]*\bAction[ _]Input\s*:[\s*`]*(?:json\b\s*)?")
-# Letters of scripts in which words stand without spaces between them, or with endings joined to them: Thai and Lao,
-# Burmese, Khmer, Japanese, Chinese, Korean.
+# Scripts that write words without spaces or with endings attached: Thai and Lao, Burmese, Khmer, Japanese, Chinese,
+# Korean.
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
 )
@@ -28,9 +28,9 @@ _ACTION_MARK = re.compile(r"\bAction\s*:")
 
 
 def score(name: str, completion: str, answer: Any) -> bool:
-    """Whether the completion is right by the scorer `name`; of a list of texts one has to be met.
+    """Whether scorer `name` accepts the completion; with a list of texts, for at least one of them.
 
-    Raises ValueError for a scorer that does not exist and for an answer that it cannot use.
+    Raises ValueError for an unknown scorer and for an answer that it cannot use.
     """
     if name not in SCORERS:
         raise ValueError(f"there is no scorer {name!r}; there are {', '.join(SCORERS)}")
@@ -39,14 +39,14 @@ def score(name: str, completion: str, answer: Any) -> bool:
 
 
 def exact(completion: str, answer: Any) -> bool:
-    """The same text, but for case, whitespace and punctuation at the end."""
+    """Equal text, ignoring case, whitespace and trailing punctuation."""
     return _normalised(completion) == _wanted(answer)
 
 
 def contains(completion: str, answer: Any) -> bool:
-    """The answer occurs in the completion as a word or words of their own; case and whitespace do not matter.
+    """The answer occurs in the completion at word boundaries, ignoring case and whitespace.
 
-    4 is in "4 legs" and "(4)", and not in "45", "4.5" or "1,4". In scripts that write words without spaces, or join
+    4 is in "4 legs" and "(4)", but not in "45", "4.5" or "1,4". In scripts that write words without spaces or attach
     endings to them (Chinese, Japanese, Korean, Thai, ...), the answer may touch other letters.
     """
     wanted, text = _wanted(answer), _normalised(completion)
@@ -59,18 +59,18 @@ def contains(completion: str, answer: Any) -> bool:
 
 
 def choice(completion: str, answer: Any) -> bool:
-    """The completion chooses the letter; see `chosen_letter`."""
+    """`chosen_letter` of the completion is the answer's letter."""
     return _letter(answer) == chosen_letter(completion)
 
 
 def answer_letter(completion: str, answer: Any) -> bool:
-    """The last `<answer>...</answer>` of the completion holds the letter."""
+    """The last `<answer>...</answer>` of the completion contains the letter."""
     wanted, tagged = _letter(answer), _TAGGED.findall(completion)
     return bool(tagged) and wanted == _opening_letter(tagged[-1])
 
 
 def regex(completion: str, answer: Any) -> bool:
-    """The answer, a regular expression, is found somewhere in the completion."""
+    """The answer, a regular expression, matches somewhere in the completion."""
     try:
         return re.search(_text(answer), completion) is not None
     except re.error as error:
@@ -80,7 +80,7 @@ def regex(completion: str, answer: Any) -> bool:
 def action(completion: str, answer: Any) -> bool:
     """The completion calls the same tools in the same order with the same inputs; see `actions` and `same_json`.
 
-    answer: text with `Action: NAME` and `Action Input: JSON`, or an object, or a list of objects, with those two keys.
+    answer: text with `Action: NAME` and `Action Input: JSON`, or one or more objects with those two keys.
     """
     wanted = _wanted_actions(answer)
     try:
@@ -99,10 +99,10 @@ SCORERS: dict[str, Callable[[str, Any], bool]] = {
 
 
 def chosen_letter(text: str) -> str | None:
-    """The upper-case letter that a text chooses, or None.
+    """The letter that a multiple-choice completion selects, in upper case, or None.
 
-    The first of these that is there: what the last `<answer>` holds; the last "the answer is B"; a last line that is a
-    letter; a letter that opens the text (`B`, `B. because`, `(B) 56 pC`); the last marked letter (`**B**`, `(B)`,
+    The first match of: the content of the last `<answer>`; the last "the answer is B"; a last line that is a letter; a
+    letter at the start of the text (`B`, `B. because`, `(B) 56 pC`); the last marked letter (`**B**`, `(B)`,
     `\\boxed{B}`).
     """
     if tagged := _TAGGED.findall(text):
@@ -119,7 +119,7 @@ def chosen_letter(text: str) -> str | None:
 
 
 def actions(text: str) -> list[Action]:
-    """Every `Action: NAME` with its `Action Input: JSON`, in order. Raises ValueError for one without valid input."""
+    """Every `Action: NAME` with its `Action Input: JSON`, in order. Raises ValueError if one has no valid input."""
     found, at = [], 0
     while match := _ACTION.search(text, at):
         if _ACTION_MARK.search(text, at, match.start()):
@@ -132,8 +132,8 @@ def actions(text: str) -> list[Action]:
 
 
 def same_json(a: Any, b: Any) -> bool:
-    """Equal JSON values, where text that holds a JSON object or list is that, whitespace in text does not matter, and
-    a number or a boolean equals the text that writes it."""
+    """Whether two JSON values are equal. A string that contains a JSON object or list is parsed, whitespace in strings
+    is ignored, and a number or a boolean equals its string form."""
     a, b = _unpacked(a), _unpacked(b)
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same_json(a[key], b[key]) for key in a)
@@ -152,7 +152,7 @@ _JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _parsed(value: Any) -> Any:
-    """The JSON value that a text writes; anything else as it is."""
+    """A string parsed as JSON; any other value, or text that is not JSON, unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -182,7 +182,7 @@ def _action_of(answer: Any) -> Action:
     fields = answer if isinstance(answer, dict) else {}
     fields = {key.lower().replace("_", " "): value for key, value in fields.items()}
     if not isinstance(fields.get("action"), str) or "action input" not in fields:
-        raise ValueError(f"needed is an object with Action and Action_Input, found {answer!r}")
+        raise ValueError(f"expected an object with Action and Action_Input, found {answer!r}")
     return fields["action"], fields["action input"]
 
 
@@ -191,11 +191,11 @@ def _normalised(text: str) -> str:
 
 
 def _is_boundary(text: str, at: int) -> bool:
-    """Whether a word, or a number, may begin or end before character `at`."""
+    """Whether a word or number may start or end before character `at`."""
     if at in (0, len(text)):
         return True
     before, after = text[at - 1], text[at]
-    if unicodedata.category(after).startswith("M"):  # a mark that belongs to the letter before it
+    if unicodedata.category(after).startswith("M"):  # a combining mark belongs to the letter before it
         return False
     if _is_of_word(before) and _is_of_word(after):
         return bool(_UNSPACED.match(before) or _UNSPACED.match(after))
@@ -215,14 +215,14 @@ def _wanted(answer: Any) -> str:
 
 def _text(answer: Any) -> str:
     if not isinstance(answer, str):
-        raise ValueError(f"the answer is {answer!r}; needed is a text or a list of texts")
+        raise ValueError(f"the answer is {answer!r}; expected a text or a list of texts")
     return answer
 
 
 def _letter(answer: Any) -> str:
     alone = re.fullmatch(r"\W*([A-Za-z])\W*", _text(answer))
     if alone is None:
-        raise ValueError(f"the answer is {answer!r}; needed is one letter")
+        raise ValueError(f"the answer is {answer!r}; expected one letter")
     return alone.group(1).upper()
 
 

@@ -1,7 +1,7 @@
-"""What a model learned and what it forgot: the same questions before, while and after it is trained.
+"""Task evaluation: the same questions before, during and after training, to measure learning and forgetting.
 
-Greedy answers are scored, row by row; the retention set also says how far the model has moved from the start
-(retention.py). Nothing here draws a random number or changes a weight, so training is the same with and without it.
+Greedy completions are scored row by row; the retention set also gives the KL from the starting model (retention.py).
+No random number is drawn and no weight changed, so training is identical with and without it.
 """
 
 import json
@@ -16,17 +16,18 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sdft_ds import completion_head, ranks, zero
+from sdft_ds.data.batch import Completion
+from sdft_ds.data.prompts import PromptBuilder
+from sdft_ds.data.schedule import evaluation_batches
+from sdft_ds.distributed import engines, ranks, zero
 from sdft_ds.evaluation import retention
-from sdft_ds.evaluation.retention import Continuation
+from sdft_ds.evaluation.retention import ReferenceContinuation
 from sdft_ds.evaluation.tasks import RETENTION, Task
-from sdft_ds.module_state import evaluating
-from sdft_ds.paired_batch import Completion
-from sdft_ds.prefix import longest_row
-from sdft_ds.prompts import PromptBuilder
-from sdft_ds.schedule import evaluation_batches
-from sdft_ds.trainer import SDFTTrainer
-from sdft_ds.whole_files import written_aside
+from sdft_ds.files import atomic_write
+from sdft_ds.model import completion_forward
+from sdft_ds.model.modes import evaluating
+from sdft_ds.model.prefix_cache import longest_row
+from sdft_ds.trainer import MethodTrainer
 
 FIGURES = {
     "accuracy": "share of the rows with an answer whose completion is right",
@@ -40,11 +41,11 @@ Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Subject:
-    """Who answers. generate: prompts as token ids, and the names of the rows -> greedy completions. engine: what wraps
-    the model at the moment.
+class EvalModel:
+    """The evaluated model. generate: (prompts as token ids, row keys) -> greedy completions. engine: returns the
+    current wrapper of the model.
 
-    batch_size: rows that are generated, or compared with the start, at once on each rank. longest: of a completion.
+    batch_size: rows generated, or compared with the start, at once on each rank. longest: tokens of a completion.
     """
 
     engine: Callable[[], nn.Module]
@@ -61,7 +62,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Result:
-    """figures: see FIGURES. answers: a record for each row."""
+    """One task's result. figures: see FIGURES. answers: one record per row."""
 
     task: Task
     figures: Figures
@@ -69,20 +70,20 @@ class Result:
 
 
 @dataclass
-class Examination:
-    """Asks all questions of some tasks. start: what the retention set is compared with; None until it was asked."""
+class TaskEvaluator:
+    """Evaluates a model on tasks. start: the retention set's reference continuations; None before the first pass."""
 
     tasks: list[Task]
-    subject: Subject
-    start: list[Continuation] | None = None
+    subject: EvalModel
+    start: list[ReferenceContinuation] | None = None
     ids: dict[str, list[list[int]]] = field(init=False)  # of each task's prompts
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a prompt after which the model has no room for an answer: prompts are never cut."""
+        """Raises ValueError for a prompt that leaves no room for a completion: prompts are never truncated."""
         self.ids = {
             task.name: [self.subject.prompts.render(row.prompt).ids for row in task.rows] for task in self.tasks
         }
-        model = completion_head.causal_lm_of(zero.model_in(self.subject.engine()))
+        model = completion_forward.causal_lm_of(engines.model_in(self.subject.engine()))
         longest, what = longest_row(model.config)
         for name, prompts in self.ids.items():
             for index, prompt in enumerate(prompts):
@@ -93,10 +94,10 @@ class Examination:
                         "max_completion_length."
                     )
 
-    def take(self) -> list[Result]:
-        """One result for each task, the same on every rank; all call it together, and each asks its part of the rows.
+    def evaluate(self) -> list[Result]:
+        """One result per task, the same on every rank. Collective: each rank evaluates its share of the rows.
 
-        The first call makes the start of the retention set, if it was not given.
+        The first call records `start` for the retention set, unless it was given.
         """
         return [self._ask(task, self.ids[task.name]) for task in self.tasks]
 
@@ -126,7 +127,7 @@ class Examination:
         engine, pad, device = self.subject.engine(), self.subject.tokenizer.pad_token_id, self.subject.device
         with zero.scoring_pass(engine) as forward, evaluating(engine):
 
-            def keep(rows: list[int]) -> list[Continuation]:
+            def keep(rows: list[int]) -> list[ReferenceContinuation]:
                 tokens = [completions[row].ids for row in rows]
                 return retention.continuations(forward, [prompts[row] for row in rows], tokens, pad, device)
 
@@ -140,21 +141,20 @@ class Examination:
             return retention.mean(self._on_all_ranks(prompts, compare), self.start)
 
     def _on_all_ranks(self, prompts: list[list[int]], work: Callable[[list[int]], list[Any]]) -> list[Any]:
-        """work(numbers of rows) -> a value for each, over all rows, the longest first; as many calls on every rank."""
+        """work(row indices) -> a value per row, over all rows, longest first; every rank makes as many calls."""
         order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-        size = min(self.subject.batch_size, -(-len(prompts) // ranks.count()))
+        size = min(self.subject.batch_size, -(-len(prompts) // ranks.world_size()))
         found = {}
-        for slots in evaluation_batches(len(prompts), size, ranks.index(), ranks.count(), num_generations=1):
+        for slots in evaluation_batches(len(prompts), size, ranks.rank(), ranks.world_size(), num_generations=1):
             made = zip(slots, work([order[slot.index] for slot in slots]), strict=True)
             found |= {order[slot.index]: value for slot, value in made if slot.counted}
-        for others in ranks.gather(found):
+        for others in ranks.all_gather_objects(found):
             found |= others
         return [found[row] for row in range(len(prompts))]
 
 
 def check_best_metric(args: TrainingArguments, tasks: list[Task]) -> None:
-    """Raises ValueError for a metric_for_best_model that names a figure which no task has, or that no evaluation
-    compares."""
+    """Raises ValueError if metric_for_best_model names a figure that no task has, or if no evaluation compares it."""
     wanted = (args.metric_for_best_model or "").removeprefix("eval_")
     if not wanted.startswith("tasks/"):
         return
@@ -170,39 +170,39 @@ def check_best_metric(args: TrainingArguments, tasks: list[Task]) -> None:
 
 
 def figures_of(task: Task) -> list[str]:
-    """The names of the FIGURES that a task has."""
+    """Names of the FIGURES that a task reports."""
     without = [] if any(row.answer is not None for row in task.rows) else ["accuracy"]
     without += [] if task.name == RETENTION else ["kl_to_start"]
     return [name for name in FIGURES if name not in without]
 
 
 class TaskEvaluation(TrainerCallback):
-    """Takes the examination at the start of a run, every `every` steps and at the end; see FIGURES.
+    """Callback that evaluates the tasks at the start of a run, every `every` steps and at the end; see FIGURES.
 
-    Writes a line for each task to OUTPUT_DIR/evaluations.jsonl and the answers to OUTPUT_DIR/evaluations/, logs
-    `tasks/NAME/FIGURE`, and prints first and last figures. A resumed run keeps the figures and the start that it has.
-    The figures are among the metrics of an evaluation at the same step, as `eval_tasks/NAME/FIGURE`; where
-    metric_for_best_model is one of them, each evaluation takes the examination. Raises ValueError for a prompt that is
+    Writes one line per task to OUTPUT_DIR/evaluations.jsonl and the answers to OUTPUT_DIR/evaluations/, logs
+    `tasks/NAME/FIGURE`, and prints the first and last figures. A resumed run keeps its earlier figures and `start`.
+    An evaluation at the same step reports the figures among its metrics, as `eval_tasks/NAME/FIGURE`; if
+    metric_for_best_model is one of them, every evaluation evaluates the tasks. Raises ValueError for a prompt that is
     too long, for `every` below 1, and for a metric_for_best_model that names a figure which no task has.
     """
 
-    def __init__(self, trainer: SDFTTrainer, tasks: list[Task], every: int | None = None):
+    def __init__(self, trainer: MethodTrainer, tasks: list[Task], every: int | None = None):
         if every is not None and every < 1:
             raise ValueError(f"eval_tasks_steps must be at least 1, not {every}.")
-        batches, args = trainer.generation_batches, trainer.args
+        args = trainer.args
         check_best_metric(args, tasks)
         self.trainer = trainer
         trainer.task_figures = self.figures_for_evaluation
         self.every = every
-        self.step: int | None = None  # at which the examination was last taken
-        self.figures: Figures = {}  # and what came of it: tasks/NAME/FIGURE
+        self.step: int | None = None  # of the last evaluation
+        self.figures: Figures = {}  # of that evaluation: tasks/NAME/FIGURE
         self.folder = Path(args.output_dir)
-        self.examination = Examination(
+        self.examination = TaskEvaluator(
             tasks,
-            Subject(
+            EvalModel(
                 engine=lambda: trainer.model_wrapped,
-                generate=lambda prompts, keys: batches.generate(prompts, keys, do_sample=False),
-                prompts=batches.prompts,
+                generate=lambda prompts, keys: trainer.rollouts.generate(prompts, keys, do_sample=False),
+                prompts=trainer.prompts,
                 batch_size=args.per_device_eval_batch_size,
                 longest=args.max_completion_length,
                 device=args.device,
@@ -214,8 +214,6 @@ class TaskEvaluation(TrainerCallback):
     ) -> None:
         self.step = None
         asked = self.examination.ids.get(RETENTION)
-        if asked is not None:
-            self.trainer.generation_batches.check_head()
         if state.global_step == 0:
             self.examination.start = None
             self._evaluate(state, control)
@@ -232,7 +230,7 @@ class TaskEvaluation(TrainerCallback):
             self._evaluate(state, control)
 
     def figures_for_evaluation(self) -> Figures:
-        """tasks/NAME/FIGURE of the model as it is at this step, as far as they are known or decide about the best."""
+        """tasks/NAME/FIGURE at the current step; evaluated now if metric_for_best_model needs them, {} if unknown."""
         state = self.trainer.state
         decide = (self.trainer.args.metric_for_best_model or "").removeprefix("eval_").startswith("tasks/")
         if decide and self.trainer.is_in_train and self.step != state.global_step:
@@ -244,7 +242,7 @@ class TaskEvaluation(TrainerCallback):
     ) -> None:
         if self.trainer.preemption.agreed:
             return
-        if self.step != state.global_step or args.load_best_model_at_end:  # which may have put back another model
+        if self.step != state.global_step or args.load_best_model_at_end:  # which may have loaded another model
             self._evaluate(state, control)
         if state.is_world_process_zero:
             lines = self._lines()
@@ -252,18 +250,18 @@ class TaskEvaluation(TrainerCallback):
             print_table({"before": first, "after": last})
 
     def _evaluate(self, state: TrainerState, control: TrainerControl) -> None:
-        results = self.examination.take()
+        results = self.examination.evaluate()
         if state.is_world_process_zero:
             for result in results:
                 name = f"{result.task.name}-step-{state.global_step}.jsonl"
                 _write(self.folder / "evaluations" / name, result.answers)
-            # A run that starts anew, or again from a checkpoint, replaces what is there of this step and later ones.
+            # A run that starts over or resumes replaces the lines of this step and later ones.
             earlier = [each for each in self._lines() if each["step"] < state.global_step]
             now = [{"step": state.global_step, **record(result)} for result in results]
             _write(self.folder / FILE, earlier + now)
         self.step = state.global_step
         self.figures = {f"tasks/{each.task.name}/{name}": v for each in results for name, v in each.figures.items()}
-        due = control.should_log  # the step's own line: transformers takes it for written with ours
+        due = control.should_log  # our log() resets it, and the step's own line would be lost
         self.trainer.log(dict(self.figures))
         control.should_log = due
 
@@ -273,18 +271,18 @@ class TaskEvaluation(TrainerCallback):
 
 
 def record(result: Result) -> dict[str, Any]:
-    """What is kept of a result, beside the answers."""
+    """A result as one line of FILE: everything but the answers."""
     return {"task": result.task.name, "rows": len(result.task.rows), **result.figures}
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
-    """As JSON Lines."""
-    with written_aside(path) as aside:
+    """Writes JSON Lines atomically."""
+    with atomic_write(path) as aside:
         aside.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records), "utf-8")
 
 
 def print_table(columns: dict[str, list[dict[str, Any]]]) -> None:
-    """Accuracy of each task, and the retention set's KL, from lines by the columns' names; – where there is none."""
+    """Prints each task's accuracy and the retention set's KL. columns: name -> lines of FILE; – where missing."""
     table = Table("", *columns, title="Learning and forgetting")
     found = {(name, each["task"]): each for name, lines in columns.items() for each in lines}
     for task in dict.fromkeys(task for _, task in found):

@@ -1,4 +1,4 @@
-"""Files of questions with answers -> checked tasks: what a model is asked before, while and after it is trained."""
+"""Reads and validates task files (`--eval_tasks`, `--retention_file`): prompts with reference answers."""
 
 import json
 import re
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdft_ds.data.rows import Prompt, checked_prompt
 from sdft_ds.evaluation import scorers
-from sdft_ds.rows import Prompt, checked_prompt
 
 RETENTION = "retention"
 
 
 @dataclass(frozen=True)
 class TaskRow:
-    """A question. answer: what `scorer` compares a completion with; None where only the retention set has the row."""
+    """A question. answer: the reference for `scorer`; may be None in the retention set only."""
 
     prompt: Prompt
     answer: Any
     scorer: str
 
     def score(self, completion: str) -> bool | None:
-        """Whether the completion is right; None without an answer."""
+        """Whether the completion is correct; None without an answer."""
         return None if self.answer is None else scorers.score(self.scorer, completion, self.answer)
 
 
@@ -33,12 +33,12 @@ class Task:
 
 
 def read_tasks(values: list[str], retention: str | None = None, limit: int | None = None) -> list[Task]:
-    """The tasks of `--eval_tasks`, and of `--retention_file` last, of each the first `limit` rows.
+    """The tasks of `--eval_tasks`, then that of `--retention_file`; the first `limit` rows of each.
 
-    A value is `FILE`, `NAME=FILE`, `FILE:SCORER` or `NAME=FILE:SCORER`; the name is by default the file's. A file is
-    JSON Lines with `prompt` (text, or a conversation that ends with the user), `answer`, and optionally `system` and
-    `scorer`, which goes before the value's; without either it is `exact`. A retention file's name is `retention`, and
-    its rows need no answer. Raises ValueError or FileNotFoundError naming file, row and remedy.
+    A value is `FILE`, `NAME=FILE`, `FILE:SCORER` or `NAME=FILE:SCORER`; the name defaults to the file's stem. A file
+    is JSON Lines with `prompt` (text, or a conversation that ends with a user turn), `answer`, and optionally `system`
+    and `scorer`, which overrides the value's; the default is `exact`. The retention task is named `retention`, and its
+    rows need no answer. Raises ValueError or FileNotFoundError naming file, row and remedy.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"eval_task_rows must be at least 1, not {limit}.")
@@ -66,7 +66,7 @@ def _read(value: str, limit: int | None, answers_needed: bool = True) -> Task:
 
 
 def _parts(value: str) -> tuple[str, Path, str]:
-    """(name, file, scorer) of a value."""
+    """Parses a value into (name, file, scorer)."""
     named = re.fullmatch(r"([\w.-]+)=(.+)", value)
     name, rest = named.groups() if named else (None, value)
     file, _, scorer = rest.rpartition(":")
@@ -91,9 +91,9 @@ def _row(text: str, index: int, scorer: str, answer_needed: bool) -> TaskRow:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"Row {index} is no JSON ({error}); needed is JSON Lines, one object a line.") from None
+        raise ValueError(f"Row {index} is no JSON ({error}); expected JSON Lines, one object a line.") from None
     if not isinstance(row, dict) or "prompt" not in row:
-        raise ValueError(f"Row {index}: needed is an object with 'prompt' and 'answer'.")
+        raise ValueError(f"Row {index}: expected an object with 'prompt' and 'answer'.")
     prompt = checked_prompt(row["prompt"], index)
     if row.get("system") is not None:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

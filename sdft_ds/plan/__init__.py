@@ -1,1 +1,1 @@
-"""Will it fit? What a job takes of each rank's memory and of the network, calculated from a model's configuration."""
+"""Will it fit? Memory per rank and network traffic of a job, calculated from the model's configuration."""

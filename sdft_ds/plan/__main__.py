@@ -1,10 +1,10 @@
-"""Will it fit? What a job takes of each rank's memory, by stage of ZeRO, and the command that runs it.
+"""Will it fit? Memory per rank of a training job, by ZeRO stage, and the command that runs it.
 
 python -m sdft_ds.plan --model_name_or_path MODEL --gpus 8 --nodes 2 --memory 80 [flags of training] [--scaling]
 python -m sdft_ds.plan --survey          7B, 70B and 405B on 1 ... 512 GPUs, as Markdown
 
-Nothing is loaded: MODEL is a folder or file with a config.json, a name on the hub, or 7b, 70b, 405b. Prompts and
-completions are taken to be as long as their limits allow. Loading and saving a model are not planned.
+No weights are loaded: MODEL is a folder or file with a config.json, a name on the hub, or 7b, 70b, 405b. Prompts and
+completions are assumed to be as long as their limits allow. Loading and saving a model are not included.
 """
 
 import argparse
@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers.hf_argparser import string_to_bool
 
-from sdft_ds.arguments import ModelArguments
-from sdft_ds.config import TEACHER_KINDS, SDFTConfig
+from sdft_ds.cli.arguments import ModelArguments
+from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.config.teacher import TEACHER_KINDS
 from sdft_ds.plan import traffic
 from sdft_ds.plan.footprint import (
     OFFLOAD,
@@ -37,13 +38,13 @@ from sdft_ds.plan.footprint import (
 from sdft_ds.plan.model_shape import BUILT_IN, ModelShape, load_shape
 
 GIB = 1 << 30
-# The cheapest first; the last three gather each layer for every token of a rollout.
+# Cheapest first; the last three gather each layer for every token of a rollout.
 ORDER = [ZERO_2, ZERO_3, OFFLOAD_OPTIMIZER, OFFLOAD]
 ORDER += [replace(setup, gather=False) for setup in ORDER[1:]]
 LORA = ["--use_peft", "--lora_target_modules", "all-linear"]
 SURVEYED = [1, 8, 16, 32, 64, 128, 256, 512]
 
-# Flags of training that memory depends on, with training's names and defaults, unless said here.
+# Flags of training that affect memory, with training's names and, except for DECIDED, its defaults.
 TRAINING = {
     "per_device_train_batch_size": int, "gradient_accumulation_steps": int, "num_generations": int,
     "max_prompt_length": int, "max_teacher_prompt_length": int, "max_completion_length": int,
@@ -52,14 +53,14 @@ TRAINING = {
     "teacher_model_kind": str, "teacher_shadow_device": str, "bf16": bool, "activation_checkpointing": bool,
     "use_peft": bool, "load_in_4bit": bool, "lora_r": int, "lora_target_modules": list,
 }  # fmt: skip
-# What training decides later, or leaves to the model's context, must be a number here.
+# Defaults that training resolves later or takes from the model's context length; the plan needs values.
 DECIDED = {"bf16": True, "activation_checkpointing": True, "max_teacher_prompt_length": 2048}
-OF_ROLLOUTS = ("KV cache", "activations", "logits chunk")  # what the rows of a rollout take
+OF_ROLLOUTS = ("KV cache", "activations", "logits chunk")  # parts that grow with the rows of a rollout
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """gpus of `memory` GiB on each of `nodes`, of which `overhead` GiB hold no tensors; host_memory: GiB of a node."""
+    """gpus: per node. memory: GiB per GPU, of which `overhead` GiB hold no tensors. host_memory: GiB per node."""
 
     gpus: int
     nodes: int
@@ -68,7 +69,7 @@ class Cluster:
     host_memory: float
 
     def footprint(self, job: Job, setup: Setup) -> Footprint:
-        """Where rollout_batch_tokens is not set, rows are generated in half of what is free, as in training."""
+        """Memory of a job. As in training, rollouts use half of the free memory unless rollout_batch_tokens is set."""
         found = footprint(job, setup)
         if job.rollout_tokens is None:
             rest = sum(size for part, size in found.phases["rollout"].items() if part not in OF_ROLLOUTS)
@@ -82,13 +83,13 @@ class Cluster:
 
 
 def default(name: str) -> Any:
-    """Training's default of a flag, or the plan's."""
+    """Default of a flag: DECIDED's, else training's."""
     owner = SDFTConfig if name in SDFTConfig.__dataclass_fields__ else ModelArguments
     return DECIDED.get(name, owner.__dataclass_fields__[name].default)
 
 
 def job_of(args: argparse.Namespace, shape: ModelShape) -> Job:
-    """Raises ValueError for settings that cannot be trained."""
+    """The job that the flags describe. Raises ValueError for settings that training refuses."""
     if args.load_in_4bit and not args.use_peft:
         raise ValueError("load_in_4bit: quantized weights cannot be trained; add --use_peft.")
     if args.teacher_model_kind not in (None, *TEACHER_KINDS):
@@ -128,7 +129,7 @@ def job_of(args: argparse.Namespace, shape: ModelShape) -> Job:
 
 
 def cheapest(job: Job, cluster: Cluster) -> tuple[Setup, Footprint] | None:
-    """The first setup of ORDER that fits."""
+    """The first setup of ORDER that fits, or None."""
     for setup in ORDER:
         if cluster.fits(found := cluster.footprint(job, setup)):
             return setup, found
@@ -136,7 +137,7 @@ def cheapest(job: Job, cluster: Cluster) -> tuple[Setup, Footprint] | None:
 
 
 def command(args: argparse.Namespace, setup: Setup) -> str:
-    """The line that runs the job: with deepspeed on one node, as a SLURM job on several."""
+    """The command that runs the job: with deepspeed on one node, as a SLURM job on several."""
     model = "MODEL" if args.model_name_or_path in BUILT_IN else args.model_name_or_path
     flags = [f"--deepspeed ds_configs/{setup.config}.json", f"--model_name_or_path {model}"]
     flags += ["--dataset_path DATA", "--output_dir OUTPUT"]
@@ -155,7 +156,7 @@ def command(args: argparse.Namespace, setup: Setup) -> str:
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is known of a job, in bytes and seconds; `command` is None where nothing fits, with advice."""
+    """The full plan, in bytes and seconds; if nothing fits, `command` is None and `advice` is set."""
     shape = load_shape(args.model_name_or_path)
     job, cluster = job_of(args, shape), _cluster(args)
     setups = [*SETUPS, *(setup for setup in ORDER if not setup.gather)]
@@ -189,7 +190,7 @@ def _report(job: Job, setup: Setup, cluster: Cluster) -> dict[str, Any]:
 
 
 def _advice(args: argparse.Namespace, shape: ModelShape) -> str:
-    """What to change where nothing fits: train less, or take more nodes."""
+    """What to change if nothing fits: train fewer parameters, or use more nodes."""
     for tuning in ({"use_peft": True}, {"use_peft": True, "load_in_4bit": True}):
         job = job_of(argparse.Namespace(**{**vars(args), **tuning, "lora_target_modules": None}), shape)
         if found := cheapest(job, _cluster(args)):
@@ -205,7 +206,7 @@ def _advice(args: argparse.Namespace, shape: ModelShape) -> str:
 
 
 def survey(args: argparse.Namespace) -> Iterator[str]:
-    """The built-in models on more and more GPUs, 8 to a node, as rows of a Markdown table."""
+    """The built-in models on 1 ... 512 GPUs, 8 per node, as rows of a Markdown table."""
     yield "| model, trained | " + " | ".join(map(str, SURVEYED)) + " |"
     yield "|---" * (len(SURVEYED) + 1) + "|"
     for name in BUILT_IN:
@@ -230,7 +231,7 @@ def _short(setup: Setup) -> str:
 
 
 def show(args: argparse.Namespace, found: dict[str, Any], console: Console) -> None:
-    """The plan as tables and lines."""
+    """Prints the plan."""
     ranks, parameters = args.gpus * args.nodes, found["job"]["shape"]["parameters"]
     title = (
         f"{args.model_name_or_path}, {parameters / 1e9:.3g} billion parameters, {found['job']['tuning']}, teacher "
@@ -305,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the plan. A mistake is one line and exit status 1; a job that does not fit is an answer."""
+    """Runs the command line. A mistake is one line and exit status 1; a job that does not fit is no mistake."""
     args = _parser().parse_args(argv)
     try:
         if args.survey:

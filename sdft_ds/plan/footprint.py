@@ -1,13 +1,13 @@
-"""What a training job holds in memory, in bytes for each rank, calculated: by part, and by phase of a step.
+"""Calculated memory footprint of a training job, in bytes per rank, by part and by phase of a step.
 
-Every formula says where it comes from: DeepSpeed's source (0.19), this package's own code, or a measurement. What is
-not tensors (the CUDA context, NCCL, what an allocator holds without using it) is not in here.
+Formulas come from DeepSpeed's source (0.19), this package's own code, or a measurement. Memory that is not tensors
+(CUDA context, NCCL, unused allocator blocks) is not included.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sdft_ds.chunked_loss import CHUNK_ELEMENTS
+from sdft_ds.loss.chunked import CHUNK_ELEMENTS
 from sdft_ds.plan.model_shape import ModelShape
 
 PARTS = (
@@ -16,17 +16,17 @@ PARTS = (
 )  # fmt: skip
 PHASES = ("rollout", "teacher", "loss", "backward", "optimizer")
 
-# DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance, and its sub_group_size, each 1e9: ds_configs
-# leave them alone. Once ZeRO-3 knows the order of modules, it gathers ahead, and keeps, until as many are gathered.
+# DeepSpeed's defaults of stage3_max_live_parameters and stage3_max_reuse_distance, and of sub_group_size, each 1e9;
+# ds_configs do not change them. Once ZeRO-3 has traced the module order, it prefetches and keeps up to that many.
 LIVE_PARAMETERS = 10**9
 SUB_GROUP = 10**9
-# NF4: half a byte, and an fp32 scale for each 64 values, which ZeRO-3 leaves whole on every rank.
+# NF4: half a byte per value, and an fp32 scale per 64 values, which ZeRO-3 does not shard.
 NF4_BYTES, NF4_SCALE_BYTES = 0.5, 4 / 64
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How DeepSpeed holds a job. gather: ZeRO-3 gathers the weights once for a rollout (ds3_gather_for_generation)."""
+    """A DeepSpeed setup. gather: ZeRO-3 gathers the weights once per rollout (ds3_gather_for_generation)."""
 
     config: str  # of ds_configs, without .json
     stage: int
@@ -44,11 +44,11 @@ SETUPS = (ZERO_0, ZERO_1, ZERO_2, ZERO_3, OFFLOAD_OPTIMIZER, OFFLOAD)
 
 @dataclass(frozen=True)
 class Job:
-    """A training job. Lengths are tokens; `batch` rows are a micro-batch, of which `accumulation` are a step.
+    """A training job. Lengths are tokens; a micro-batch is `batch` rows, a step `accumulation` micro-batches.
 
-    tuning: full, lora or qlora. adapter: elements of the adapter. teacher: live, base or ema. topk: size of the
-    support; None: the whole vocabulary. chunk_tokens: as loss_chunk_tokens. rollout_tokens: as rollout_batch_tokens;
-    None: all rows are generated at once.
+    tuning: full, lora or qlora. adapter: its parameters. teacher: live, base or ema. topk: size of the support; None:
+    the full vocabulary. chunk_tokens: as loss_chunk_tokens. rollout_tokens: as rollout_batch_tokens; None: all rows
+    are generated at once.
     """
 
     shape: ModelShape
@@ -72,7 +72,7 @@ class Job:
 
     @property
     def bytes(self) -> int:
-        """Of an element in the compute dtype, which is also that of the engine's weights."""
+        """Bytes per element in the compute dtype, which is also that of the engine's weights."""
         return 2 if self.bf16 else 4
 
     @property
@@ -89,7 +89,7 @@ class Job:
 
     @property
     def weights(self) -> float:
-        """Bytes of the whole model that a rank of stage 3 has a shard of."""
+        """Bytes of all the weights that stage 3 shards."""
         if self.tuning != "qlora":
             return self.elements * self.bytes
         quantized = self.shape.linear_parameters
@@ -97,12 +97,12 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """Of a generation batch, which serves one optimizer step."""
+        """Rows of a generation batch per rank; it serves one optimizer step."""
         return self.batch * self.accumulation
 
     @property
     def prompts(self) -> int:
-        """Different ones among those rows."""
+        """Distinct prompts among those rows."""
         return -(-self.rows // self.generations)
 
     @property
@@ -113,7 +113,7 @@ class Job:
 
     @property
     def rollout_row(self) -> float:
-        """Bytes that training takes a row of a rollout to need, when it decides how many are generated at once."""
+        """Training's own estimate of bytes per rollout row, by which it chooses how many are generated at once."""
         shape = self.shape
         of_token = 2 * shape.key_value * shape.layers + 4 * shape.hidden + 3 * shape.intermediate
         return (self.prompt + self.completion) * of_token * self.bytes + 24 * shape.vocabulary
@@ -124,19 +124,19 @@ class Job:
 
     @property
     def scoring_rows(self) -> int:
-        """Rows of one batch of the teacher's pass: all completions of its prompts, where it can hold those of one."""
+        """Rows per batch of the scoring pass: a multiple of `generations`, if a prompt's completions fit in one."""
         rows = min(self.rows, max(1, self.scoring_tokens // (self.teacher_prompt + self.completion)))
         return rows - rows % self.generations if rows > self.generations else rows
 
     @property
     def scoring_forwards(self) -> int:
-        """Of one teacher's pass: with shared prompts two for each batch, over the prompts and over the completions."""
+        """Forwards of one scoring pass: with shared prompts two per batch, one over prompts, one over completions."""
         return -(-self.rows // self.scoring_rows) * (2 if self.generations > 1 else 1)
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on a rank's device in each phase, by part, and in the host's memory, for each rank as well."""
+    """Bytes per rank. phases: on the device, by phase and part. host: in host memory."""
 
     phases: dict[str, dict[str, float]]
     host: float
@@ -155,12 +155,12 @@ class Footprint:
 
     @property
     def parts(self) -> dict[str, float]:
-        """The most that each part takes in any phase. They are not all there at once: the peak is not their sum."""
+        """The maximum of each part over the phases. They do not coincide, so the peak is not their sum."""
         return {name: max(parts.get(name, 0) for parts in self.phases.values()) for name in PARTS}
 
 
 def footprint(job: Job, setup: Setup) -> Footprint:
-    """What each rank holds."""
+    """The footprint of a job under a setup."""
     resident, host = _resident(job, setup)
     phases = {phase: dict(resident) for phase in PHASES}
     for phase, part, size in _transient(job, setup):
@@ -169,20 +169,20 @@ def footprint(job: Job, setup: Setup) -> Footprint:
 
 
 def _shards(job: Job, setup: Setup, since: int) -> int:
-    """Into how many parts a thing is cut that is sharded from a stage on."""
+    """Number of shards of a state that is sharded from stage `since` on."""
     return job.ranks if setup.stage >= since else 1
 
 
 def _resident(job: Job, setup: Setup) -> tuple[dict[str, float], float]:
-    """(What is there in every phase, by part; what lies in the host's memory.)"""
+    """(Bytes on the device in every phase, by part; bytes in host memory.)"""
     b, trained = job.bytes, job.trained
     share = trained / _shards(job, setup, since=1)
     weights = job.weights / _shards(job, setup, since=3)
-    # Adam's two moments, and fp32 masters: DeepSpeed's optimizers keep some also of weights that are fp32 themselves,
-    # except at stage 0, where the given optimizer trains those directly.
+    # Adam's two moments and fp32 master weights: DeepSpeed's optimizers keep masters even of fp32 weights, except at
+    # stage 0, where the optimizer updates those directly.
     masters = 0 if setup.stage == 0 and not job.bf16 else 4
     optimizer = (8 + masters) * share
-    # ZeRO-3 has one flat buffer for its shard of the gradients all the time.
+    # ZeRO-3 allocates one persistent flat buffer for its shard of the gradients.
     gradients = b * share if setup.stage == 3 else 0
     shadow = 4 * share if job.has_shadow else 0
     resident = {"weights": job.scales}
@@ -192,10 +192,10 @@ def _resident(job: Job, setup: Setup) -> tuple[dict[str, float], float]:
     else:
         resident["weights"] += weights
     if setup.offload_optimizer:
-        host += optimizer + gradients + 4 * share  # and gradients in fp32 for the optimizer on the host
+        host += optimizer + gradients + 4 * share  # 4: fp32 gradients for the optimizer on the host
     else:
         resident |= {"optimizer": optimizer, "gradients": gradients}
-    # A shadow lies with the weights, or where the settings say.
+    # The shadow is on the device of the weights, unless the settings put it on the host.
     if job.shadow_on_host or setup.offload_parameters:
         host += shadow
     else:
@@ -204,7 +204,7 @@ def _resident(job: Job, setup: Setup) -> tuple[dict[str, float], float]:
 
 
 def _transient(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
-    """(phase, part, bytes) of what comes and goes."""
+    """(phase, part, bytes) of temporary memory."""
     yield from _of_passes(job, setup)
     yield from _of_gradients(job, setup)
     if setup.stage == 3:
@@ -216,18 +216,18 @@ def _transient(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
 
 
 def _of_passes(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
-    """Activations, logits, keys and values, and what is kept of the teacher: nothing of it is sharded."""
+    """Activations, logits, KV caches and the teacher's stored states, none of which are sharded."""
     shape, b = job.shape, job.bytes
     cached = 2 * shape.key_value * shape.layers * b  # bytes of a token's keys and values
 
-    # Rollouts: rows together; the prompts once for all of their completions. Taking rows out of the cache, and giving
-    # it room, copies one layer at a time. Choosing a token makes fp32 scores, probabilities and an fp64 sum.
+    # Rollouts: each prompt is prefilled once for all its completions. Removing rows from the cache, and growing it,
+    # copies one layer at a time. Sampling a token creates fp32 scores, probabilities and an fp64 sum.
     rows = job.rollout_rows
     yield "rollout", "KV cache", rows * (job.prompt + job.completion) * cached * (1 + 1 / shape.layers)
     yield "rollout", "activations", -(-rows // job.generations) * job.prompt * _without_grad(job)
     yield "rollout", "logits chunk", rows * shape.vocabulary * (b + 4 + 4 + 4 + 8)
 
-    # The teacher's pass: batches of whole rows, or, where prompts are shared, of prompts and then of completions.
+    # The scoring pass: batches of full rows, or, with shared prompts, of prompts and then of completions.
     rows, length = job.scoring_rows, job.teacher_prompt + job.completion
     if job.generations > 1:
         prompts = -(-rows // job.generations)
@@ -237,32 +237,32 @@ def _of_passes(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
         tokens = rows * length
     yield "teacher", "activations", tokens * _without_grad(job)
 
-    # What the pass leaves for the loss: hidden states, and the teacher's head where it will not be the student's.
+    # Kept from the scoring pass for the loss: hidden states, and the teacher's head where the student's will differ.
     states = job.rows * job.completion * shape.hidden * b
     head = shape.head * b if job.has_shadow and job.tuning == "full" else 0
     for phase in ("teacher", "loss", "backward", "optimizer"):
         yield phase, "teacher head and states", states + head
 
-    if job.tuning == "qlora":  # each layer's weights in the compute dtype, for as long as it computes
+    if job.tuning == "qlora":  # each linear layer is dequantized to the compute dtype while it computes
         whole = b * max(width * height for _, width, height in shape.linears)
         for phase in ("rollout", "teacher", "loss", "backward"):
             yield phase, "gathered weights", whole
 
-    # The student: with checkpointing each layer's input, and one layer at a time in full, when it is computed again.
+    # The student: with checkpointing each layer's input, plus one full layer at a time during recomputation.
     tokens = job.batch * (job.prompt + job.completion)
-    # ZeRO-3 leaves adapters in the fp32 that PEFT makes them in; at other stages the engine makes them bf16.
+    # ZeRO-3 keeps adapters in fp32, in which PEFT creates them; at other stages the engine casts them to bf16.
     layer = _of_layer(job, fp32_adapter=job.bf16 and job.tuning != "full" and setup.stage == 3)
     kept = shape.layers * (shape.hidden * b if job.checkpointing else layer)
     yield "loss", "activations", tokens * kept
-    # Gradients of the feed-forward layer and of the layer's output, as measured (tests/test_footprint.py).
+    # Gradients of the feed-forward layer and of the layer's output, as measured (tests/plan/test_footprint.py).
     in_backward = (layer if job.checkpointing else 0) + b * (2 * shape.intermediate + shape.hidden)
     yield "backward", "activations", tokens * (kept + in_backward)
     yield "loss", "logits chunk", _loss_chunk(job)
 
 
 def _without_grad(job: Job) -> float:
-    """Bytes of a token's activations while nothing is kept for a backward: those of the widest moment of a layer, its
-    feed-forward part or its attention (as measured; attention without a matrix of scores)."""
+    """Activation bytes per token without a backward: the larger of a layer's feed-forward and attention peaks (as
+    measured; attention without a materialized score matrix)."""
     shape = job.shape
     feed_forward = 3 * shape.intermediate + 4 * shape.hidden
     attention = 3 * shape.hidden + 3 * shape.query + 4 * shape.key_value
@@ -270,46 +270,46 @@ def _without_grad(job: Job) -> float:
 
 
 def _of_layer(job: Job, fp32_adapter: bool) -> float:
-    """Bytes of a token that a layer of a gated decoder keeps for its backward: the inputs of its norms in fp32, those
-    of its projections, queries, keys, values, attention's output, and four of the feed-forward layer's width."""
+    """Bytes per token that a gated decoder layer saves for its backward: inputs of its norms in fp32, inputs of its
+    projections, queries, keys, values, attention output, and four tensors of the feed-forward width."""
     shape, b = job.shape, job.bytes
-    if fp32_adapter:  # keeps its inputs in fp32; the frozen layers beside it keep none
+    if fp32_adapter:  # it saves its inputs in fp32; the frozen layers save none
         inputs = 4 * (5 * shape.hidden + shape.query + shape.intermediate)
         return inputs + 8 * shape.hidden + b * (2 * shape.query + 2 * shape.key_value + 3 * shape.intermediate)
     return shape.hidden * (8 + 4 * b) + b * (2 * shape.query + 2 * shape.key_value + 4 * shape.intermediate)
 
 
 def _loss_chunk(job: Job) -> float:
-    """Bytes of one chunk of the loss (chunked_loss.py). Full vocabulary: about seven fp32 matrices of logits, and both
-    sides' in the compute dtype. Top-k: one, and K rows of the head for each token with their gradient."""
+    """Bytes of one chunk of the loss (loss/chunked.py). Full vocabulary: about seven fp32 logits matrices, and both
+    sides' in the compute dtype. Top-k: one, plus K rows of the head per token and their gradient."""
     shape, b = job.shape, job.bytes
     support = 0 if job.topk is None else job.topk * shape.hidden
     tokens = job.chunk_tokens or max(1, CHUNK_ELEMENTS // max(shape.vocabulary, support))
     tokens = min(tokens, job.batch * job.completion)
-    half = b if b < 4 else 0  # where logits are fp32 anyhow they are not copied
+    half = b if b < 4 else 0  # fp32 logits are not copied
     if job.topk is None:
         return tokens * shape.vocabulary * (7 * 4 + 2 * half)
     return tokens * (shape.vocabulary * (4 + half) + support * (b + 4))
 
 
 def _of_gradients(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
-    """Gradients on their way into the optimizer, and the buckets that are reduced together."""
+    """Gradients up to the optimizer step, and the buckets in which they are reduced."""
     shape, b, trained = job.shape, job.bytes, job.trained
     share = trained / _shards(job, setup, since=1)
-    # Stages 0 and 1 have whole gradients until the step, stage 2 a shard; stage 3's buffer is resident.
+    # Stages 0 and 1 keep unsharded gradients until the step, stage 2 a shard; stage 3's buffer is resident.
     whole = b * (trained if setup.stage < 2 else share if setup.stage == 2 else 0)
-    # reduce_bucket_size "auto" is hidden x hidden; overlap_comm makes two of stages 1 and 2.
+    # reduce_bucket_size "auto" is hidden x hidden; overlap_comm doubles it at stages 1 and 2.
     bucket = min(shape.hidden**2, trained) * b * {0: 0, 1: 2, 2: 2, 3: 1}[setup.stage]
     for phase in PHASES:
         yield phase, "gradients", bucket
     yield "loss", "gradients", whole if job.accumulation > 1 else 0
     yield "backward", "gradients", whole
     if job.tuning == "full":
-        # A parameter's whole gradient before it is reduced; that of a tied head waits for the embedding's.
+        # A parameter's unsharded gradient before reduction; that of a tied head waits for the embedding's.
         yield "backward", "gradients", b * (shape.largest + (shape.head if shape.tied else 0))
-        # The head's own in the loss: summed over chunks in fp32, then in its dtype.
+        # The head's gradient in the loss: accumulated over chunks in fp32, then cast to its dtype.
         yield "loss", "gradients", shape.head * (4 + (b if b < 4 else 0))
-    # The step flattens gradients, and makes them fp32: stage 3 a sub-group at a time; stage 1 copies its shard first.
+    # The step flattens gradients and casts them to fp32, stage 3 by sub-group; stage 1 copies its shard first.
     in_fp32 = 4 if job.bf16 else 0
     if setup.offload_optimizer:
         return

@@ -1,4 +1,4 @@
-"""The sizes of a model that decide what it takes to train it, from its configuration alone: no weights are read."""
+"""Model sizes that determine its memory footprint, from its configuration alone: no weights are read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from sdft_ds.prefix import key_value_width
+from sdft_ds.model.prefix_cache import key_value_width
 
-# Names for models that are not at hand: the public configurations of Llama 2 7B, Llama 3.1 70B and Llama 3.1 405B.
+# Built-in names: the public configurations of Llama 2 7B, Llama 3.1 70B and Llama 3.1 405B.
 BUILT_IN = {
     "7b": {
         "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
@@ -28,11 +28,11 @@ BUILT_IN = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes in elements. parameters: all, tied ones once. head: of the head's weight, vocabulary x hidden; tied: it is
-    the embedding's too.
+    """Sizes in elements. parameters: all, tied ones counted once. head: the LM head's weight, vocabulary x hidden;
+    tied: shared with the embedding.
 
-    largest: of the largest parameter. linears: (last part of the name, in, out) of every linear layer but the head.
-    query, key_value: widths of a layer's queries, and of its keys; intermediate: of its feed-forward layer.
+    largest: the largest parameter. linears: (last part of the name, in, out) of every linear layer but the head.
+    query, key_value: widths of a layer's queries and of its keys; intermediate: of its feed-forward layer.
     """
 
     parameters: int
@@ -49,13 +49,13 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Elements of the linear layers' weights, which are what QLoRA holds in 4 bits."""
+        """Elements of the linear layers' weights, which QLoRA quantizes to 4 bits."""
         return sum(width * height for _, width, height in self.linears)
 
     def adapter_parameters(self, rank: int, targets: Sequence[str] | None) -> int:
         """Elements of a LoRA adapter on the named linear layers; None: on all but the head.
 
-        Raises ValueError where no layer has such a name.
+        Raises ValueError if no layer has such a name.
         """
         adapted = [
             width + height
@@ -96,9 +96,9 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
 
 
 def load_shape(name_or_path: str) -> ModelShape:
-    """The shape of a built-in name (7b, 70b, 405b), a folder with a config.json, such a file, or a model of the hub.
+    """The shape of a built-in name (7b, 70b, 405b), a folder with a config.json, a config.json, or a model on the hub.
 
-    Raises ValueError where there is no configuration of that name, or none of a causal LM.
+    Raises ValueError if there is no such configuration, or if it is not that of a causal LM.
     """
     if name_or_path in BUILT_IN:
         config = LlamaConfig(**BUILT_IN[name_or_path], tie_word_embeddings=False)

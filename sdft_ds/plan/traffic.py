@@ -1,7 +1,7 @@
-"""What the ranks of a job send each other in one optimizer step, and how long a step takes on more and more of them.
+"""Communication volume of an optimizer step, and simulated weak scaling.
 
-Volumes are calculated, and counted on real collectives by tests/distributed/test_traffic.py; times are a simulation,
-whose assumptions `ASSUMPTIONS` says.
+Volumes are calculated; tests/distributed/test_traffic.py compares them with real collectives. Times are simulated, see
+`ASSUMPTIONS`.
 """
 
 from dataclasses import dataclass, replace
@@ -20,9 +20,9 @@ other."""
 
 @dataclass(frozen=True)
 class Machine:
-    """bandwidth, memory_bandwidth: GB/s for each GPU. latency: microseconds per rank of a ring. flops: TFLOP/s.
+    """bandwidth, memory_bandwidth: GB/s per GPU. latency: microseconds per rank of a ring. flops: TFLOP/s.
 
-    Defaults are assumptions: one 400 Gb/s link for each GPU, and an H100's data sheet (SXM: bf16 dense, HBM3).
+    Defaults are assumptions: one 400 Gb/s link per GPU, and the H100 data sheet (SXM: bf16 dense, HBM3).
     """
 
     bandwidth: float = 50.0
@@ -33,19 +33,19 @@ class Machine:
 
 
 def volumes(job: Job, setup: Setup) -> dict[str, float]:
-    """Bytes that a rank receives in one optimizer step, of which one generation batch is a part, by purpose.
+    """Bytes that a rank receives in one optimizer step, including one generation batch, by purpose.
 
-    Gathering, and reducing onto shards, is (ranks - 1) / ranks of the whole; an all-reduce is twice that.
+    An all-gather or reduce-scatter moves (ranks - 1) / ranks of the full size; an all-reduce twice that.
     """
     return {name: whole * (job.ranks - 1) / job.ranks for name, (whole, _) in _rings(job, setup).items()}
 
 
 def _rings(job: Job, setup: Setup) -> dict[str, tuple[float, float]]:
-    """Purpose -> (bytes that go once around the ring; how many passes over all weights or gradients they are)."""
+    """Purpose -> (bytes sent once around the ring; number of passes over all weights or gradients)."""
     weights, gradients, accumulation = job.weights, job.trained * job.bytes, job.accumulation
     if setup.stage < 3:
-        # DeepSpeed reduces buckets that belong to several ranks by all-reduce (use_multi_rank_bucket_allreduce): stage
-        # 2 after each micro-batch, stages 0 and 1 once.
+        # DeepSpeed all-reduces buckets that belong to several ranks (use_multi_rank_bucket_allreduce): stage 2 after
+        # each micro-batch, stages 0 and 1 once per step.
         times = 2 * (accumulation if setup.stage == 2 else 1)
         rings = {"gradients": (times * gradients, times)}
         if setup.stage > 0:
@@ -53,8 +53,8 @@ def _rings(job: Job, setup: Setup) -> dict[str, tuple[float, float]]:
             if job.has_shadow:
                 rings["teacher swapped in and out"] = (2 * gradients, 2)
         return rings
-    # Forward and backward each gather the weights, but for those that stay from one to the other. A tied head stays
-    # from the first forward of the teacher's pass to the student's.
+    # Forward and backward each gather the weights, except those kept between them. A tied head is kept from the first
+    # forward of the scoring pass to the student's.
     student, teacher = accumulation * (1 + max(0.0, 1 - LIVE_PARAMETERS / job.elements)), job.scoring_forwards
     stays = job.shape.head * job.bytes if job.shape.tied else 0
     rollout = 1 if setup.gather else job.completion * -(-job.rows // job.rollout_rows)
@@ -71,7 +71,7 @@ def _rings(job: Job, setup: Setup) -> dict[str, tuple[float, float]]:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step on so many ranks: computing, and in collectives."""
+    """Seconds of a step on `ranks` ranks: computing, and in collectives."""
 
     ranks: int
     computing: float
@@ -79,19 +79,19 @@ class StepTime:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """(All collectives beside the computing, all of them before or after it.)"""
+        """(All collectives overlapped with compute, none overlapped.)"""
         return max(self.computing, self.communicating), self.computing + self.communicating
 
 
 def step_time(job: Job, setup: Setup, machine: Machine) -> StepTime:
-    """The simulation, see ASSUMPTIONS."""
+    """Simulates one step; see ASSUMPTIONS."""
     parameters, rate = job.elements, machine.flops * 1e12 * machine.mfu
     student = job.rows * (job.prompt + job.completion) * (8 if job.checkpointing else 6)
     teacher = 2 * (job.prompts * job.teacher_prompt + job.rows * job.completion)
     prefill = 2 * job.prompts * job.prompt
     token = max(2 * job.rows * parameters / rate, job.weights / (machine.memory_bandwidth * 1e9))
     computing = (student + teacher + prefill) * parameters / rate + job.completion * token
-    # A pass over the weights is as many collectives as there are linear layers: the prefetch bucket (0.9 hidden^2) is
+    # A pass over the weights takes one collective per linear layer, because the prefetch bucket (0.9 hidden^2) is
     # smaller than most of them. Gradients are reduced in buckets of hidden^2.
     layers = len(job.shape.linears) + 2
     buckets = -(-job.trained // job.shape.hidden**2)
@@ -102,7 +102,7 @@ def step_time(job: Job, setup: Setup, machine: Machine) -> StepTime:
 
 
 def weak_scaling(job: Job, setup: Setup, machine: Machine) -> list[StepTime]:
-    """Step times of the same rows per rank on the job's ranks, and on 2, 4, 8 ... times as many, up to MOST_RANKS."""
+    """Step times at constant rows per rank, on the job's ranks and on 2, 4, 8 ... times as many, up to MOST_RANKS."""
     more = [job.ranks]
     while 2 * more[-1] <= MOST_RANKS:
         more.append(2 * more[-1])

@@ -1,1 +1,1 @@
-"""What training would see of a data set, before it starts: prompts, cuts, loss tokens, and how far the teacher is."""
+"""Preview of a data set as training would see it: prompts, truncation, loss tokens, divergence from the teacher."""

@@ -1,11 +1,11 @@
-"""What training would see, before it starts: both prompts of the first rows, what is cut, which tokens count in the
-loss, and the whole data set in numbers.
+"""Preview a data set as training would see it: both prompts of the first rows, truncation, loss tokens, and
+statistics of the full data set.
 
     python -m sdft_ds.preview [flags of training]               no weights are loaded
     python -m sdft_ds.preview --score [flags of training]       also answers, with the KL at each token
 
-All flags of training apply (launch/train.py --help); what spreads it over ranks and batches is ignored: one process
-looks, without DeepSpeed. Without a model and a data set: the embedded demo.
+All flags of training apply (launch/train.py --help); those about ranks and batches are ignored: it runs in one
+process, without DeepSpeed. Without a model and a data set: the embedded demo.
 """
 
 import argparse
@@ -20,19 +20,20 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
-from sdft_ds import arguments, failure, models, sources
-from sdft_ds.arguments import ModelArguments
-from sdft_ds.config import SDFTConfig
+from sdft_ds.cli import arguments, dataset_loading, errors
+from sdft_ds.cli.arguments import ModelArguments
+from sdft_ds.cli.terminal import quiet_unless_first_rank
+from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.demo import run as demo
+from sdft_ds.model import loading
 from sdft_ds.preview import page, terminal
+from sdft_ds.preview.preview import Preview, preview
 from sdft_ds.preview.scores import scores
-from sdft_ds.preview.view import Preview, preview
 from sdft_ds.preview.wording import described
-from sdft_ds.train import quiet_unless_first_rank
 from sdft_ds.trainer import SDFTTrainer
 
-STREAMED = 1000  # rows of a stream that are looked at: it may have no end
-# In the place of what spreads training over ranks and batches, which another number of ranks would contradict.
+STREAMED = 1000  # rows read from a stream: it may be endless
+# Overrides the settings about ranks and batches, which may be invalid for one rank.
 ALONE = {
     "deepspeed": "",
     "num_generations": 1,
@@ -44,7 +45,7 @@ ALONE = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Preview as the command line says. A mistake in it, or in the data, is one line and exit status 1 or 2."""
+    """Runs the command line. A mistake in it, or in the data, prints one line and exits with status 1 or 2."""
     own, flags = _parser().parse_known_args(argv)
     quiet_unless_first_rank()
     try:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if own.html:
             own.html.write_text(page.render(view), encoding="utf-8")
     except Exception as error:
-        failure.leave(error)
+        errors.leave(error)
     console = Console(highlight=False)
     terminal.show(view, console)
     if own.html:
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
-    """What training with these flags would see. score: load the model, and let it answer the rows that are shown."""
+    """The preview for these flags of training. score: load the model and roll out the rows that are shown."""
     if shown < 1:
         raise ValueError(f"--rows must be at least 1, not {shown}.")
     alone = [token for name, value in ALONE.items() for token in (f"--{name}", str(value))]
@@ -74,9 +75,9 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
         dataset, name = demo.dataset(), "the embedded demo"
     else:
         chat, evaluates = tokenizer.chat_template is not None, args.eval_strategy != "no"
-        dataset, _ = sources.load(script, evaluates, args.seed, chat, notes.append)
+        dataset, _ = dataset_loading.load(script, evaluates, args.seed, chat, notes.append)
         name = f"{model.model_name_or_path} · {script.source}"
-    builder = models.prompt_builder(tokenizer, models.config_of(model.model_name_or_path, args), args)
+    builder = loading.prompt_builder(tokenizer, loading.config_of(model.model_name_or_path, args), args)
     stream = isinstance(dataset, IterableDataset)
     rows = islice(dataset, STREAMED) if stream else dataset
     progress = track(
@@ -104,7 +105,7 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
 
 @contextmanager
 def _trainer(args: SDFTConfig, model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[SDFTTrainer]:
-    """The trainer that would train; it leaves nothing behind, here or on the hub."""
+    """The trainer that training would use; writes nothing permanent, here or on the hub."""
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir, args.report_to, args.push_to_hub, args.eval_strategy = folder, [], False, "no"
         yield SDFTTrainer(

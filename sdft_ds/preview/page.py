@@ -1,11 +1,11 @@
-"""A preview as one HTML page that needs nothing but itself."""
+"""A preview as one self-contained HTML page."""
 
 from collections.abc import Sequence
 from html import escape
 
 from sdft_ds.preview import wording
-from sdft_ds.preview.pieces import Piece, Sample
-from sdft_ds.preview.view import Preview, ShownRow
+from sdft_ds.preview.preview import Preview, ShownRow
+from sdft_ds.preview.spans import Sample, TextSpan
 from sdft_ds.report.charts import histogram
 from sdft_ds.report.page import document, grid, missing, table
 from sdft_ds.report.token_view import coloured, levels
@@ -48,7 +48,7 @@ def _completion(shown: ShownRow) -> str:
     return f"<h4><b>{wording.STAND_IN}</b> {said}</h4>{_sample(shown.sample)}"
 
 
-def _pieces(pieces: Sequence[Piece]) -> str:
+def _pieces(pieces: Sequence[TextSpan]) -> str:
     tags = {"context": "mark", "cut": "del"}
     found = ""
     for piece in pieces:

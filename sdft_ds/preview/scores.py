@@ -1,47 +1,49 @@
-"""Rollouts of a few rows by the trainer itself, and how far its student and its teacher are apart on their tokens."""
+"""Rolls out a few rows with the trainer and scores them: divergence of student and teacher per token."""
 
 from typing import Any
 
 import torch
 
-from sdft_ds.aggregation import Shares
-from sdft_ds.completion_head import DistillationLoss
-from sdft_ds.completion_log import completion_of
-from sdft_ds.module_state import evaluating
-from sdft_ds.report.run_folder import Completion
-from sdft_ds.schedule import Slot
-from sdft_ds.scoring import Scored
+from sdft_ds.data.schedule import Slot
+from sdft_ds.loss.normalization import LossWeights
+from sdft_ds.metrics.completions import completion_of
+from sdft_ds.metrics.run_folder import Completion
+from sdft_ds.model.completion_forward import DistillationLoss
+from sdft_ds.model.modes import evaluating
+from sdft_ds.objectives.protocol import BatchUse
+from sdft_ds.teacher.scoring import ScoredBatch
 from sdft_ds.trainer import SDFTTrainer
 
 
 def scores(trainer: SDFTTrainer, rows: dict[int, dict[str, Any]]) -> dict[int, Completion]:
-    """One completion for each {number: row}, with the divergence of its loss tokens. Trains nothing."""
+    """One completion per {index: row}, with the divergence of its loss tokens. Trains nothing."""
     with trainer.prepared():
         return _scores(trainer, rows)
 
 
 def _scores(trainer: SDFTTrainer, rows: dict[int, dict[str, Any]]) -> dict[int, Completion]:
     slots = tuple(Slot(index, row) for row, index in enumerate(rows))
-    batches = trainer.generation_batches.make(
-        rows, slots, trainer.args.per_device_train_batch_size, "preview", trainer.meters["eval"], head_changes=False
-    )
+    trainer.check_head()
+    use = BatchUse(trainer.args.per_device_train_batch_size, keep_on=trainer.args.device)
+    batches = trainer.objective.collect(rows, slots, "preview", trainer.meters["eval"], use)
     found = {}
     for scored in batches:
         loss = _seen(trainer, scored)
         for i, rollout in enumerate(scored.batch.rollouts):
             at = (scored.batch.rows_N == i).nonzero().flatten()
             part = slice(int(at[0]), int(at[-1]) + 1) if len(at) else slice(0, 0)
-            tokenizer = trainer.generation_batches.tokenizer
+            tokenizer = trainer.prompts.tokenizer
             found[slots[rollout.row].index] = completion_of(
                 rollout, loss.per_token_N[part], loss.seen[part], tokenizer, step=0
             )
     return found
 
 
-def _seen(trainer: SDFTTrainer, scored: Scored) -> DistillationLoss:
-    """The student's forward over a micro-batch, which looks at every loss token."""
+def _seen(trainer: SDFTTrainer, scored: ScoredBatch) -> DistillationLoss:
+    """The student's forward over a micro-batch, with diagnostics at every loss token."""
     weights_N = torch.ones(len(scored.batch.tokens_N), device=trainer.args.device)
-    loss = trainer.loss_request(scored, Shares(weights_N, scale=torch.ones((), device=trainer.args.device)))
+    weights = LossWeights(weights_N, scale=torch.ones((), device=trainer.args.device))
+    loss = trainer.objective.loss_request(scored, weights)
     loss.inspect_M = torch.arange(len(weights_N), device=trainer.args.device)
     with torch.no_grad(), evaluating(trainer.model), trainer.compute_loss_context_manager():
         trainer.model_wrapped(**scored.batch.student.inputs, request=loss)

@@ -1,14 +1,14 @@
-"""A whole data set in numbers: how long its rows are, what the limits do to them, which prompts occur twice."""
+"""Statistics of a data set: lengths of its rows, effects of the limits, duplicate prompts."""
 
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy
 
-from sdft_ds.preview.look import Look
+from sdft_ds.preview.row import Look
 
 PERCENTILES = {"median": 50, "90 %": 90, "99 %": 99, "longest": 100}
-# What becomes of a row that is over a limit.
+# How a row over a limit is handled.
 CUT_QUESTION = "lose the beginning of the question"
 CUT_CONTEXT = "lose the end of the context"
 DROPPED = "are dropped"
@@ -17,8 +17,8 @@ REFUSED = "stop the training"
 
 @dataclass
 class Statistics:
-    """truncation: what is done with rows over a limit. lengths: tokens before any cut. fates: the numbers of the rows
-    that meet each of them. duplicates: {row: the first row with the same student's prompt}."""
+    """truncation: the setting. lengths: tokens before truncation. fates: how rows over a limit are handled -> their
+    indices. duplicates: {row: the first row with the same student prompt}."""
 
     truncation: str
     rows: int = 0
@@ -46,5 +46,5 @@ class Statistics:
             self.duplicates[look.index] = first
 
     def percentiles(self, what: str) -> list[int]:
-        """A length that a row has, for each of PERCENTILES."""
+        """The length at each of PERCENTILES, always that of an actual row."""
         return numpy.percentile(self.lengths[what], [*PERCENTILES.values()], method="inverted_cdf").tolist()

@@ -1,4 +1,4 @@
-"""A preview on the terminal. Marks say what colours say, so that a file or a screen without colours loses little."""
+"""A preview on the terminal. Marks repeat most of what colours show, for files and terminals without colour."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sdft_ds.metrics.run_folder import Completion
 from sdft_ds.preview import wording
-from sdft_ds.preview.pieces import Piece
-from sdft_ds.preview.view import Preview, ShownRow
-from sdft_ds.report.run_folder import Completion
+from sdft_ds.preview.preview import Preview, ShownRow
+from sdft_ds.preview.spans import TextSpan
 from sdft_ds.report.token_view import LEVELS, level
 
 SPECIAL = "magenta"
@@ -20,9 +20,9 @@ COLOURS = {
     "d0": "", "d1": "#1b1f26 on #fff2cf", "d2": "#1b1f26 on #fedf9c", "d3": "#1b1f26 on #fdbf6a",
     "d4": "#1b1f26 on #f8924a", "d5": "#ffffff on #c9431f", "d6": "#ffffff on #86150f",
 }  # fmt: skip
-MOST_CHARACTERS = 1200  # of a piece of a prompt; its middle is left out
+MOST_CHARACTERS = 1200  # of a span of a prompt; the middle of a longer one is omitted
 MOST_TOKENS = 10  # rows of a table of tokens
-# A terminal obeys control characters; a data set may hold any.
+# A terminal executes control characters, and a data set may contain any.
 HARMLESS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
 HARMLESS |= dict.fromkeys(range(0x7F, 0xA0), "\ufffd")
 
@@ -70,10 +70,10 @@ def _heading(console: Console, what: str, said: str) -> None:
     console.print(Text(f"{what}: ", "bold").append(said, "not bold"))
 
 
-def _prompt(pieces: Sequence[Piece]) -> Text:
-    """Neighbouring pieces of the context, or of what is cut, stand within one pair of marks."""
+def _prompt(pieces: Sequence[TextSpan]) -> Text:
+    """Adjacent spans of the same part (context or cut) share one pair of marks."""
     text, part = Text(), ""
-    for piece in [*pieces, Piece("")]:
+    for piece in [*pieces, TextSpan("")]:
         if piece.part != part:
             text.append_text(_edge(part, 1)).append_text(_edge(piece.part, 0))
             part = piece.part
@@ -103,7 +103,7 @@ def _marked(text: str, mark: tuple[str, str, str]) -> Text:
 
 
 def _tokens(tokens: Sequence[str], classes: Sequence[str]) -> Text:
-    """Tokens in the colours of their classes; those that are not in the loss (dx) within marks."""
+    """Tokens in the colours of their classes; those not in the loss (dx) between marks."""
     text, skipping = Text(), False
     for token, name in [*zip(tokens, classes, strict=True), ("", "")]:
         if (name == "dx") != skipping:
@@ -114,7 +114,7 @@ def _tokens(tokens: Sequence[str], classes: Sequence[str]) -> Text:
 
 
 def _furthest(scored: Completion) -> Table:
-    """The loss tokens at which student and teacher are furthest apart, in their order, with the likeliest of both."""
+    """The loss tokens with the largest divergence, by position, with the top tokens of student and teacher."""
     places = [i for i, divergence in enumerate(scored.divergence) if divergence is not None]
     kept = sorted(sorted(places, key=lambda i: -scored.divergence[i])[:MOST_TOKENS])
     title = None if len(kept) == len(places) else f"The {len(kept)} furthest of {len(places)} loss tokens"

@@ -1,20 +1,20 @@
-"""What the terminal and the page both say of a preview."""
+"""Text shared by the terminal and the HTML page of a preview."""
 
 from collections.abc import Sequence
 
-from sdft_ds.divergence import Divergence
+from sdft_ds.loss.divergence import Divergence
+from sdft_ds.preview.preview import Preview, ShownRow
 from sdft_ds.preview.statistics import DROPPED, PERCENTILES
-from sdft_ds.preview.view import Preview, ShownRow
 from sdft_ds.report.scales import number
 
 NAMES = {"student": "student's prompt", "teacher": "teacher's prompt", "context": "context by itself"}
 LENGTHS_HEAD = ("tokens", *PERCENTILES, "limit", "rows over it")
 STAND_IN = "A completion (the context stands in for one; --score generates)"
-LISTED = 8  # rows that are named; the rest is a number
+LISTED = 8  # rows listed by index; the rest are counted
 
 
 def lengths(view: Preview) -> list[list[str]]:
-    """The table under LENGTHS_HEAD: before any cut."""
+    """Rows of the table under LENGTHS_HEAD: lengths before truncation."""
     table = []
     for what, name in NAMES.items():
         limit, known = view.limits.get(what), view.statistics.lengths[what]
@@ -24,7 +24,7 @@ def lengths(view: Preview) -> list[list[str]]:
 
 
 def verdicts(view: Preview) -> list[str]:
-    """What becomes of rows that are over a limit, and which prompts occur twice; one sentence each."""
+    """One sentence for each way in which rows over a limit are handled, and one on duplicate prompts."""
     statistics = view.statistics
     said = [
         f"{len(rows):,} of {statistics.rows:,} rows {fate}: {_listed(rows)}."
@@ -49,7 +49,7 @@ def _listed(rows: Sequence[int | str]) -> str:
 
 
 def size(view: Preview, shown: ShownRow, side: str) -> str:
-    """How long the prompt of a side is, and what is cut of it."""
+    """Length of a side's prompt, before and after truncation, and its limit."""
     uncut = len(getattr(shown.look.uncut, side).ids)
     limit = view.limits[side]
     tokens = uncut if shown.look.taken is None else len(getattr(shown.look.taken, side).ids)
@@ -62,7 +62,7 @@ def size(view: Preview, shown: ShownRow, side: str) -> str:
 
 
 def cuts(shown: ShownRow) -> str:
-    """What truncation does to the row, or nothing."""
+    """What is truncated, or why the row is refused; "" if neither."""
     look = shown.look
     if look.refusal:
         return look.refusal
@@ -72,7 +72,7 @@ def cuts(shown: ShownRow) -> str:
 
 
 def completion(shown: ShownRow) -> str:
-    """How long the completion is, how much of it is in the loss, and how far the teacher is."""
+    """Length of the completion, number of loss tokens, and mean divergence if scored."""
     if shown.scored is None:
         in_loss, truncated = shown.sample.in_loss, shown.sample.truncated
     else:
@@ -84,7 +84,7 @@ def completion(shown: ShownRow) -> str:
 
 
 def described(divergence: Divergence) -> str:
-    """KL(teacher‖student) over the whole vocabulary, and the like."""
+    """The divergence in words, e.g. "KL(teacher‖student) over the whole vocabulary"."""
     name = {0.0: "KL(teacher‖student)", 1.0: "KL(student‖teacher)"}.get(
         divergence.alpha, f"Jensen-Shannon, alpha {divergence.alpha:g},"
     )

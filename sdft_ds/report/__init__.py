@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs nothing but itself, read from what the run left beside its weights."""
+"""Self-contained HTML report of a run, read from its output_dir."""
 
 from sdft_ds.report.run_page import write
 

@@ -1,7 +1,7 @@
-"""Charts: numbers -> a figure of HTML and SVG, as text. Pure: colours and hovering are page.css's and page.js's.
+"""Charts: pure functions from numbers to an HTML/SVG figure as text; page.css has the colours, page.js the hovering.
 
-A figure has its title, unit and legend as text, so that they wrap on a narrow screen, and one SVG that scales with it.
-What the pointer shows stands in the SVG's data-hover attribute, as JSON.
+Title, unit and legend are HTML text, so that they wrap on a narrow screen; the SVG scales with the figure. The hover
+values are in the SVG's data-hover attribute, as JSON.
 """
 
 import json
@@ -14,15 +14,15 @@ from itertools import groupby
 from sdft_ds.report.scales import Axis, as_json_number, averages, number, step_axis, step_of, thin, tick, value_axis
 
 WIDTH, HEIGHT = 460, 224  # units of the SVG, about a pixel each
-LEFT, RIGHT, TOP, BOTTOM = 50, 450, 10, 202  # of the plot within it
-COLUMNS = RIGHT - LEFT  # a curve keeps its extremes in each of these
-COLOURS = 6  # that page.css has: c0 to c5
-SMOOTH_FROM = 80  # points; from here on an average is drawn over the faint curve
+LEFT, RIGHT, TOP, BOTTOM = 50, 450, 10, 202  # edges of the plot area
+COLUMNS = RIGHT - LEFT  # thinning keeps a curve's extremes in each pixel column
+COLOURS = 6  # in page.css: c0 to c5
+SMOOTH_FROM = 80  # points; from here on a moving average is drawn over the faint curve
 
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: y over x (ascending), and the class of page.css that colours it (c0 ...; o0..o4 are ordered)."""
+    """A curve: y over x (ascending). colour: its class in page.css (c0 ...; o0..o4 are ordered)."""
 
     name: str
     x: Sequence[float]
@@ -31,9 +31,8 @@ class Series:
 
 
 def lines(title: str, unit: str, series: Sequence[Series], may_log: bool = True) -> str:
-    """Curves over the step. If it may, the y axis is logarithmic where all values are positive and span a factor of
-    30. A value that is not finite is a gap and a cross at the top. A series without points stands in the legend alone.
-    """
+    """Line chart over the step. With may_log, the y axis is logarithmic if all values are positive and span a factor
+    of 30. A non-finite value is a gap and a cross at the top. A series without points is in the legend only."""
     legend, series = series, [s for s in series if len(s.x)]
     y_axis = value_axis([y for s in series for y in s.y], BOTTOM, TOP, may_log)
     x_axis = step_axis([x for s in series for x in (s.x[0], s.x[-1])], LEFT, RIGHT)
@@ -58,9 +57,9 @@ def lines(title: str, unit: str, series: Sequence[Series], may_log: bool = True)
 
 
 def stack(title: str, unit: str, x: Sequence[float], series: Sequence[Series]) -> str:
-    """Areas on top of each other, the first at the bottom; each series has a value, at least 0, for each of x.
+    """Stacked area chart, first series at the bottom; every series has a value >= 0 for each x.
 
-    Where there are more points than columns, a column shows their mean.
+    With more points than pixel columns, a column shows their mean.
     """
     width = math.ceil(len(x) / COLUMNS)
     starts = range(0, len(x), width)
@@ -68,7 +67,7 @@ def stack(title: str, unit: str, x: Sequence[float], series: Sequence[Series]) -
     means = [[_mean(s.y[i : i + width]) for i in starts] for s in series]
     y_axis = value_axis([0.0, *map(sum, zip(*means, strict=True))], BOTTOM, TOP)
     x_axis = step_axis(x, LEFT, RIGHT)
-    pixels = [x_axis(value) for value in x] if len(x) > 1 else [LEFT, RIGHT]  # an area needs a width
+    pixels = [x_axis(value) for value in x] if len(x) > 1 else [LEFT, RIGHT]  # a single point is drawn at full width
 
     def edge(heights: list[float]) -> list[str]:
         return [f"{at:g} {y_axis(y):g}" for at, y in zip(pixels, heights * (len(pixels) // len(x)), strict=True)]
@@ -84,9 +83,9 @@ def stack(title: str, unit: str, x: Sequence[float], series: Sequence[Series]) -
 
 
 def histogram(title: str, unit: str, groups: dict[str, Sequence[int]], counted: str = "completions") -> str:
-    """How many values, at least 0 and whole, fall into each of at most 24 bins of equal width; groups are stacked.
+    """Stacked histogram of integers >= 0, in at most 24 bins of equal width.
 
-    counted: what each value belongs to.
+    counted: what is counted; the unit of the y axis.
     """
     values = [value for group in groups.values() for value in group]
     width = step_of((max(values) - min(values) + 1) / 24, whole=True)
@@ -116,7 +115,7 @@ def histogram(title: str, unit: str, groups: dict[str, Sequence[int]], counted: 
 
 
 def shares(title: str, unit: str, rows: dict[str, Sequence[float]], parts: Sequence[str]) -> str:
-    """One bar per row, as wide as its whole is beside the largest, divided into the parts."""
+    """Horizontal stacked bars, one per row, to a common scale."""
     most = max(map(sum, rows.values())) or 1.0
     body = []
     for i, (name, values) in enumerate(rows.items()):
@@ -150,7 +149,7 @@ def _grid(x_axis: Axis, y_axis: Axis, x_label: str = "step") -> str:
 
 
 def _curve(x: Sequence[float], y: Sequence[float], x_axis: Axis, y_axis: Axis, style: str) -> str:
-    """The finite runs of a curve; one point alone is a dot."""
+    """Draws the finite runs of a curve; a run of one point is a dot."""
     path, dots = "", ""
     for finite, run in groupby(zip(x, y, strict=True), key=lambda point: math.isfinite(point[1])):
         if finite:
@@ -187,6 +186,6 @@ def _figure(
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of the finite ones; 0 where there is none."""
+    """Mean of the finite values; 0 if there are none."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else 0.0

@@ -1,18 +1,18 @@
-"""Which metrics are drawn together, under which heading, by which name: the table that the pages of runs go by."""
+"""The table of charts in a run's report: which metrics share a chart, their labels, and the section headings."""
 
 import re
 from dataclasses import dataclass
 
-from sdft_ds.metrics import METRICS
-from sdft_ds.progress import PHASES
+from sdft_ds.metrics.meters import METRICS
+from sdft_ds.metrics.progress import PHASES
+from sdft_ds.metrics.run_folder import Run
 from sdft_ds.report.charts import COLOURS, Series
-from sdft_ds.report.run_folder import Run
 
 
 @dataclass(frozen=True)
 class Chart:
-    """curves: metric -> its name in the legend. log: a logarithmic axis where the values span orders of magnitude.
-    ordered: the curves are a sequence, and coloured as one. absent: added to the title where it is missing."""
+    """curves: metric -> label in the legend. log: allow a logarithmic axis. ordered: the curves form a sequence, with
+    colours to match. absent: appended to the title when the chart is listed as not logged."""
 
     title: str
     unit: str
@@ -22,7 +22,7 @@ class Chart:
     absent: str = ""
 
     def of(self, run: Run) -> list[Series]:
-        """The curves that the run has numbers for."""
+        """The curves for which the run has values."""
         colour = "o" if self.ordered else "c"
         series = [
             Series(name, *run.series(m), f"{colour}{i % COLOURS}") for i, (m, name) in enumerate(self.curves.items())
@@ -67,16 +67,16 @@ CHARTS = {
     ],
 }  # fmt: skip
 TASK = re.compile(r"tasks/(?P<task>.+)/(?P<figure>[^/]+)")
-ELSEWHERE = {f"seconds/{phase}" for phase in PHASES}  # drawn as areas on top of each other
-# Of a whole run, or of one evaluation, whose prefix may name its data set.
-# Also what an evaluation says of tasks, which have charts of their own.
+ELSEWHERE = {f"seconds/{phase}" for phase in PHASES}  # in the stacked area chart
+# Totals of a run or of one evaluation, whose prefix may name its data set; also an evaluation's copy of the task
+# figures, which have charts of their own.
 SUMMARIES = re.compile(
     r"total_flos|train_loss|(train|eval)(_.+)?_(runtime|samples_per_second|steps_per_second)|eval_tasks/.+"
 )
 
 
 def charts_of(run: Run) -> dict[str, list[Chart]]:
-    """CHARTS; one for each figure of the tasks/NAME/FIGURE that were logged; under "Other" one for all else."""
+    """CHARTS, plus a chart per FIGURE of the logged tasks/NAME/FIGURE, and under "Other" one per remaining metric."""
     placed = {metric for charts in CHARTS.values() for chart in charts for metric in chart.curves}
     known = placed | ELSEWHERE
     rest = [name for name in run.metrics() if name not in known and not SUMMARIES.fullmatch(name)]
@@ -90,5 +90,5 @@ def charts_of(run: Run) -> dict[str, list[Chart]]:
 
 
 def _unit(name: str) -> str:
-    """Of a metric, which in an evaluation stands behind a prefix: eval_, or eval_ and the data set's name."""
+    """A metric's unit. In an evaluation its name has a prefix: eval_, or eval_ and the data set's name."""
     return next((metric.unit for known, metric in METRICS.items() if f"_{name}".endswith(f"_{known}")), "")

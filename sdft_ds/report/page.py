@@ -1,7 +1,7 @@
-"""A page of HTML that needs nothing but itself: its policy allows no network, and no script or style but its own.
+"""Self-contained HTML pages: the content security policy allows no network and no script or style but the page's own.
 
-page.css and page.js are written into it, and allowed by their hash: text of a run that looks like HTML, were it ever
-left unescaped, could not run.
+page.css and page.js are inlined and allowed by their hash, so that HTML in a run's text could not execute even if it
+were left unescaped.
 """
 
 import base64
@@ -21,7 +21,7 @@ FOOT = (
 
 
 def document(title: str, head: str, sections: dict[str, str], foot: str = FOOT) -> str:
-    """A page with the HTML `head`, a section with an entry in the contents for each of {heading: HTML}, and a note."""
+    """A page: header HTML, table of contents, one section per {heading: HTML}, and a footnote."""
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hash(STYLE)}; script-src {_hash(SCRIPT)}; "
         "base-uri 'none'; form-action 'none'"
@@ -46,8 +46,8 @@ def document(title: str, head: str, sections: dict[str, str], foot: str = FOOT) 
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], style: str, groups: Sequence[tuple[str, int]] = ()
 ) -> str:
-    """A table of text, whose first column names the row; style: figures (to the right) or settings. groups: what
-    stands above the head, over how many columns each."""
+    """A table of text; the first column names the row. style: figures (right-aligned) or settings. groups: column
+    group headings, each with the number of columns it spans."""
     above = "".join(f'<th scope="colgroup" colspan="{columns}">{escape(name)}</th>' for name, columns in groups)
     above = f"<tr>{above}</tr>" if groups else ""
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
@@ -62,12 +62,12 @@ def table(
 
 
 def missing(text: str) -> str:
-    """What is not there, and how to get it."""
+    """A note on missing data and how to get it."""
     return f'<p class="missing">{escape(text)}</p>'
 
 
 def tiles(entries: dict[str, str]) -> str:
-    """Large figures: {what it is: the figure}."""
+    """Large key figures: {label: value}."""
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in entries.items())
     return f'<dl class="tiles">{cells}</dl>'
 
@@ -77,7 +77,7 @@ def grid(figures: Iterable[str]) -> str:
 
 
 def settings(values: dict[str, Any]) -> str:
-    """A table of settings; above a long one, a field that leaves only those that match what is typed."""
+    """A table of settings; a long one gets a filter field above it."""
     rows = [(name, str(value)) for name, value in sorted(values.items())]
     field = '<input type="search" placeholder="Filter" aria-label="Filter">' if len(rows) > 20 else ""
     return field + table(("setting", "value"), rows, "settings")

@@ -1,30 +1,30 @@
-"""One HTML page about a run: what it learned, where it differs from its teacher, where its time went."""
+"""The HTML report of a run: evaluations, curves, completions, time, configuration and environment."""
 
 from html import escape
 from pathlib import Path
 from statistics import median
 
-from sdft_ds.progress import PHASES, phase_seconds
-from sdft_ds.report import run_folder
+from sdft_ds.metrics import run_folder
+from sdft_ds.metrics.progress import PHASES, phase_seconds
+from sdft_ds.metrics.run_folder import Run
 from sdft_ds.report.charts import Series, histogram, lines, stack
 from sdft_ds.report.curves import charts_of
 from sdft_ds.report.page import document, duration, grid, missing, moment, settings, table, tiles
-from sdft_ds.report.run_folder import Run
 from sdft_ds.report.scales import number
 from sdft_ds.report.token_view import completions
 
-KEYS = ("step", "task", "rows")  # of an evaluation; the rest are its measures
+KEYS = ("step", "task", "rows")  # of a line of evaluations.jsonl; the rest are its measures
 
 
 def write(output_dir: str | Path, output: str | Path | None = None) -> Path:
-    """Writes the page of a run, to OUTPUT_DIR/report.html by default. Raises ValueError where there is no run."""
+    """Writes the report of a run, to OUTPUT_DIR/report.html by default. Raises ValueError if there is no run."""
     output = Path(output or Path(output_dir, "report.html"))
     output.write_text(render(run_folder.read(output_dir)), encoding="utf-8")
     return output
 
 
 def render(run: Run) -> str:
-    """The page as text. What a run did not leave is said in its place."""
+    """The report as text. Missing data is reported in its place."""
     title = run.folder.resolve().name
     head = f'<h1>{escape(title)}</h1><p class="facts">{escape(facts(run))}</p>'
     sections = {
@@ -39,7 +39,7 @@ def render(run: Run) -> str:
 
 
 def _curves(run: Run) -> dict[str, str]:
-    """{heading: its charts, and which are missing}."""
+    """{heading: its charts and a list of those not logged}."""
     if not run.log:
         return {"Curves": missing("No metrics were logged: metrics.jsonl is missing or empty.")}
     sections = {}
@@ -57,7 +57,7 @@ def _curves(run: Run) -> dict[str, str]:
 
 
 def facts(run: Run) -> str:
-    """Method, model, teacher, when and for how long, as far as they are known."""
+    """Method, model, teacher, start time and duration, as far as they are known."""
     about, config = run.about, run.about.get("config", {})
     method, teacher = about.get("method", ""), config.get("teacher_model_kind")
     said = [method.upper(), about.get("model"), f"teacher {teacher}" if teacher and method != "sft" else None]
@@ -69,8 +69,8 @@ def facts(run: Run) -> str:
 
 
 def before_after(runs: dict[str, Run]) -> str:
-    """A table for each measure of the evaluations: a row per task, and for each {name: run} what it was before the
-    first step, what it was at last, and the change."""
+    """A table per measure of the evaluations, with a row per task and, for each {name: run}, the value before the
+    first step, the last value, and the change."""
     found = [evaluation for run in runs.values() for evaluation in run.evaluations]
     if not found:
         return missing("No evaluations were written: evaluations.jsonl is missing or empty.")
@@ -96,14 +96,14 @@ def _change(run: Run, task: str, measure: str) -> list[str]:
 
 
 def _figure(value: float | None) -> str:
-    """Three decimals, so that a column can be read down; more digits where these would show nothing."""
+    """Three decimals, so that columns align; four significant digits for values that would round to zero."""
     if value is None:
         return "–"
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else number(value)
 
 
 def _figures(run: Run) -> dict[str, str]:
-    """The large figures at the top, of what was logged."""
+    """The key figures at the top, from what was logged."""
     found = {}
     _, values = run.series("sdft/distillation_loss")
     if values:
@@ -125,7 +125,7 @@ def _figures(run: Run) -> dict[str, str]:
 
 
 def _time(run: Run) -> list[str]:
-    """Seconds per step over the steps, phases stacked; the legend says their shares of the whole run."""
+    """Seconds per step, phases stacked; the legend has each phase's share of the whole run."""
     log = [line for line in run.log if any(f"seconds/{phase}" in line for phase in PHASES)]
     if not log:
         return []

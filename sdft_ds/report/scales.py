@@ -1,4 +1,4 @@
-"""Scales: how numbers become places on a chart, and how they are written: axes, ticks, thinning, averages."""
+"""Axes, ticks, thinning, moving averages and number formatting for charts."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from itertools import groupby
 
 import numpy as np
 
-LOG_FROM = 30.0  # a positive quantity that spans more than this ratio gets a logarithmic axis
+LOG_FROM = 30.0  # positive values that span at least this ratio get a logarithmic axis
 
 
 @dataclass(frozen=True)
 class Axis:
-    """low..high on pixels start..end."""
+    """Maps values low..high to pixels start..end."""
 
     low: float
     high: float
@@ -31,8 +31,8 @@ class Axis:
 
 
 def value_axis(values: Sequence[float], start: float, end: float, may_log: bool = False, whole: bool = False) -> Axis:
-    """An axis with room for all finite values; from 0 where the smallest is less than half of the largest, or where
-    all are the same; logarithmic, if it may be, where all are positive and span a factor of 30."""
+    """An axis that covers all finite values; starts at 0 if the smallest is less than half of the largest or all are
+    equal; logarithmic, if may_log, where all are positive and span a factor of 30."""
     finite = [value for value in values if math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
     if may_log and low > 0 and high / low >= LOG_FROM:
@@ -44,14 +44,14 @@ def value_axis(values: Sequence[float], start: float, end: float, may_log: bool 
 
 
 def step_axis(steps: Sequence[float], start: float, end: float) -> Axis:
-    """An axis from the first step to the last, and one more where they are the same."""
+    """An axis from the first to the last step; at least one step wide."""
     low, high = min(steps, default=0), max(steps, default=1)
     return Axis(low, high if high > low else low + 1, start, end, whole=True)
 
 
 def thin(x: Sequence[float], y: Sequence[float], columns: int) -> tuple[list[float], list[float]]:
-    """At most five points of each column: the first, the last, the smallest, the largest, and one that is not
-    finite. What is drawn covers the same pixels."""
+    """Keeps at most five points of each pixel column: first, last, smallest, largest and one non-finite. The drawn
+    curve covers the same pixels."""
     if len(x) <= 2 * columns:
         return list(x), list(y)
     span = (x[-1] - x[0]) or 1
@@ -67,24 +67,24 @@ def thin(x: Sequence[float], y: Sequence[float], columns: int) -> tuple[list[flo
 
 
 def averages(y: Sequence[float]) -> list[float]:
-    """The mean of the finite values in a window of a 25th of all around each of at least three points, as far as there
-    are any; nan where none is finite."""
+    """Centered moving average of the finite values; the window is a 25th of all points, at least three, and shorter
+    at the ends; nan where no value in it is finite."""
     window = np.ones(2 * max(1, len(y) // 50) + 1)
     finite = np.isfinite(y)
-    # Not by differences of running sums: after a value of 1e20 nothing would be left of the others.
+    # Not by differences of cumulative sums: after a value of 1e20 the others would be rounded away.
     sums, counts = (np.convolve(values, window, "same") for values in (np.where(finite, y, 0.0), finite.astype(float)))
     return np.divide(sums, counts, out=np.full(len(y), np.nan), where=counts > 0).tolist()
 
 
 def ticks(low: float, high: float, most: int = 6, whole: bool = False) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten within low..high, at most `most` and one more."""
+    """Multiples of 1, 2 or 5 times a power of ten within low..high, at most `most` + 1."""
     step = step_of((high - low) / most, whole)
     return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten within low..high; with 2 and 5 times them where there are less than three, every so many where
-    there are more than seven."""
+    """Powers of ten within low..high; plus 2 and 5 times them if there are fewer than three, every n-th if there are
+    more than seven."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     tens = [10.0**e for e in exponents[:: math.ceil(len(exponents) / 7)]]
     inside = [t for t in tens if low <= t <= high]
@@ -120,5 +120,5 @@ def tick(value: float) -> str:
 
 
 def as_json_number(value: float) -> float | str:
-    """Six digits; what JSON has no number for, by name."""
+    """Six significant digits; non-finite values, which JSON lacks, as a string."""
     return float(f"{value:.6g}") if math.isfinite(value) else str(value)

@@ -1,25 +1,25 @@
-"""Completions as tokens coloured by their divergence; page.js shows both sides' most likely tokens of each.
+"""Completions as tokens coloured by divergence; page.js shows the student's and the teacher's top tokens on hover.
 
-What it shows stands beside a completion as JSON: {"words": [str], "tokens": [[divergence | null, taken word,
-[word, p, ...] of the student, [word, p, ...] of the teacher], ...]}, words by number and p in ten-thousandths, because
-text would make it four times as large.
+Its data is JSON after each completion: {"words": [str], "tokens": [[divergence | null, sampled word,
+[word, p, ...] of the student, [word, p, ...] of the teacher], ...]}, with words as indices and p in ten-thousandths,
+because text would be four times as large.
 """
 
 import json
 from bisect import bisect
 from html import escape
 
+from sdft_ds.metrics.run_folder import Completion, Run
 from sdft_ds.report.page import missing
-from sdft_ds.report.run_folder import Completion, Run
 from sdft_ds.report.scales import as_json_number, number
 
-LEVELS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # nats per token; at each begins the next colour, d1 to d6
+LEVELS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # nats per token; lower bounds of the colours d1 to d6
 NEWLINE, BROKEN = "\n", "⏎\n"
-MOST_STEPS, MOST_COMPLETIONS, MOST_TOKENS = 8, 40, 1000  # a page of at most about 5 MB
+MOST_STEPS, MOST_COMPLETIONS, MOST_TOKENS = 8, 40, 1000  # the page stays below about 5 MB
 
 
 def completions(run: Run) -> str:
-    """The completions of at most 8 steps, the newest first, at most 40 in all; says how many there are."""
+    """At most 40 completions of at most 8 steps, newest first, with a note on how many were logged."""
     if not run.completions:
         return missing("No completions were logged: set log_completions.")
     steps = list(run.completions)
@@ -37,14 +37,14 @@ def completions(run: Run) -> str:
 
 
 def levels() -> str:
-    """What the colours of tokens mean."""
+    """The colour legend."""
     names = ("below 0.01", *(f"from {bound:g}" for bound in LEVELS))
     colours = "".join(f'<b class="d{i}">{name}</b>' for i, name in enumerate(names))
     return f'<p class="levels">nats per token:&nbsp; {colours}<b class="dx">not in the loss</b></p>'
 
 
 def level(divergence: float | None) -> str:
-    """The class of page.css for a token's divergence in nats; that of nan is the highest."""
+    """The page.css class for a token's divergence in nats; nan gets the highest."""
     return "dx" if divergence is None else f"d{bisect(LEVELS, divergence)}"
 
 
@@ -63,7 +63,7 @@ def _completion(c: Completion, is_open: bool) -> str:
 
 
 def coloured(c: Completion) -> str:
-    """The tokens of one completion, the first 1,000 at most, and what page.js shows of each."""
+    """The first 1,000 tokens of a completion, coloured, and the JSON that page.js reads."""
     cut = "" if len(c.tokens) <= MOST_TOKENS else f"The first {MOST_TOKENS} of {len(c.tokens)} tokens."
     return (
         f'<p class="tokens">{_tokens(c)}</p><script type="application/json">{_tops(c)}</script>'

@@ -4,19 +4,19 @@ from collections.abc import Callable
 
 from torch import nn
 
-from sdft_ds.config import SDFTConfig
-from sdft_ds.config_checks import TEACHER_KINDS
-from sdft_ds.teacher.base import Base, base_of_adapter
-from sdft_ds.teacher.contract import Teacher
+from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.config.teacher import TEACHER_KINDS
 from sdft_ds.teacher.ema import Ema
+from sdft_ds.teacher.frozen import FrozenShadow, base_of_adapter
 from sdft_ds.teacher.live import Live
+from sdft_ds.teacher.protocol import Teacher
 
 # (model, settings) -> a teacher of one kind
 Maker = Callable[[nn.Module, SDFTConfig], Teacher]
 # kind -> (for full fine-tuning, for a PEFT model)
 KINDS: dict[str, tuple[Maker, Maker]] = {
     "live": (Live, Live),
-    "base": (Base, base_of_adapter),
+    "base": (FrozenShadow, base_of_adapter),
     "ema": (Ema, Ema),
 }
 

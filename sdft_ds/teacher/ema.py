@@ -8,7 +8,7 @@ LoRA the average is over the adapter's factors.
 import torch
 from torch import nn
 
-from sdft_ds import zero
+from sdft_ds.distributed import zero
 from sdft_ds.teacher.shadow import ShadowTeacher
 
 
@@ -16,6 +16,6 @@ class Ema(ShadowTeacher):
     @torch.no_grad()
     def after_step(self, engine: nn.Module, step: int) -> None:
         if step % self.args.teacher_sync_steps == 0:
-            for piece in zero.pieces(engine, self.trainable):
+            for piece in zero.local_shards(engine, self.trainable):
                 value = self.values[piece.name]
                 value.lerp_(piece.values.to(value.device, torch.float32), self.args.teacher_update_rate)

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 from torch import nn
 
-from sdft_ds.teacher.contract import Teacher
+from sdft_ds.teacher.protocol import Teacher
 
 
 class Live(Teacher):

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sdft_ds import zero
-from sdft_ds.config import SDFTConfig
-from sdft_ds.teacher.contract import Teacher
+from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.distributed import zero
+from sdft_ds.teacher.protocol import Teacher
 
 # Drift is estimated on this many of all values, drawn once: exact norms would need a second shard, the start's.
 DRIFT_SAMPLE = 1 << 16
@@ -44,11 +44,11 @@ class ShadowTeacher(Teacher):
     @torch.no_grad()
     def start(self, engine: nn.Module) -> None:
         self.values, self.sample_start = {}, {}
-        for piece in zero.pieces(engine, self.trainable):
+        for piece in zero.local_shards(engine, self.trainable):
             self.values[piece.name] = piece.values.to(self._device(piece), torch.float32, copy=True)
             self.sample_start[piece.name] = self._sampled(piece, piece.values)
 
-    def _device(self, piece: zero.Piece) -> torch.device:
+    def _device(self, piece: zero.LocalShard) -> torch.device:
         return torch.device("cpu") if self.args.teacher_shadow_device == "cpu" else piece.weights.device
 
     @contextmanager
@@ -60,8 +60,8 @@ class ShadowTeacher(Teacher):
             self.start(engine)
         copies, exchanged = {}, set()
         try:
-            with zero.rewritten(engine):
-                for piece in zero.pieces(engine, self.trainable):
+            with zero.publish_shards(engine):
+                for piece in zero.local_shards(engine, self.trainable):
                     if piece.master is None and piece.weights.dtype == torch.float32:
                         self._exchange(piece)
                         exchanged.add(piece.name)
@@ -71,8 +71,8 @@ class ShadowTeacher(Teacher):
                         piece.weights.copy_(self.values[piece.name])
             yield
         finally:
-            with zero.rewritten(engine):
-                for piece in zero.pieces(engine, self.trainable):
+            with zero.publish_shards(engine):
+                for piece in zero.local_shards(engine, self.trainable):
                     if piece.master is not None:
                         piece.weights.copy_(piece.master)
                     elif piece.name in copies:
@@ -80,7 +80,7 @@ class ShadowTeacher(Teacher):
                     elif piece.name in exchanged:
                         self._exchange(piece)
 
-    def _exchange(self, piece: zero.Piece) -> None:
+    def _exchange(self, piece: zero.LocalShard) -> None:
         student = piece.weights.to(self.values[piece.name].device, copy=True)
         piece.weights.copy_(self.values[piece.name])
         self.values[piece.name] = student
@@ -91,7 +91,7 @@ class ShadowTeacher(Teacher):
             return None
         apart, moved = 0.0, 0.0
         shapes = {name: zero.full_shape(param).numel() for name, param in self.trainable}
-        for piece in zero.pieces(engine, self.trainable):
+        for piece in zero.local_shards(engine, self.trainable):
             student = self._sampled(piece, piece.values)
             scale = shapes[piece.name] / len(self.sample[piece.name])
             teacher = self._sampled(piece, self.values[piece.name])
@@ -99,24 +99,24 @@ class ShadowTeacher(Teacher):
             moved += scale * (student - self.sample_start[piece.name]).square().sum().item()
         return apart, moved
 
-    def _part_of_sample(self, piece: zero.Piece) -> tuple[int, int]:
+    def _part_of_sample(self, piece: zero.LocalShard) -> tuple[int, int]:
         """The sampled positions that lie in the piece, first and last + 1: they are sorted."""
         ends = torch.tensor([piece.offset, piece.offset + len(piece.weights)])
         first, last = torch.searchsorted(self.sample[piece.name], ends).tolist()
         return first, last
 
-    def _sampled(self, piece: zero.Piece, values: Tensor) -> Tensor:
+    def _sampled(self, piece: zero.LocalShard, values: Tensor) -> Tensor:
         first, last = self._part_of_sample(piece)
         positions = self.sample[piece.name][first:last] - piece.offset
         return values[positions.to(values.device)].float().cpu()
 
     def state(self, engine: nn.Module) -> Iterator[tuple[str, int, Tensor]]:
-        for piece in zero.pieces(engine, self.trainable):
+        for piece in zero.local_shards(engine, self.trainable):
             yield f"values/{piece.name}", piece.offset, self.values[piece.name]
             yield f"start/{piece.name}", self._part_of_sample(piece)[0], self.sample_start[piece.name]
 
     def load(self, engine: nn.Module, read: Callable[[str, int, int], Tensor]) -> None:
-        for piece in zero.pieces(engine, self.trainable):
+        for piece in zero.local_shards(engine, self.trainable):
             values = read(f"values/{piece.name}", piece.offset, len(piece.weights))
             self.values[piece.name] = values.to(self._device(piece))
             first, last = self._part_of_sample(piece)

@@ -8,8 +8,8 @@ import zlib
 import pytest
 
 from sdft_ds import compare, report
-from tests import run_folders
 from tests.browser.chromium import BINARY, Chromium
+from tests.helpers import run_folders
 
 pytestmark = [
     pytest.mark.full,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sdft_ds import checkpoint
-from tests import tiny
+from sdft_ds.checkpoint import storage
+from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "cluster.sh"
@@ -117,7 +117,7 @@ def unbroken(cluster, tmp_path_factory):
 
 def losses(folder: Path) -> list[float]:
     log = (folder / "job.log").read_text()
-    newest, _ = checkpoint.newest_complete(folder / "run")
+    newest, _ = storage.newest_complete(folder / "run")
     assert newest is not None and newest.name == f"checkpoint-{STEPS}", log
     state = json.loads((newest / "trainer_state.json").read_text())
     return [each["loss"] for each in state["log_history"] if "loss" in each]
@@ -125,7 +125,7 @@ def losses(folder: Path) -> list[float]:
 
 def wait_for_checkpoint(folder: Path, seconds: float = 240) -> None:
     given_up = time.monotonic() + seconds
-    while checkpoint.newest_complete(folder / "run")[0] is None:
+    while storage.newest_complete(folder / "run")[0] is None:
         assert time.monotonic() < given_up, (folder / "job.log").read_text()
         time.sleep(0.2)
 
@@ -163,7 +163,7 @@ def test_the_line_of_the_readme(cluster, tmp_path):
     run = ROOT / "runs" / f"sdft-{job}"
     try:
         assert cluster.wait(job, "COMPLETED", "FAILED") == "COMPLETED", (tmp_path / "job.log").read_text()
-        assert checkpoint.newest_complete(run)[0].name == "checkpoint-4"
+        assert storage.newest_complete(run)[0].name == "checkpoint-4"
         assert (run / "model.safetensors").exists()
     finally:
         shutil.rmtree(run, ignore_errors=True)

@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from typing import Any
 
-from sdft_ds.zero import free_port
+from sdft_ds.distributed.launch import free_port
 
 
 class RankError(AssertionError):

@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from sdft_ds import checkpoint, ranks, zero
-from tests import tiny
-from tests.distributed.scenarios import DS_CONFIGS, Recorder, digest, make_trainer, shadow_pieces
+from sdft_ds.checkpoint import storage
+from sdft_ds.distributed import ranks, zero
+from tests.distributed.scenarios import DS_CONFIGS, Recorder, digest, make_trainer, shadow_pieces, trainable
+from tests.helpers import tiny
 
 FOLLOWING = {"teacher_model_kind": "ema", "teacher_sync_steps": 1, "teacher_update_rate": 0.3}
 
@@ -40,15 +41,15 @@ def start(
         "evaluated": [log["step"] for log in trainer.state.log_history if "eval_loss" in log],
         "steps since": steps,
         "completions": recorder.completions,
-        "weights": digest(zero.full_copies([param for _, param in trainer.teacher.trainable])),
-        "values": zero.full_copies([param for _, param in trainer.teacher.trainable]),
+        "weights": digest(zero.full_copies(trainable(trainer))),
+        "values": zero.full_copies(trainable(trainer)),
         "teacher": digest(tensor for _, _, tensor in shadow_pieces(trainer)),
         "groups": [
             {name: group[name] for name in ("lr", "weight_decay", "betas", "eps")}
             for group in trainer.optimizer.param_groups
         ],
         "best": (trainer.state.best_global_step, Path(trainer.state.best_model_checkpoint or "").name),
-        "checkpoints": sorted(path.name for path in checkpoint.checkpoints(folder)),
+        "checkpoints": sorted(path.name for path in storage.checkpoints(folder)),
         "said": said.getvalue(),
     }
 
@@ -78,7 +79,7 @@ def saved(stage: int | None, folder: str, tied: bool = True, ungathered: bool = 
     if ungathered:
         config = json.loads((DS_CONFIGS / f"zero{stage}.json").read_text())
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
-        path = Path(folder, f"ds-{ranks.index()}.json")
+        path = Path(folder, f"ds-{ranks.rank()}.json")
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(config))
         settings["deepspeed"] = str(path)
@@ -104,7 +105,7 @@ def saved(stage: int | None, folder: str, tied: bool = True, ungathered: bool = 
 
 def checkpoint_with_stale_listings(folder: str) -> dict[str, Any]:
     """Each rank writes three files of a checkpoint, and its listing lacks those of the others."""
-    rank, files = ranks.index(), checkpoint._files
+    rank, files = ranks.rank(), storage._files
     listed = []
 
     def stale(where):
@@ -112,16 +113,16 @@ def checkpoint_with_stale_listings(folder: str) -> dict[str, Any]:
         listed.append(sorted(own))
         return own
 
-    checkpoint._files = stale
+    storage._files = stale
     try:
-        with checkpoint.writing(folder, 5) as aside:
+        with storage.writing(folder, 5) as aside:
             for i in range(3):
                 Path(aside, f"rank-{rank}-{i}").write_text(f"{rank} {i}")
     finally:
-        checkpoint._files = files
+        storage._files = files
     manifest = json.loads(Path(folder, "checkpoint-5", "manifest.json").read_text())
     return {
         "listed": listed,
         "manifest": sorted(manifest["files"]),
-        "problem": checkpoint.problem(f"{folder}/checkpoint-5"),
+        "problem": storage.problem(f"{folder}/checkpoint-5"),
     }

@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,17 @@ from peft import (
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from sdft_ds import SDFTConfig, SDFTTrainer, models, zero
+from sdft_ds import SDFTConfig, SDFTTrainer
+from sdft_ds.cli.model_arguments import ModelArguments
+from sdft_ds.data.batch import LossMask
+from sdft_ds.distributed import engines, launch, zero
 from sdft_ds.evaluation.task_evaluation import TaskEvaluation
 from sdft_ds.evaluation.tasks import Task, TaskRow
-from sdft_ds.model_arguments import ModelArguments
-from sdft_ds.module_state import evaluating
-from sdft_ds.paired_batch import LossMask
-from sdft_ds.scoring import Scorer
-from sdft_ds.sft import TRAINERS
-from tests import tiny
+from sdft_ds.model import loading
+from sdft_ds.model.modes import evaluating
+from sdft_ds.teacher.scoring import Scorer
+from sdft_ds.trainer import TRAINERS
+from tests.helpers import tiny
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
@@ -183,13 +186,13 @@ def refusals(cases: list[tuple[Any, dict[str, Any]]]) -> list[str | None]:
 def by_accelerates_configuration(stage: int) -> dict[str, Any]:
     """A run whose DeepSpeed configuration is set by accelerate's launcher, in the environment."""
     launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
-    before, zero._LAUNCHED_WITH_DEEPSPEED = zero._LAUNCHED_WITH_DEEPSPEED, True
+    before, launch._LAUNCHED_WITH_DEEPSPEED = launch._LAUNCHED_WITH_DEEPSPEED, True
     os.environ |= launched
     try:
         half = SDFTConfig(**{**SETTINGS, "output_dir": "unused", "bf16": True})
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            models.warn_without_masters(tiny.llama(dtype=torch.bfloat16), half)
+            loading.warn_without_masters(tiny.llama(dtype=torch.bfloat16), half)
         try:
             quantized = ModelArguments(load_in_8bit=True, use_peft=True).init_kwargs(half)
         except ValueError as error:
@@ -204,32 +207,37 @@ def by_accelerates_configuration(stage: int) -> dict[str, Any]:
         )
         trainer.train()
     finally:
-        zero._LAUNCHED_WITH_DEEPSPEED = before
+        launch._LAUNCHED_WITH_DEEPSPEED = before
         for name in launched:
             os.environ.pop(name, None)
     return {
         "losses": [log["loss"] for log in recorder.logs if "loss" in log],
-        "stage": zero.stage(trainer.model_wrapped),
+        "stage": engines.stage(trainer.model_wrapped),
         "told": " ".join(str(each.message) for each in told),
         "quantized": quantized,
         "dtype": str(half.hf_deepspeed_config.dtype()),
     }
 
 
+def trainable(trainer: Any) -> list[torch.nn.Parameter]:
+    return [param for param in trainer.model.parameters() if param.requires_grad]
+
+
 @torch.no_grad()
 def teacher_logits(trainer: SDFTTrainer) -> torch.Tensor:
-    """The teacher's logits on fixed tokens, as the trainer's scoring pass would see them."""
+    """The teacher's logits on fixed tokens, as the trainer's scoring pass would see them; without one the model's."""
     engine = trainer.model_wrapped
-    with zero.scoring_pass(engine), evaluating(engine), trainer.teacher.weights(engine):
+    weights = trainer.teacher.weights(engine) if hasattr(trainer, "teacher") else nullcontext()
+    with zero.scoring_pass(engine), evaluating(engine), weights:
         return engine(input_ids=PROBE, attention_mask=torch.ones_like(PROBE), use_cache=False).logits.float()
 
 
 def shadow_pieces(trainer: SDFTTrainer) -> list[tuple[str, int, torch.Tensor]]:
     """(name, offset, values) of what this rank holds of the teacher."""
-    values = getattr(trainer.teacher, "values", {})
+    values = getattr(getattr(trainer, "teacher", None), "values", {})
     if not values:
         return []
-    pieces = zero.pieces(trainer.model_wrapped, trainer.teacher.trainable)
+    pieces = zero.local_shards(trainer.model_wrapped, trainer.teacher.trainable)
     return [(piece.name, piece.offset, values[piece.name].cpu()) for piece in pieces]
 
 
@@ -295,7 +303,7 @@ def swap_leaves_the_student_alone(stage, extra_pass: bool, **settings) -> str:
 
         trainer.get_batch_samples = get_batch_samples
     trainer.train()
-    return digest(zero.full_copies([param for _, param in trainer.teacher.trainable]))
+    return digest(zero.full_copies(trainable(trainer)))
 
 
 def state_of(model) -> list:
@@ -314,11 +322,11 @@ def average(stage, rate: float, **settings) -> dict[str, Any]:
 
     class Follow(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
-            for piece in zero.pieces(trainer.model_wrapped, trainer.teacher.trainable):
+            for piece in zero.local_shards(trainer.model_wrapped, trainer.teacher.trainable):
                 start[piece.name] = expected[piece.name] = piece.values.float().clone().double()
 
         def on_step_end(self, *args, **kwargs):
-            for piece in zero.pieces(trainer.model_wrapped, trainer.teacher.trainable):
+            for piece in zero.local_shards(trainer.model_wrapped, trainer.teacher.trainable):
                 expected[piece.name] = (1 - rate) * expected[piece.name] + rate * piece.values.double()
 
     recorder = Recorder()
@@ -344,7 +352,7 @@ def generate(stage, gather: bool, uneven: bool = False, warm: bool = False, **se
         prompts = prompts[rank:] + prompts[:rank]
 
     def take() -> None:
-        made = trainer.generation_batches.generate(prompts, ["a", "b", "c"], max_new_tokens=4 + 4 * rank * uneven)
+        made = trainer.rollouts.generate(prompts, ["a", "b", "c"], max_new_tokens=4 + 4 * rank * uneven)
         completions.append([completion.ids for completion in made])
 
     class Cold(TrainerCallback):
@@ -385,7 +393,7 @@ def exception_inside_generation(stage, gather: bool) -> list[float]:
             inner = trainer.model.model.layers[0]
             whole, inner.forward = inner.forward, broken
             try:
-                trainer.generation_batches.generate([[1, 2]], ["a"])
+                trainer.rollouts.generate([[1, 2]], ["a"])
             except KeyError:
                 pass
             else:
@@ -421,7 +429,7 @@ def examined(stage, folder: str, every: int | None = 2, tasks: bool = True, **se
         "losses": [log["loss"] for log in recorder.logs if "loss" in log],
         "logged": [log for log in recorder.logs if "tasks/vowels/accuracy" in log],
         "completions": recorder.completions,
-        "weights": digest(zero.full_copies([param for _, param in trainer.teacher.trainable])),
+        "weights": digest(zero.full_copies(trainable(trainer))),
         "random": torch.random.get_rng_state().tolist(),
     }
 
@@ -445,7 +453,7 @@ def resume(stage, folder: str, **settings) -> dict[str, Any]:
                 "losses": [log["loss"] for log in recorder.logs if "loss" in log],
                 "rates": [log["learning_rate"] for log in recorder.logs if "loss" in log],
                 "completions": recorder.completions,
-                "weights": digest(zero.full_copies([param for _, param in trainer.teacher.trainable])),
+                "weights": digest(zero.full_copies(trainable(trainer))),
                 "teacher": digest(tensor for _, _, tensor in shadow_pieces(trainer)),
             }
         )
@@ -458,8 +466,8 @@ def exports(stage, folder: str, **settings) -> dict[str, Any]:
     trainer = make_trainer(stage, output_dir=folder, save_strategy="steps", save_steps=3, **settings)
     trainer.train()
     ours = teacher_logits(trainer)
-    names = [name for name, _ in trainer.teacher.trainable]
-    copies = dict(zip(names, zero.full_copies([p for _, p in trainer.teacher.trainable]), strict=True))
+    trainable = {name: param for name, param in trainer.model.named_parameters() if param.requires_grad}
+    copies = dict(zip(trainable, zero.full_copies(list(trainable.values())), strict=True))
     trainer.save_teacher(f"{folder}/teacher")
     trainer.accelerator.wait_for_everyone()
     unset_hf_deepspeed_config()  # or the loaded model is sharded as well
@@ -472,7 +480,7 @@ def exports(stage, folder: str, **settings) -> dict[str, Any]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     fp32 = get_fp32_state_dict_from_zero_checkpoint(f"{folder}/checkpoint-3")
-    worst = max((fp32[name] - copies[name]).abs().max().item() for name in names)
+    worst = max((fp32[name] - copies[name]).abs().max().item() for name in trainable)
     return {"teacher": (saved - ours).abs().max().item(), "fp32": worst}
 
 
@@ -490,7 +498,7 @@ def one_bad_step(stage, poisoned: list[int], **settings) -> dict[str, Any]:
 
     class Look(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            weights = digest(zero.full_copies([param for _, param in trainer.teacher.trainable]))
+            weights = digest(zero.full_copies(trainable(trainer)))
             after.append((weights, digest(tensor for _, _, tensor in shadow_pieces(trainer))))
 
     trainer.compute_loss = compute_loss
@@ -671,7 +679,7 @@ def side_by_side(stages, **settings) -> list[float]:
     found = []
     for stage, (trainer, recorder) in reversed(list(zip(stages, trainers, strict=True))):
         trainer.train()
-        assert zero.stage(trainer.model_wrapped) == (stage or 0)
+        assert engines.stage(trainer.model_wrapped) == (stage or 0)
         found += [log["loss"] for log in recorder.logs if "loss" in log]
     return found
 

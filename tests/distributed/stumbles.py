@@ -8,13 +8,15 @@ import torch
 from torch import distributed, nn
 from transformers import TrainerCallback
 
-from sdft_ds import SDFTTrainer, zero
-from sdft_ds.completion_head import causal_lm_of
-from sdft_ds.module_state import evaluating
-from sdft_ds.paired_batch import LossMask
-from sdft_ds.schedule import Slot
-from tests import tiny
-from tests.distributed.scenarios import Recorder, digest, make_trainer, state_of
+from sdft_ds import SDFTTrainer
+from sdft_ds.data.batch import LossMask
+from sdft_ds.data.schedule import Slot
+from sdft_ds.distributed import engines, launch, zero
+from sdft_ds.model.completion_forward import causal_lm_of
+from sdft_ds.model.modes import evaluating
+from sdft_ds.objectives.protocol import BatchUse
+from tests.distributed.scenarios import Recorder, digest, make_trainer, state_of, trainable
+from tests.helpers import tiny
 
 
 class OnPurpose(Exception):
@@ -43,7 +45,7 @@ def in_a_rollout(trainer: SDFTTrainer) -> None:
 
 def in_the_teachers_forward(trainer: SDFTTrainer) -> None:
     """After the rollout, weights swapped in."""
-    whole = trainer.generation_batches.generate
+    whole = trainer.rollouts.generate
     broken = broken_forward(trainer)
 
     def generate(*args: Any, **kwargs: Any) -> Any:
@@ -51,12 +53,12 @@ def in_the_teachers_forward(trainer: SDFTTrainer) -> None:
         broken.__enter__()
         return made
 
-    trainer.generation_batches.generate = generate
+    trainer.rollouts.generate = generate
     try:
         make(trainer)
     finally:
         broken.__exit__(None, None, None)
-        del trainer.generation_batches.generate
+        del trainer.rollouts.generate
 
 
 def after_the_teachers_forward(trainer: SDFTTrainer) -> None:
@@ -98,7 +100,8 @@ WAYS: tuple[Callable[[SDFTTrainer], None], ...] = (
 def make(trainer: SDFTTrainer) -> None:
     slots = tuple(Slot(i, i) for i in range(2))
     with trainer.meters["train"].phase("student"):
-        trainer.generation_batches.make(tiny.rows(2), slots, 1, "train/9", trainer.meters["train"], head_changes=True)
+        use = BatchUse(1, keep_on=trainer.args.device, outlives_step=True)
+        trainer.objective.collect(tiny.rows(2), slots, "train/9", trainer.meters["train"], use)
 
 
 def everything(trainer: SDFTTrainer) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def everything(trainer: SDFTTrainer) -> dict[str, Any]:
         "grad": torch.is_grad_enabled(),
         "phases": trainer.meters["train"].inner_seconds,
     }
-    if zero.stage(engine) == 3:
+    if engines.stage(engine) == 3:
         offload = engine.optimizer.parameter_offload
         found["coordinator"] = id(offload.param_coordinator)
         # Those that persist may be there or not.
@@ -145,8 +148,6 @@ def stumbling(stage: int | None, faults: bool, **settings: Any) -> dict[str, Any
 
     class Stumble(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            trainer.generation_batches.check_head()
-            trainer.teacher.start(trainer.model_wrapped)
             stumble()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -158,7 +159,7 @@ def stumbling(stage: int | None, faults: bool, **settings: Any) -> dict[str, Any
     return {
         "losses": [log["loss"] for log in recorder.logs if "loss" in log],
         "completions": recorder.completions[-1:],
-        "weights": digest(zero.full_copies([param for _, param in trainer.teacher.trainable])),
+        "weights": digest(zero.full_copies(trainable(trainer))),
         "shadow": digest(getattr(trainer.teacher, "values", {}).values()),
     }
 
@@ -168,11 +169,11 @@ def offsets_in_a_group_of_one() -> list[tuple[int, int, int]]:
     own, as DeepSpeed shards them over groups that are smaller than the world."""
     import deepspeed
 
-    zero.start_process_group("zero3", use_cpu=True, timeout_seconds=60)
+    launch.start_process_group("zero3", use_cpu=True, timeout_seconds=60)
     groups = [distributed.new_group([rank]) for rank in range(distributed.get_world_size())]
     model: nn.Module = tiny.llama(num_hidden_layers=1)
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     deepspeed.zero.Init(module=model, config_dict_or_path=config, data_parallel_group=groups[distributed.get_rank()])
     engine = deepspeed.initialize(model=model, config=config)[0]
-    pieces = zero.pieces(engine, list(model.named_parameters()))
+    pieces = zero.local_shards(engine, list(model.named_parameters()))
     return [(piece.offset, len(piece.weights), model.get_parameter(piece.name).ds_numel) for piece in pieces]

@@ -1,15 +1,24 @@
 """Rollouts under ZeRO-3, gathered and layer by layer: the first thing in a run and later, and after a fault."""
 
+import itertools
+
 import pytest
 
 from tests.distributed import scenarios
 
-GATHER = pytest.mark.parametrize("gather", [True, False])
+# Layer by layer, as all ranks have to go on together; with --full gathered as well.
+GATHER = pytest.mark.parametrize("gather", [pytest.param(True, marks=pytest.mark.full), False])
+# Each value of each once: with --full in every combination.
+FAST = [(True, False, True), (False, True, False)]
 
 
-@GATHER
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    "gather, warm, lora",
+    [
+        pytest.param(*each, marks=[] if each in FAST else pytest.mark.full)
+        for each in itertools.product([True, False], repeat=3)
+    ],
+)
 def test_same_completions_as_without_deepspeed(two_ranks, gather, warm, lora):
     expected = scenarios.generate(None, True, warm=warm, lora=lora, per_device_train_batch_size=4)
     for got in two_ranks.run("generate", 3, gather, warm=warm, lora=lora, timeout=120):
@@ -25,7 +34,7 @@ def test_ranks_whose_rollouts_differ_in_length_do_not_hang(two_ranks, gather):
     assert lengths[0] <= 4 < lengths[1] <= 8
 
 
-@GATHER
+@pytest.mark.parametrize("gather", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_train_evaluate_train(two_ranks, gather):
     expected = two_ranks.run("train_evaluate_train", None, True)[0]
     for got in two_ranks.run("train_evaluate_train", 3, gather, timeout=120):

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from benchmarks.matrix import ADAPTERS, KINDS, STAGES, is_right
-from tests import tiny
-from tests.test_train import DEEPSPEED, command
+from tests.cli.test_train import DEEPSPEED, command
+from tests.helpers import tiny
 
 FACTORS = [STAGES, ADAPTERS, KINDS, [False, True], [1, 2], [False, True]]
 
@@ -86,6 +86,7 @@ def test_through_the_command_line_and_resumed(folder, tmp_path, chosen):
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2]
 
 
+@pytest.mark.full
 def test_what_cannot_work_is_refused_at_start(folder, tmp_path):
     flags = ["--model_name_or_path", folder, "--dataset_path", folder / "rows.jsonl", "--output_dir", tmp_path]
     refusals = {

@@ -5,6 +5,7 @@ import torch
 
 from tests.distributed import scenarios
 from tests.distributed.uneven import train_on_rows_of_unlike_length
+from tests.helpers.cases import covering
 
 # One process with 4 rows a micro-batch; two ranks have 2 each.
 ONE = {"per_device_train_batch_size": 4}
@@ -36,9 +37,7 @@ def alone():
     return get
 
 
-@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
-@pytest.mark.parametrize("accumulation", [1, 2, 4])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("stage, accumulation, lora", covering([None, 0, 1, 2, 3], [1, 2, 4], [False, True]))
 def test_two_ranks_equal_one_process(two_ranks, alone, stage, accumulation, lora):
     expected = alone(lora, accumulation)
     for got in two_ranks.run("train", stage, lora=lora, gradient_accumulation_steps=accumulation):

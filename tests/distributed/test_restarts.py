@@ -1,11 +1,14 @@
 """What a start finds that others left: all done, more or fewer steps asked for, other settings, the best model."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from sdft_ds import SDFTConfig, resume_settings
+from sdft_ds import SDFTConfig
+from sdft_ds.checkpoint import resume_settings
+from sdft_ds.config.fields import APPLIED, FREE, own_fields
 from tests.distributed import restarts
 
 ROOM = "tests.distributed.restarts:"
@@ -123,11 +126,12 @@ def test_what_has_no_effect_is_said(tmp_path):
         assert said[0] == about_the_rate and said[1].startswith("logging_first_step = True has no effect: ")
 
 
-def test_the_table_of_changes_names_settings_that_exist():
-    fields = {*SDFTConfig.__dataclass_fields__, "method"}
-    assert resume_settings.ON_RESUME.keys() <= fields
-    assert resume_settings.UNTOLD_FIELDS - {"logging_dir"} <= fields
-    applied = {name for name, (kind, _) in resume_settings.ON_RESUME.items() if kind == resume_settings.APPLIED}
+def test_every_setting_states_what_a_resume_does():
+    inherited = {f.name for f in dataclasses.fields(SDFTConfig)} - {f.name for f in own_fields(SDFTConfig)}
+    assert resume_settings.ON_RESUME.keys() == inherited
+    assert all(f.metadata["resume"] is not None for f in own_fields(SDFTConfig))
+    on_resume = {f.name: resume_settings.on_resume(f.name) for f in dataclasses.fields(SDFTConfig)}
+    applied = {name for name, done in on_resume.items() if done.kind == APPLIED and done is not FREE}
     tested = {*AFTER, "num_train_epochs", "metric_for_best_model", "greater_is_better"}
     assert applied == tested
 

@@ -2,11 +2,12 @@
 
 import pytest
 
+from tests.helpers.cases import covering
+
 STAGES = [None, 0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage, bf16", covering(STAGES, [False, True]))
 def test_a_teacher_pass_leaves_the_student_bit_identical(two_ranks, stage, bf16):
     lora = stage == 3 and bf16  # one cell with an adapter; the matrix has them all
     with_pass = two_ranks.run("swap_leaves_the_student_alone", stage, True, bf16=bf16, lora=lora)
@@ -14,18 +15,17 @@ def test_a_teacher_pass_leaves_the_student_bit_identical(two_ranks, stage, bf16)
     assert with_pass == without and len(set(with_pass)) == 1
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("stage, lora", covering(STAGES, [False, True]))
 def test_ema_is_the_average_of_the_masters_after_twenty_steps(two_ranks, stage, lora):
     for rank in two_ranks.run("average", stage, 0.05, lora=lora, max_steps=20):
         assert rank["off"] <= 5e-6 * rank["moved"] and rank["moved"] > 0
         assert all(0 < ratio <= 1.1 for ratio in rank["drift"])
 
 
-def test_ema_of_bf16_weights_moves_as_far_as_that_of_their_masters(two_ranks):
-    for stage in (2, 3):
-        for rank in two_ranks.run("average", stage, 0.01, max_steps=20, bf16=True, learning_rate=1e-3):
-            assert rank["off"] <= 1e-3 * rank["moved"]  # kept in bf16 it is off by 0.8 and more
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.full), 3])
+def test_ema_of_bf16_weights_moves_as_far_as_that_of_their_masters(two_ranks, stage):
+    for rank in two_ranks.run("average", stage, 0.01, max_steps=20, bf16=True, learning_rate=1e-3):
+        assert rank["off"] <= 1e-3 * rank["moved"]  # kept in bf16 it is off by 0.8 and more
 
 
 def test_rate_one_copies_and_rate_zero_freezes(one_rank):

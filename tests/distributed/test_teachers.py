@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests import reference
 from tests.distributed import scenarios
+from tests.helpers import reference
+from tests.helpers.cases import covering
 
 KINDS = ["live", "base", "ema"]
 RUN = {"max_steps": 6, "distillation_alpha": 0.0, "distillation_mode": "full_logits", "teacher_update_rate": 0.3,
@@ -52,9 +53,7 @@ def test_one_process_equals_a_literal_second_model(literal, kind, lora):
         assert expected[0][0] != pytest.approx(expected[0][-1])  # it is not the student that teaches
 
 
-@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("stage, kind, lora", covering([None, 0, 1, 2, 3], KINDS, [False, True]))
 def test_two_ranks_equal_a_literal_second_model(two_ranks, literal, stage, kind, lora):
     expected = literal(kind, lora)
     results = two_ranks.run("train", stage, grown=True, lora=lora, teacher_model_kind=kind, **RUN)
@@ -66,17 +65,14 @@ def test_two_ranks_equal_a_literal_second_model(two_ranks, literal, stage, kind,
         assert trained <= held <= 1.1 * trained + 64  # a shard on each rank, padding aside
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage, kind", covering([1, 2, 3], KINDS))
 def test_a_head_of_its_own(two_ranks, literal, stage, kind):
     """Embeddings that are not tied: the teacher's head is another matrix than its embedding, and is trained."""
     for got in two_ranks.run("train", stage, grown=True, tied=False, teacher_model_kind=kind, **RUN):
         assert_equal(got, literal(kind, False, tied=False), kind)
 
 
-@pytest.mark.parametrize("stage", [None, 2, 3])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lora", ["on the head", "head saved"])
+@pytest.mark.parametrize("stage, kind, lora", covering([None, 2, 3], KINDS, ["on the head", "head saved"]))
 def test_an_adapted_head(two_ranks, literal, stage, kind, lora):
     """LoRA on the head, and a head that is trained in full beside the adapter, as the teacher's kind sees them."""
     for got in two_ranks.run("train", stage, grown=True, lora=lora, tied=False, teacher_model_kind=kind, **RUN):

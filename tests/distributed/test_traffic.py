@@ -5,7 +5,7 @@ import pytest
 from sdft_ds.plan.footprint import SETUPS, Job
 from sdft_ds.plan.model_shape import shape_of
 from sdft_ds.plan.traffic import volumes
-from tests import tiny
+from tests.helpers import tiny
 
 
 @pytest.mark.parametrize(

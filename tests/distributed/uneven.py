@@ -9,15 +9,18 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from sdft_ds import SDFTTrainer, prefix, ranks, zero
+from sdft_ds import SDFTTrainer
+from sdft_ds.data.schedule import Slot
+from sdft_ds.distributed import ranks, zero
 from sdft_ds.evaluation.task_evaluation import TaskEvaluation
 from sdft_ds.evaluation.tasks import Task, TaskRow
-from sdft_ds.rollouts import NonFiniteLogits
-from sdft_ds.schedule import Slot
-from sdft_ds.scoring import Scorer
-from tests import tiny
+from sdft_ds.model import prefix_cache
+from sdft_ds.objectives.protocol import BatchUse
+from sdft_ds.rollouts.sampler import NonFiniteLogits
+from sdft_ds.teacher.scoring import Scorer
 from tests.distributed.collectives import Board, Diverged, recording
 from tests.distributed.scenarios import make_trainer, train
+from tests.helpers import tiny
 
 LONG = "word " * 60
 
@@ -38,14 +41,13 @@ class Cases:
 
     def __init__(self, trainer: SDFTTrainer):
         self.trainer = trainer
-        self.batches = trainer.generation_batches
         self.tasks = TaskEvaluation(trainer, [Task("t", [TaskRow("?", "a", "exact")])]).examination
 
     def run(self, number: int) -> str:
         """Case `number`; its kind. Settings that it changes are put back."""
-        args, sampler = self.trainer.args, self.batches.sampler
+        args, sampler = self.trainer.args, self.trainer.rollouts.sampler
         draw = random.Random(number)
-        self.mine = random.Random(f"{number}/{ranks.index()}")
+        self.mine = random.Random(f"{number}/{ranks.rank()}")
         kept, options, ends = dict(vars(args)), sampler.options, sampler.eos_token_ids
         try:
             args.scoring_batch_tokens = draw.choice((1, 150, 400, 16384))
@@ -76,8 +78,9 @@ class Cases:
         slots = tuple(
             Slot(i // trainer.args.num_generations, i, counted=self.mine.random() < 0.9) for i in range(count)
         )
-        scored = self.batches.make(dataset, slots, size, "train/0", trainer.meters["train"], draw.random() < 0.5)
-        for inputs in trainer._with_shares(scored)[: draw.randint(0, 1)]:
+        use = BatchUse(size, keep_on=trainer.args.device, outlives_step=draw.random() < 0.5)
+        scored = trainer.objective.collect(dataset, slots, "train/0", trainer.meters["train"], use)
+        for inputs in trainer.with_loss_weights(scored)[: draw.randint(0, 1)]:
             trainer.prediction_step(trainer.model_wrapped, {**inputs, "batches": 1}, True)
 
     def scoring(self, draw: random.Random) -> None:
@@ -85,23 +88,24 @@ class Cases:
         count = self.mine.randint(1, 4)
         dataset = rows(self.mine, count)
         slots = tuple(Slot(i // self.trainer.args.num_generations, i) for i in range(count))
-        self.batches.make(dataset, slots, 1, "train/1", self.trainer.meters["train"], head_changes=True)
+        use = BatchUse(1, keep_on=self.trainer.args.device, outlives_step=True)
+        self.trainer.objective.collect(dataset, slots, "train/1", self.trainer.meters["train"], use)
 
     def rollout(self, draw: random.Random) -> None:
         """A user's own call, of any number of rows and of none."""
         count = self.mine.randint(0, 4)
         prompts = [[1] * self.mine.choice((1, 5, 80)) for _ in range(count)]
-        assert len(self.batches.generate(prompts, [f"a/{i}" for i in range(count)])) == count
+        assert len(self.trainer.rollouts.generate(prompts, [f"a/{i}" for i in range(count)])) == count
 
     def non_finite(self, draw: random.Random) -> None:
         """Logits of one rank are not numbers: the run ends everywhere, by the same error."""
-        sick = draw.randrange(ranks.count())
+        sick = draw.randrange(ranks.world_size())
         head = self.trainer.model.get_output_embeddings()
         hook = head.register_forward_hook(lambda module, inputs, logits: logits * float("nan"))
-        if ranks.index() != sick:
+        if ranks.rank() != sick:
             hook.remove()
         try:
-            self.batches.generate([[1, 2], [3]], [f"train/7/{ranks.index()}", "train/7/5"])
+            self.trainer.rollouts.generate([[1, 2], [3]], [f"train/7/{ranks.rank()}", "train/7/5"])
         except NonFiniteLogits as error:
             assert f"rollout of train/7, rows {sick}, 5" in str(error), error
         else:
@@ -120,7 +124,7 @@ class Cases:
         self.tasks.tasks, self.tasks.start = [Task(name, asked)], None
         self.tasks.__post_init__()
         for _ in range(2 if name == "retention" else 1):
-            self.tasks.take()
+            self.tasks.evaluate()
 
 
 KINDS: dict[str, tuple[Callable[[Cases, random.Random], None], int]] = {
@@ -140,7 +144,7 @@ def batches_alone() -> Iterator[list[int]]:
     plain = Scorer._batches
 
     def counting(self: Scorer, lengths: list[int], prompts: list[list[int]]) -> list[list[int]]:
-        found.append(len(prefix.batches_within(self.tokens_per_batch, lengths, prompts)))
+        found.append(len(prefix_cache.batches_within(self.tokens_per_batch, lengths, prompts)))
         return plain(self, lengths, prompts)
 
     Scorer._batches = counting
@@ -178,7 +182,7 @@ def forwards_of_one_rank_more(stage: int, board: str) -> str:
     class OneMore(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             with torch.no_grad(), zero.scoring_pass(trainer.model_wrapped) as forward:
-                for _ in range(1 + ranks.index()):
+                for _ in range(1 + ranks.rank()):
                     forward(input_ids=torch.tensor([[1, 2, 3]]))
 
     trainer.add_callback(OneMore())

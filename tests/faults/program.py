@@ -16,8 +16,9 @@ torch.set_num_threads(1)
 
 from transformers import TrainerCallback  # noqa: E402
 
-from sdft_ds import checkpoint, shutdown, zero  # noqa: E402
-from tests.distributed.scenarios import Recorder, digest, make_trainer, shadow_pieces  # noqa: E402
+from sdft_ds.checkpoint import storage  # noqa: E402
+from sdft_ds.distributed import shutdown, zero  # noqa: E402
+from tests.distributed.scenarios import Recorder, digest, make_trainer, shadow_pieces, trainable  # noqa: E402
 
 
 def me(rank: int) -> bool:
@@ -30,7 +31,7 @@ class Fault(TrainerCallback):
 
     def __init__(self, what: str, when: str, step: int, rank: int, trainer):
         self.what, self.when, self.step, self.rank, self.trainer = what, when, step, rank, trainer
-        checkpoint.reached = lambda point: self.at(point)
+        storage.reached = lambda point: self.at(point)
 
     def at(self, when: str) -> None:
         if when == self.when and self.trainer.state.global_step == self.step and me(self.rank):
@@ -76,7 +77,7 @@ def main(output_dir: str, settings: dict) -> None:
         "step": trainer.state.global_step,
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
         "rates": [log["learning_rate"] for log in trainer.state.log_history if "loss" in log],
-        "weights": digest(zero.full_copies([param for _, param in trainer.teacher.trainable])),
+        "weights": digest(zero.full_copies(trainable(trainer))),
         "teacher": digest(tensor for _, _, tensor in shadow_pieces(trainer)),
     }
     with open(f"{output_dir}/end-of-rank-{os.environ.get('RANK', '0')}.json", "w") as file:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sdft_ds.zero import free_port
+from sdft_ds.distributed.launch import free_port
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "teacher_model_kind": "ema",

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from sdft_ds import checkpoint
+from sdft_ds.checkpoint import storage
 from tests.faults.runs import ROOT, end, finish, run, start, start_by
 
 SAVED = 99
@@ -55,9 +55,8 @@ def whole(tmp_path_factory):
 POINTS = ["begun", "written", "checked", "listed", "renamed", "rotated"]
 
 
-@pytest.mark.parametrize(
-    "point", [pytest.param(point, marks=[] if point == "listed" else pytest.mark.full) for point in POINTS]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_save_costs_the_steps_since_the_last_one(tmp_path, whole, point, rank):
     """SIGKILL to one rank at each point of the save of step 4, then a resume: the end is that of an unbroken run."""
@@ -65,7 +64,7 @@ def test_a_killed_save_costs_the_steps_since_the_last_one(tmp_path, whole, point
         pytest.skip("rank 1 lists nothing")
     ended = run(tmp_path, 2, faults=[("kill", point, 4, rank)])
     assert all(code != 0 for code, _ in ended)
-    complete, _ = checkpoint.newest_complete(tmp_path)
+    complete, _ = storage.newest_complete(tmp_path)
     assert complete is not None and complete.name in ("checkpoint-2", "checkpoint-4")
     succeeded(run(tmp_path, 2, resume=True))
     assert [end(tmp_path, rank) for rank in (0, 1)] == whole(2)
@@ -75,13 +74,14 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
     """Files may not grow beyond 9 kB from the second save on; nothing is rotated away."""
     ended = run(tmp_path, 2, faults=[("small files", "begun", 4, 0)], save_total_limit=1)
     assert all(code != 0 for code, _ in ended)
-    assert names(tmp_path) == ["checkpoint-2"] and checkpoint.problem(tmp_path / "checkpoint-2") is None
+    assert names(tmp_path) == ["checkpoint-2"] and storage.problem(tmp_path / "checkpoint-2") is None
 
 
 FILES = ["teacher-rank-0.safetensors", "model.safetensors", "optimizer.pt", "rng_state.pth"]
 
 
-@pytest.mark.parametrize("pattern", [FILES[0], *(pytest.param(name, marks=pytest.mark.full) for name in FILES[1:])])
+@pytest.mark.full
+@pytest.mark.parametrize("pattern", FILES)
 def test_a_damaged_file_is_named_and_the_one_before_is_resumed_from(tmp_path, whole, pattern):
     succeeded(run(tmp_path, max_steps=4))
     path = next((tmp_path / "checkpoint-4").glob(pattern))
@@ -139,10 +139,11 @@ def test_a_signal_during_a_rollout_is_obeyed_before_the_training_that_follows(tm
     assert end(tmp_path) == whole(1, save_steps=10)[0]
 
 
+@pytest.mark.full
 def test_a_second_signal_during_the_save_changes_nothing(tmp_path):
     ((code, output),) = run(tmp_path, faults=[("term", "step", 3, 0), ("term", "written", 3, 0)])
     assert code == SAVED, output
-    assert checkpoint.problem(tmp_path / "checkpoint-3") is None
+    assert storage.problem(tmp_path / "checkpoint-3") is None
 
 
 def test_the_deadline_ends_a_save_that_hangs(tmp_path):
@@ -152,7 +153,7 @@ def test_the_deadline_ends_a_save_that_hangs(tmp_path):
     )
     assert code == 77, output
     assert json.loads((tmp_path / "PREEMPTED").read_text())["step"] is None
-    assert checkpoint.newest_complete(tmp_path)[0].name == "checkpoint-2"
+    assert storage.newest_complete(tmp_path)[0].name == "checkpoint-2"
 
 
 def test_one_rank_that_raises_ends_all(tmp_path):
@@ -184,6 +185,7 @@ def test_runs_that_save_and_succeed_end_with_success(tmp_path, launcher, stage):
         succeeded(finish(start_by(launcher, folder, stage=stage, max_steps=4, resume=True)))
 
 
+@pytest.mark.full
 def test_a_second_job_in_the_same_folder_is_refused(tmp_path):
     first = start(tmp_path, faults=[("hang", "rotated", 2, 0)])
     wait_for(tmp_path / "checkpoint-2", first)
@@ -222,7 +224,7 @@ def test_a_resume_on_another_number_of_ranks_or_stage(tmp_path, whole, before, a
         command = f"python -m sdft_ds.checkpoint universal {folder}"
         assert all(code != 0 for code, _ in ended) and command in ended[0][1], ended[0][1]
         subprocess.run([sys.executable, *command.split()[1:]], check=True, cwd=ROOT, capture_output=True)
-        assert checkpoint.problem(folder) is None
+        assert storage.problem(folder) is None
     succeeded(run(tmp_path, new_ranks, resume=True, stage=new_stage, **settings))
     expected = whole(ranks, stage, **settings)[0]
     assert end(tmp_path)["losses"] == pytest.approx(expected["losses"], rel=2e-5)
@@ -240,6 +242,7 @@ def test_what_cannot_go_on_elsewhere_is_refused(tmp_path):
     assert code != 0 and "was made without DeepSpeed, and this run is at ZeRO stage 2" in output
 
 
+@pytest.mark.full
 def test_without_a_complete_checkpoint_a_resume_starts_from_the_beginning(tmp_path, whole):
     ((code, output),) = run(tmp_path, resume=True)
     assert code == 0 and "No complete checkpoint" in output and end(tmp_path) == whole(1)[0]

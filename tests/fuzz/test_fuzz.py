@@ -12,13 +12,14 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdft_ds import checkpoint, settings_file
-from sdft_ds.arguments import ModelArguments, ScriptArguments, parse
-from sdft_ds.config import SDFTConfig
-from sdft_ds.prompts import PromptBuilder, PromptTooLong, parse_template
-from sdft_ds.rows import RowError, example_from_row
-from sdft_ds.screening import BadRows, usable_rows
-from sdft_ds.sources import load
+from sdft_ds.checkpoint import storage
+from sdft_ds.cli import yaml_config
+from sdft_ds.cli.arguments import ModelArguments, ScriptArguments, parse
+from sdft_ds.cli.dataset_loading import load
+from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.data.prompts import PromptBuilder, PromptTooLong, parse_template
+from sdft_ds.data.rows import RowError, example_from_row
+from sdft_ds.data.validation import BadRows, validate_dataset
 
 SECONDS = 20  # for one input, on a machine that does other things besides
 
@@ -136,7 +137,7 @@ def test_files_of_rows(trial, tokenizer, tmp_path, monkeypatch):
         file.write_bytes(data)
         try:
             train, _ = load(args, False, 0)
-            usable_rows(train, "train_dataset", builder, BadRows("skip"))
+            validate_dataset(train, "train_dataset", builder, BadRows("skip"))
         except ValueError as error:
             assert "rows.jsonl" in str(error) or "train_dataset" in str(error)
 
@@ -201,7 +202,7 @@ def test_yaml_text(trial, tmp_path):
     def check(data):
         file.write_bytes(data)
         try:
-            assert isinstance(settings_file.read(str(file)), dict)
+            assert isinstance(yaml_config.read(str(file)), dict)
         except ValueError as error:
             assert "run.yaml" in str(error) and "\n" not in str(error)
 
@@ -276,7 +277,7 @@ def test_yaml_settings(trial, tmp_path):
 
 @pytest.fixture
 def complete(tmp_path):
-    with checkpoint.writing(str(tmp_path), 7) as folder:
+    with storage.writing(str(tmp_path), 7) as folder:
         for name in ("model.safetensors", "state.json"):
             with open(f"{folder}/{name}", "w") as file:
                 file.write(name * 3)
@@ -294,9 +295,9 @@ manifest = mostly(
 
 def test_manifests(trial, complete):
     def check(data):
-        (complete / checkpoint.MANIFEST).write_bytes(data)
-        assert checkpoint.problem(complete) is not None
-        assert checkpoint.newest_complete(complete.parent)[0] is None
+        (complete / storage.MANIFEST).write_bytes(data)
+        assert storage.problem(complete) is not None
+        assert storage.newest_complete(complete.parent)[0] is None
 
     trial(st.one_of(manifest, st.binary(max_size=40), st.just(b"[" * 100_000)), check, 200)
 
@@ -311,13 +312,13 @@ def test_a_changed_byte_is_never_taken_for_the_checkpoint(trial, complete):
         data = bytearray(kept[path])
         data[at % len(data)] ^= bits
         path.write_bytes(data)
-        wrong = checkpoint.problem(complete)
+        wrong = storage.problem(complete)
         path.write_bytes(kept[path])
-        if name == checkpoint.MANIFEST and wrong is None:
+        if name == storage.MANIFEST and wrong is None:
             assert json.loads(data)["files"] == json.loads(kept[path])["files"]
         else:
-            assert wrong is not None and (name == checkpoint.MANIFEST or name in wrong)
-        assert checkpoint.problem(complete) is None
+            assert wrong is not None and (name == storage.MANIFEST or name in wrong)
+        assert storage.problem(complete) is None
 
-    where = st.sampled_from([checkpoint.MANIFEST, "model.safetensors", "state.json"])
+    where = st.sampled_from([storage.MANIFEST, "model.safetensors", "state.json"])
     trial(st.tuples(where, st.integers(0, 1000), st.integers(1, 255)), check, 100)

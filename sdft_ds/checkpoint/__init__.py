@@ -1,0 +1,1 @@
+"""Atomic checkpoints, resume settings, the lock on output_dir, and preemption."""

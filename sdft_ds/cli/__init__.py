@@ -1,0 +1,1 @@
+"""Command line and files -> settings, tokenizers and data sets."""

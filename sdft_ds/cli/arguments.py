@@ -1,0 +1,249 @@
+"""Command line parser: flags in addition to SDFTConfig's, and precedence of recipe, YAML file and command line."""
+
+import argparse
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from datetime import date
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from transformers import HfArgumentParser
+
+from sdft_ds.cli import yaml_config
+from sdft_ds.cli.model_arguments import ModelArguments
+from sdft_ds.config import recipes
+from sdft_ds.config.fields import setting, unread_by
+from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.config.sft_config import SFTConfig
+
+FORMATS = {
+    "prompt_golden_response": {"prompt_column": "prompt", "golden_response_column": "golden_response"},
+    "messages_output_text": {"prompt_column": "messages", "golden_response_column": "output_text"},
+}
+
+
+@dataclass
+class ScriptArguments:
+    """Method and recipe, data set and column mapping, and evaluation tasks."""
+
+    _argument_group_name = "method and data"
+
+    method: Literal["sdft", "sft"] = setting(
+        "sdft",
+        "sdft: self-distillation; sft: supervised fine-tuning on the demonstrations of the same rows, to compare.",
+    )
+    recipe: str | None = setting(
+        None,
+        f"Settings that belong together, below all that are given: {', '.join(recipes.RECIPES)}. paper: forward KL, "
+        "full vocabulary, EMA teacher; trl: the defaults, which are TRL 1.5.1's; trl-1.16: those of TRL 1.16.",
+    )
+    dataset_name: str | None = setting(None, "A data set on the Hugging Face hub.")
+    dataset_config: str | None = setting(None, "Its configuration.")
+    dataset_revision: str | None = setting(None, "Its branch, tag or commit.")
+    dataset_path: list[str] | None = setting(
+        None,
+        "A data set on disk: a save_to_disk folder; or json, jsonl, parquet, csv or arrow files: one, several, a "
+        "pattern, or a folder of them.",
+    )
+    dataset_format: Literal["prompt_golden_response", "messages_output_text"] | None = setting(
+        None, "The columns of the SDFT authors' data sets, in place of --prompt_column and --golden_response_column."
+    )
+    dataset_train_split: str = setting("train", "The split to train on.")
+    dataset_test_split: str = setting("test", "The split to evaluate on, where eval_strategy asks for it.")
+    eval_fraction: float | None = setting(
+        None, "Evaluate on this share of the training split, chosen by the seed and not trained on, instead."
+    )
+    dataset_streaming: bool = setting(
+        False, "Read the training split as a stream, in its order, without loading it; needs --max_steps."
+    )
+    prompt_column: str = setting("prompt", "Column that holds the prompt: text, or a conversation.")
+    prompt_as: Literal["user", "text"] | None = setting(
+        None,
+        "What a prompt that is a text becomes: user, the user's turn of a conversation; text, itself. Unset: user "
+        "where the tokenizer has a chat template.",
+    )
+    system_column: str | None = setting(
+        None, "Column that holds a system message; the prompt's text then becomes the user's turn of a conversation."
+    )
+    privileged_context_column: str = setting(
+        "privileged_context", "Column that holds what only the teacher sees: text, or messages."
+    )
+    teacher_prompt_column: str = setting(
+        "teacher_prompt", "Column that holds what the teacher sees in place of the filled template, where it is set."
+    )
+    tools_column: str = setting("tools", "Column that holds function schemas for the chat template, or their JSON.")
+    golden_response_column: str = setting(
+        "golden_response",
+        "Column that holds a demonstration, used where a row has no privileged context, and by method sft.",
+    )
+    demonstration_template: str = setting(
+        "Example response: $output_text",
+        "Makes the privileged context from a golden response: $output_text is the response, $orig_content the prompt.",
+    )
+    eval_num_prompts: int | None = setting(
+        8, "Evaluation prompts whose completions are printed after training; 0: none."
+    )
+    eval_tasks: list[str] | None = setting(
+        None,
+        "Questions asked before and after training: JSON Lines files with prompt and answer, each FILE, NAME=FILE or "
+        "NAME=FILE:SCORER; scorers: exact, contains, choice, answer_letter, regex, action.",
+    )
+    eval_tasks_steps: int | None = setting(None, "Ask them, and the retention set, every N steps as well.")
+    eval_task_rows: int | None = setting(None, "Ask only the first N rows of each file.")
+    retention_file: str | None = setting(
+        None, "Prompts, and answers if there are any, on which the model is compared with the one it was at the start."
+    )
+
+    @property
+    def source(self) -> str:
+        """Display name of the data set."""
+        if self.dataset_name is not None:
+            return self.dataset_name
+        first, *more = self.dataset_path or ["in memory"]
+        return f"{first} and {len(more)} more" if more else first
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for settings that contradict each other or have no effect."""
+        if self.dataset_path and self.dataset_name:
+            raise ValueError("--dataset_path and --dataset_name are both set: give one of them.")
+        for name in ("dataset_config", "dataset_revision"):
+            if getattr(self, name) is not None and self.dataset_name is None:
+                raise ValueError(f"--{name} needs --dataset_name: a data set on disk has none.")
+        if self.eval_fraction is not None and not 0.0 < self.eval_fraction < 1.0:
+            raise ValueError(f"--eval_fraction must be between 0 and 1, not {self.eval_fraction}.")
+        if self.eval_fraction is not None and self.dataset_streaming:
+            raise ValueError("--eval_fraction cannot be taken of a stream: set --dataset_test_split instead.")
+        for name, column in FORMATS.get(self.dataset_format, {}).items():
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) not in (default, column):
+                raise ValueError(
+                    f"--{name}={getattr(self, name)} contradicts --dataset_format={self.dataset_format}, whose column "
+                    f"is {column!r}: give one of the two."
+                )
+            setattr(self, name, column)
+
+
+Parsed = tuple[ScriptArguments, SDFTConfig, ModelArguments]
+KINDS = (ScriptArguments, SDFTConfig, ModelArguments)
+
+
+def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
+    """Parse settings, highest precedence first: command line, YAML file (--config), recipe (--recipe), and `demo` if
+    neither a model nor a data set is given.
+
+    Prints one line and exits with status 2 for an unknown flag or key, or a value of the wrong type; raises ValueError
+    for an invalid YAML file, and for invalid values.
+    """
+    parser = _parser()
+    file = parser.parse_known_args(argv)[0].config
+    from_file = _read_file(file, parser) if file else {}
+    tokens = [token for name, value in from_file.items() for token in _tokens(name, value, parser)] + list(argv)
+    given, unknown = parser.parse_known_args(tokens)
+    if unknown:
+        parser.error(_unknown(unknown, parser))
+    below = {} if given.model_name_or_path or given.dataset_name or given.dataset_path else dict(demo)
+    if given.recipe is not None:
+        below |= recipes.recipe(given.recipe) | recipes.OF_THE_COMMAND_LINE[given.recipe]
+    if given.method == "sft":  # warn of unread settings only if given, not if they come from recipe or demo
+        below = {name: value for name, value in below.items() if name not in unread_by(SFTConfig, "sft")}
+    # null and empty lists count as given too, but cannot be expressed as tokens.
+    below |= {name: value for name, value in from_file.items() if value is None or value == []}
+    parser.set_defaults(**below)
+    values = vars(parser.parse_args(tokens))
+    config = SFTConfig if given.method == "sft" else SDFTConfig
+    return tuple(
+        kind(**{f.name: values[f.name] for f in fields(kind) if f.init})
+        for kind in (ScriptArguments, config, ModelArguments)
+    )
+
+
+class _Parser(HfArgumentParser):
+    """Prints errors as one line on rank 0, instead of after the usage text on all ranks."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"sdft_ds: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
+
+
+def is_demo(script: ScriptArguments, model: ModelArguments) -> bool:
+    """Whether neither a model nor a data set is given. Raises ValueError if only one of the two is."""
+    data_set = script.dataset_name is not None or script.dataset_path is not None
+    if data_set and model.model_name_or_path is None:
+        raise ValueError("A data set is named, but no model: set --model_name_or_path.")
+    if model.model_name_or_path is not None and not data_set:
+        raise ValueError("A model is named, but no data set: set --dataset_path or --dataset_name.")
+    return not data_set
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        KINDS,
+        prog="train.py",
+        description="Self-distilled fine-tuning. With neither a model nor a data set: the embedded demo.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="Settings from a YAML file; the command line wins.")
+    optional = _fields_that_may_be(NoneType)
+    for action in parser._actions:
+        # An optional number accepts none: --distillation_topk none.
+        if action.type in (int, float) and action.dest in optional:
+            action.type = _optional(action.type)
+    return parser
+
+
+def _fields_that_may_be(kind: type) -> set[str]:
+    """The settings whose type is or includes `kind`."""
+    hints = {name: hint for part in KINDS for name, hint in get_type_hints(part).items()}
+    return {
+        name for name, hint in hints.items() if kind in {get_origin(each) or each for each in (hint, *get_args(hint))}
+    }
+
+
+def _optional(convert: type) -> Any:
+    def parse_value(text: str) -> Any:
+        return None if text.lower() in ("none", "null") else convert(text)
+
+    parse_value.__name__ = convert.__name__
+    return parse_value
+
+
+def _read_file(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    content = yaml_config.read(path)
+    known = {f.name for kind in KINDS for f in fields(kind) if f.init}
+    optional = _fields_that_may_be(NoneType)
+    for key, value in content.items():
+        if key not in known:
+            parser.error(f"--config {path}: " + _unknown([f"--{key}"], parser))
+        if value is None and key not in optional:
+            parser.error(f"--config {path}: {key} cannot be null")
+    return content
+
+
+def _tokens(name: str, value: Any, parser: argparse.ArgumentParser) -> list[str]:
+    """A setting as command line tokens. Exits the program for a value of the wrong type."""
+    action = parser._option_string_actions[f"--{name}"]
+    if value is None or (value == [] and name in _fields_that_may_be(list)):
+        return []
+    if value is False and action.choices and "no" in action.choices:  # YAML parses `no` as False
+        value = "no"
+    scalars = value if isinstance(value, list) else [value]
+    a_dict = isinstance(value, dict) and name in SDFTConfig._VALID_DICT_FIELDS
+    if isinstance(value, list) and action.nargs not in ("+", "*"):
+        parser.error(f"{name}: one value is needed, found a list")
+    if not a_dict and not all(isinstance(each, str | int | float | date) for each in scalars):
+        parser.error(f"{name}: found {type(scalars[0]).__name__}, which it cannot be")
+    if isinstance(value, bool) and action.type is str and name != "resume_from_checkpoint":
+        parser.error(f"{name}: a text is needed, found {value}; quote it if it is one")
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={json.dumps(value) if a_dict else value}"]
+
+
+def _unknown(tokens: list[str], parser: argparse.ArgumentParser) -> str:
+    flag = next((token.split("=")[0] for token in tokens if token.startswith("-")), None)
+    if flag is None:
+        return f"unexpected value {tokens[0]!r}"
+    close = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
+    return f"unknown setting {flag}" + (f"; did you mean {close[0]}?" if close else "")

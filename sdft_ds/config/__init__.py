@@ -1,0 +1,1 @@
+"""SDFTConfig, its validation and its recipes."""

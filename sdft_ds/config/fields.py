@@ -1,0 +1,156 @@
+"""Declares settings: each once, as a dataclass field with metadata.
+
+A field created by `setting` specifies default, help, valid values, how a resume handles a changed value, which methods
+read it, and whether the model card shows it. The command line, validation, config.yaml, resume and docs/settings.md
+are derived from that.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+METHODS = ("sdft", "sft")
+
+# ---- valid values of a setting --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """words: the requirement, as in "must be {words}"."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def at_least(least: float) -> Range:
+    return Range(lambda value: value >= least, f"at least {least}")
+
+
+def within(least: float, most: float) -> Range:
+    return Range(lambda value: least <= value <= most, f"in [{least:g}, {most:g}]")
+
+
+def positive(remedy: str = "") -> Range:
+    return Range(lambda value: value > 0, f"positive{remedy}")
+
+
+# ---- how a resume handles a setting whose value differs from the checkpoint's ---------------------------------------
+
+
+@dataclass(frozen=True)
+class OnResume:
+    """kind: one of those below; reason: why, or how it is handled."""
+
+    kind: str
+    reason: str = ""
+
+
+APPLIED, NO_EFFECT, NOT_COMPARED = "applied", "without effect", "not compared"
+REFUSED, REFUSED_BY_DEEPSPEED = "refused", "refused with DeepSpeed"
+# Read during the run: the new value applies from the next step or generation batch on.
+FREE = OnResume(APPLIED, "counts from the next step on")
+ANOTHER_RUN = OnResume(REFUSED, "with another value it would be another run")
+# Specifies where and how a run is launched, not what it computes; or it is compared as rows of a step.
+UNCOMPARED = OnResume(NOT_COMPARED)
+OF_THE_TRAINER = OnResume(APPLIED, "set in the Trainer's state")
+OF_ONE_PRECISION = OnResume(REFUSED_BY_DEEPSPEED, "its files are those of one precision")
+
+# ---- fields ---------------------------------------------------------------------------------------------------------
+
+
+class _Metadata(dict):
+    """Metadata by name; `keys` lists only argparse's options, because HfArgumentParser passes on all listed keys."""
+
+    def keys(self) -> list[str]:
+        return [name for name in ("help", "choices") if name in self]
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    needs: Range | None = None,
+    choices: Sequence[str] | None = None,
+    resume: OnResume | None = None,
+    read_by: tuple[str, ...] = METHODS,
+    otherwise: Any = MISSING,
+    card: bool | str = False,
+    secret: bool = False,
+    derived: bool = False,
+) -> Any:
+    """A dataclass field that HfArgumentParser turns into a flag.
+
+    needs: range of a value that is not None. choices: valid names; omitted for a Literal. resume: see OnResume.
+    read_by: methods that read it; otherwise: its value under the other methods, by default its default. card: shown on
+    the model card; a string: only for that kind of teacher. secret: never printed or saved. derived: computed from
+    other settings, so not saved.
+    """
+    about = {"needs": needs, "resume": resume, "read_by": read_by, "card": card, "secret": secret, "derived": derived}
+    about["otherwise"] = default if otherwise is MISSING else otherwise
+    shown = {} if choices is None else {"choices": choices}
+    return field(default=default, metadata=_Metadata(help=help, **shown, **about))
+
+
+def unused(default: Any, reason: str) -> Any:
+    """A field of the TRL interface that self-distillation never reads: any value but its default is refused, because
+    a setting without effect misleads."""
+    help = "Accepted at its default only; see docs/trl.md."
+    return field(default=default, metadata=_Metadata(help=help, unused=reason, resume=FREE, read_by=METHODS))
+
+
+def default(config: Any, name: str) -> Any:
+    """The declared default of a setting."""
+    return default_of(type(config).__dataclass_fields__[name])
+
+
+def default_of(f: Field) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def choices_of(config_class: type, f: Field) -> tuple[str, ...] | None:
+    """The valid names of a setting, or None if it is not restricted to names."""
+    if "choices" in f.metadata:
+        return tuple(f.metadata["choices"])
+    for hint in (_hint(config_class, f), *get_args(_hint(config_class, f))):
+        if get_origin(hint) is Literal:
+            return get_args(hint)
+    return None
+
+
+def may_be_none(config_class: type, f: Field) -> bool:
+    return NoneType in get_args(_hint(config_class, f))
+
+
+def _hint(config_class: type, f: Field) -> Any:
+    return get_type_hints(config_class)[f.name]
+
+
+def own_fields(config_class: type) -> list[Field]:
+    """The fields declared by this package, without those inherited from transformers."""
+    return [f for f in fields(config_class) if "read_by" in f.metadata]
+
+
+def with_flag(config_class: type, flag: str) -> set[str]:
+    """Names of the settings whose metadata sets `flag`: secret or derived."""
+    return {f.name for f in fields(config_class) if f.metadata.get(flag)}
+
+
+def unread_by(config_class: type, method: str) -> dict[str, Any]:
+    """Settings that a method does not read -> their fixed values there."""
+    return {f.name: f.metadata["otherwise"] for f in own_fields(config_class) if method not in f.metadata["read_by"]}
+
+
+def check_ranges(config: Any) -> None:
+    """Raises ValueError for a value that its field does not allow."""
+    kind = type(config)
+    for f in own_fields(kind):
+        value, needs, choices = getattr(config, f.name), f.metadata.get("needs"), choices_of(kind, f)
+        optional = may_be_none(kind, f)
+        if value is None and optional:
+            continue
+        if choices is not None and value not in choices:
+            raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}.")
+        if needs is not None and (value is None or not needs.holds(value)):
+            words = f"{needs.words} or None" if optional else needs.words
+            raise ValueError(f"{f.name} must be {words}, not {value!r}.")

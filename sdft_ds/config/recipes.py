@@ -1,0 +1,84 @@
+"""Recipes: named presets of settings. Explicitly set values override them."""
+
+from typing import Any
+
+# The recipe's template already introduces the demonstration, so its demonstration_template is the bare response.
+PAPER_TEMPLATE = (
+    "{prompt}\n\nBelow is a response to this question that shows what a good one looks like:\n\n{privileged_context}"
+    "\n\nNow give a response of your own: think it through, and say it in your own words."
+)
+
+# name -> settings of SDFTConfig.
+RECIPES: dict[str, dict[str, Any]] = {
+    # The paper (arXiv 2601.19897) and its public code.
+    "paper": {
+        # Forward, as in every reported result; eq. 1 has reverse, which its author corrected
+        # (idanshen/Self-Distillation#5).
+        "distillation_alpha": 0.0,
+        "distillation_mode": "full_logits",
+        # 0.01, out of the swept 0.01, 0.02 and 0.05.
+        "teacher_model_kind": "ema",
+        "teacher_update_rate": 0.01,
+        "teacher_sync_steps": 1,
+        # Otherwise students learn to begin with "Based on the text ...".
+        "num_loss_tokens_to_skip": 3,
+        # Mean over the tokens of each completion, then over completions.
+        "loss_type": "grpo",
+        "num_generations": 1,
+        # The paper uses completions of 1024 to 2048 tokens.
+        "max_prompt_length": 1024,
+        "max_completion_length": 1024,
+        # The paper's parts in its order: question, introduction, demonstration, request.
+        "teacher_prompt_template": PAPER_TEMPLATE,
+        # The paper uses learning rates of 1e-5 to 5e-5.
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 10,
+    },
+    # The defaults of TRL 1.5.1, which SDFTConfig shares, and transformers' where it has none.
+    "trl": {
+        "distillation_alpha": 0.5,
+        "distillation_mode": None,  # newer names stay unset, so that flags can use the older ones
+        "distillation_topk": 100,
+        "teacher_model_kind": None,
+        # For an EMA teacher requested by sync_ref_model: 0.6 every 512 steps.
+        "teacher_update_rate": None,
+        "ref_model_mixup_alpha": None,
+        "teacher_sync_steps": None,
+        "ref_model_sync_steps": None,
+        "num_loss_tokens_to_skip": 0,
+        "loss_type": "dapo",
+        "num_generations": 8,
+        "max_prompt_length": 512,
+        "max_completion_length": 256,
+        "teacher_prompt_template": "{prompt}\n\n{privileged_context}",
+        "learning_rate": 5e-5,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+    },
+}
+
+# TRL 1.16's defaults, where they differ.
+RECIPES["trl-1.16"] = RECIPES["trl"] | {
+    "distillation_mode": "topk_logits",
+    "teacher_model_kind": "base",
+    "teacher_update_rate": 0.05,
+    "teacher_sync_steps": 1,
+    # Mean over the tokens of each completion, then over completions.
+    "loss_type": "grpo",
+}
+
+# name -> command line settings that go with the recipe's template.
+OF_THE_COMMAND_LINE: dict[str, dict[str, Any]] = {
+    "paper": {"demonstration_template": "$output_text"},
+    "trl": {"demonstration_template": "Example response: $output_text"},
+    "trl-1.16": {"demonstration_template": "Example response: $output_text"},
+}
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe, for `SDFTConfig(**recipe("paper"), output_dir=...)`; to override one of them,
+    `SDFTConfig(**{**recipe("paper"), "learning_rate": 1e-5})`. Raises ValueError for an unknown name."""
+    if name not in RECIPES:
+        raise ValueError(f"There is no recipe {name!r}; there are {', '.join(RECIPES)}.")
+    return dict(RECIPES[name])

@@ -1,0 +1,188 @@
+"""Settings of the rollouts: number of completions, generation batches and sampling."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sdft_ds.config.fields import (
+    ANOTHER_RUN,
+    FREE,
+    UNCOMPARED,
+    at_least,
+    positive,
+    setting,
+)
+
+# Valid names of rollout_backend; rollouts.sampler.add_backend adds to them.
+ROLLOUT_BACKENDS = ["generate", "continuous"]
+
+
+@dataclass
+class RolloutSettings:
+    num_generations: int = setting(
+        8,
+        "Completions sampled for each prompt.",
+        needs=at_least(1),
+        resume=ANOTHER_RUN,
+        read_by=("sdft",),
+        otherwise=1,
+        card=True,
+    )
+    num_generations_eval: int | None = setting(
+        None, "The same for evaluation. Unset: num_generations.", needs=at_least(1), resume=FREE, read_by=("sdft",)
+    )
+    generation_batch_size: int | None = setting(
+        None,
+        "Completions of a generation batch over all ranks; another way to set steps_per_generation.",
+        resume=UNCOMPARED,
+        read_by=("sdft",),
+        derived=True,
+    )
+    steps_per_generation: int | None = setting(
+        None,
+        "Micro-batches of one generation batch. Unset: gradient_accumulation_steps.",
+        resume=UNCOMPARED,
+        read_by=("sdft",),
+    )
+    num_iterations: int = setting(
+        1, "Times each generation batch is used.", needs=at_least(1), resume=ANOTHER_RUN, read_by=("sdft",), card=True
+    )
+    max_completion_length: int = setting(
+        256, "Most tokens of a completion.", needs=at_least(1), resume=FREE, card=True
+    )
+    temperature: float = setting(
+        1.0,
+        "Sampling temperature; it divides the logits of the loss as well.",
+        needs=positive(' (for greedy rollouts: generation_kwargs {"do_sample": false})'),
+        resume=FREE,
+        card=True,
+    )
+    top_p: float = setting(1.0, "Nucleus sampling.", resume=FREE, card=True)
+    top_k: int = setting(0, "Top-k sampling; 0: off.", resume=FREE, card=True)
+    min_p: float | None = setting(None, "Smallest probability, relative to the most likely token's.", resume=FREE)
+    repetition_penalty: float = setting(1.0, "Repetition penalty; 1: off.", resume=FREE)
+    cache_implementation: str | None = setting(
+        None,
+        "KV cache of transformers' generate. Unset: this project's own loop. static: transformers' loop, which "
+        "compiles the decode step on a GPU.",
+        resume=FREE,
+    )
+    rollout_backend: str = setting(
+        "generate",
+        "generate: rows together, with draws that depend on no batch or rank; continuous: transformers' continuous "
+        "batching, whose draws do.",
+        choices=ROLLOUT_BACKENDS,
+        resume=FREE,
+    )
+    generation_kwargs: dict[str, Any] | str | None = setting(
+        None, "More fields (JSON) of transformers' GenerationConfig.", resume=FREE
+    )
+    rollout_batch_tokens: int | None = setting(
+        None,
+        "Most tokens, prompts, longest completions and padding, that are generated at once on each rank. Unset: what "
+        "half of the free memory of the GPU has room for; on a CPU 8 GiB.",
+        needs=positive(),
+        resume=FREE,
+    )
+    ds3_gather_for_generation: bool = setting(
+        True,
+        "ZeRO-3: gather the weights once for each rollout; False: layer by layer, slower, for what does not fit.",
+        resume=FREE,
+    )
+    use_vllm: bool = setting(False, "Not supported; True is refused.", resume=FREE)
+    use_teacher_server: bool = setting(False, "Not supported; True is refused.", resume=FREE)
+
+    @property
+    def generate_every(self) -> int:
+        """Micro-batches trained on per generation batch, repeated uses included."""
+        return self.steps_per_generation * self.num_iterations
+
+    @property
+    def outlives_step(self) -> bool:
+        """Whether a generation batch is used in several optimizer steps, so that its rollouts become off-policy."""
+        return self.generate_every > self.gradient_accumulation_steps
+
+    @property
+    def reordered_batches(self) -> int:
+        """Micro-batches of one optimizer step among which rows may be reordered to reduce padding: all of one
+        generation batch; with bnpo no reordering, because its loss is defined by the micro-batch."""
+        return 1 if self.loss_type == "bnpo" else min(self.steps_per_generation, self.gradient_accumulation_steps)
+
+    @property
+    def generation_options(self) -> dict[str, Any]:
+        """The fields of transformers' GenerationConfig specified by these settings."""
+        return {
+            "max_new_tokens": self.max_completion_length,
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "cache_implementation": self.cache_implementation,
+            "disable_compile": self.cache_implementation is None,
+            **(self.generation_kwargs or {}),
+        }
+
+    def keep_rows(self, rows_of_step: int, generation_batch_size: int) -> None:
+        """Set gradient accumulation and steps_per_generation so that an optimizer step and a generation batch have as
+        many rows, over all ranks, as in a checkpoint of another world size. Raises ValueError if rows do not divide.
+        """
+        rows = self.per_device_train_batch_size * self.world_size
+        if rows_of_step % rows:
+            raise ValueError(
+                f"The checkpoint's optimizer steps have {rows_of_step} rows, which {self.world_size} ranks x "
+                f"per_device_train_batch_size={self.per_device_train_batch_size} do not divide. Lower "
+                "per_device_train_batch_size, or take another number of ranks."
+            )
+        self.gradient_accumulation_steps = rows_of_step // rows
+        self.generation_batch_size, self.steps_per_generation = generation_batch_size, None
+        self._resolve_generation_batch()
+
+    def _resolve_generation_batch(self) -> None:
+        """Resolve steps_per_generation and generation_batch_size from each other, and check divisibility."""
+        rows = self.per_device_train_batch_size * self.world_size
+        if self.generation_batch_size is not None:
+            if self.generation_batch_size % rows:
+                raise ValueError(
+                    f"generation_batch_size={self.generation_batch_size} must be a multiple of the {rows} rows of a "
+                    f"micro-batch over all ranks (per_device_train_batch_size={self.per_device_train_batch_size} x "
+                    f"{self.world_size} ranks)."
+                )
+            steps = self.generation_batch_size // rows
+            if self.steps_per_generation not in (None, steps):
+                raise ValueError(
+                    f"generation_batch_size={self.generation_batch_size} means steps_per_generation={steps} and "
+                    f"contradicts steps_per_generation={self.steps_per_generation}: give one of the two."
+                )
+            self.steps_per_generation = steps
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        if self.steps_per_generation < 1:
+            raise ValueError(f"steps_per_generation must be at least 1, not {self.steps_per_generation}.")
+        self.generation_batch_size = rows * self.steps_per_generation
+
+        accumulation = self.gradient_accumulation_steps
+        if accumulation % self.generate_every and self.steps_per_generation % accumulation:
+            below = max(1, self.steps_per_generation // accumulation * accumulation)
+            above = -(-self.steps_per_generation // accumulation) * accumulation
+            raise ValueError(
+                f"steps_per_generation={self.steps_per_generation} with num_iterations={self.num_iterations} would "
+                f"straddle an optimizer step of gradient_accumulation_steps={accumulation}: either "
+                f"steps_per_generation x num_iterations divides it, or it divides steps_per_generation. "
+                f"Nearest that work: steps_per_generation={below if below % accumulation == 0 else above} or {above}."
+            )
+        if self.generation_batch_size % self.num_generations:
+            raise ValueError(
+                f"A generation batch holds {self.generation_batch_size} completions (per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} x {self.world_size} ranks x steps_per_generation="
+                f"{self.steps_per_generation}), which num_generations={self.num_generations} does not divide. Set "
+                f"num_generations to a divisor, or generation_batch_size to a multiple of {self.num_generations}."
+            )
+        generations_eval = self.num_generations_eval or self.num_generations
+        rows_eval = self.per_device_eval_batch_size * self.world_size
+        if self.eval_strategy != "no" and rows_eval % generations_eval:
+            raise ValueError(
+                f"An evaluation batch holds {rows_eval} completions (per_device_eval_batch_size="
+                f"{self.per_device_eval_batch_size} x {self.world_size} ranks), which num_generations_eval="
+                f"{generations_eval} does not divide."
+            )

@@ -1,0 +1,120 @@
+"""Settings of the teacher: weights, prompt and scoring pass."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sdft_ds.config.fields import (
+    ANOTHER_RUN,
+    FREE,
+    at_least,
+    setting,
+    within,
+)
+
+# Valid names of teacher_model_kind; teacher.add_kind adds to them.
+TEACHER_KINDS = ["live", "base", "ema"]
+# Defaults of an EMA teacher in (TRL 1.5.1, TRL 1.16), requested by sync_ref_model and teacher_model_kind respectively.
+EMA_RATES = (0.6, 0.05)
+EMA_STEPS = (512, 1)
+
+
+@dataclass
+class TeacherSettings:
+    teacher_model_kind: str | None = setting(
+        None,
+        "The teacher's weights: live, the student's own; base, those at the start (PEFT: adapter off); ema, their "
+        "moving average. Unset: base with PEFT, ema with sync_ref_model, otherwise live.",
+        choices=TEACHER_KINDS,
+        resume=ANOTHER_RUN,
+        read_by=("sdft",),
+        otherwise="live",
+        card=True,
+    )
+    generate_from_teacher: bool = setting(
+        False, "Roll out from the teacher's prompt instead of the student's.", resume=ANOTHER_RUN, read_by=("sdft",)
+    )
+    teacher_prompt_template: str = setting(
+        "{prompt}\n\n{privileged_context}",
+        "What the teacher sees; both placeholders are needed, braces double.",
+        resume=FREE,
+        card=True,
+    )
+    sync_ref_model: bool = setting(
+        False, "An EMA teacher; the older name of teacher_model_kind ema.", resume=FREE, read_by=("sdft",)
+    )
+    ref_model_mixup_alpha: float | None = setting(
+        None, "The older name of teacher_update_rate.", needs=within(0, 1), resume=FREE, read_by=("sdft",)
+    )
+    ref_model_sync_steps: int | None = setting(
+        None, "The older name of teacher_sync_steps.", needs=at_least(1), resume=FREE, read_by=("sdft",)
+    )
+    teacher_update_rate: float | None = setting(
+        None,
+        "EMA: teacher = (1 - rate) teacher + rate student. Unset: 0.05; with sync_ref_model 0.6.",
+        needs=within(0, 1),
+        resume=FREE,
+        read_by=("sdft",),
+        card="ema",
+    )
+    teacher_sync_steps: int | None = setting(
+        None,
+        "EMA: optimizer steps between two updates. Unset: 1; with sync_ref_model 512.",
+        needs=at_least(1),
+        resume=FREE,
+        read_by=("sdft",),
+        card="ema",
+    )
+    teacher_shadow_device: Literal["device", "cpu"] = setting(
+        "device",
+        "Where a base or EMA teacher's values wait between scoring passes: with the weights, or in host memory.",
+        resume=FREE,
+        read_by=("sdft",),
+    )
+    save_teacher: bool = setting(
+        False,
+        "At the end save a base or EMA teacher as a model of its own, in output_dir/teacher.",
+        resume=FREE,
+        read_by=("sdft",),
+    )
+    teacher_states_device: Literal["device", "cpu"] = setting(
+        "device",
+        "Where the teacher's hidden states of a generation batch wait for the loss.",
+        resume=FREE,
+        read_by=("sdft",),
+    )
+    scoring_batch_tokens: int = setting(
+        16384,
+        "Most tokens, prompts and padding included, that the teacher's pass computes at once.",
+        needs=at_least(1),
+        resume=FREE,
+        read_by=("sdft",),
+    )
+
+    @property
+    def teacher_states_on(self) -> torch.device:
+        """Device that holds the teacher's hidden states until the loss."""
+        return torch.device("cpu") if self.teacher_states_device == "cpu" else self.device
+
+    def _resolve_teacher(self) -> None:
+        """Resolve the older and the newer names; contradicting values are an error. The kind may stay unset (None),
+        because only the trainer knows whether the model is a PEFT model."""
+        named = self.teacher_model_kind not in (None, "live", "base") and not self.sync_ref_model
+        for new, old, older_default, newer_default in (
+            ("teacher_update_rate", "ref_model_mixup_alpha", *EMA_RATES),
+            ("teacher_sync_steps", "ref_model_sync_steps", *EMA_STEPS),
+        ):
+            given = {name: getattr(self, name) for name in (new, old) if getattr(self, name) is not None}
+            if len({*given.values()}) > 1:
+                raise ValueError(f"{new}={given[new]} contradicts {old}={given[old]}: they are one setting.")
+            value = next(iter(given.values()), newer_default if named else older_default)
+            setattr(self, new, value)
+            setattr(self, old, value)
+        if self.sync_ref_model and self.teacher_model_kind not in (None, "ema"):
+            raise ValueError(
+                f"sync_ref_model=True means an EMA teacher and contradicts "
+                f"teacher_model_kind={self.teacher_model_kind!r}."
+            )
+        if self.sync_ref_model:
+            self.teacher_model_kind = "ema"

@@ -1,0 +1,175 @@
+"""Micro-batches: loss mask, bucketing by length, packing and collation of the student's inputs.
+
+Shapes: R rows, L lines, T positions, C completion positions, N loss tokens.
+
+Sequences are padded on the right, so that causal attention never sees padding and positions count from 0: no attention
+mask is needed. Short ones may share a line of the batch, told apart by positions that start anew (packed). The
+logits that predict completion token j of a row whose prompt has p tokens stand at position p + j - 1 of the row, in
+the student's view as in the teacher's. Only loss tokens are ever projected: skipped, masked and empty completions have
+none, but stay visible to attention.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdft_ds.data.prompts import PromptPair
+
+
+@dataclass(frozen=True)
+class Completion:
+    """ids: the sampled tokens, the end-of-sequence token included; truncated: none was sampled within the limit."""
+
+    ids: list[int]
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A completion with the prompts that it is scored under, and its row number within the generation batch.
+
+    counted: False for a duplicate that only keeps the ranks in step; it adds nothing to a loss or a metric.
+    """
+
+    row: int
+    prompts: PromptPair
+    completion: Completion
+    counted: bool = True
+
+    @property
+    def empty(self) -> bool:
+        """The model ended at once: nothing was said that a teacher could correct."""
+        return len(self.completion.ids) <= 1 and not self.completion.truncated
+
+
+@dataclass(frozen=True)
+class LossMask:
+    """Which tokens of a completion are loss tokens."""
+
+    skip: int = 0
+    mask_truncated: bool = False
+
+    def first_token(self, rollout: Rollout) -> int:
+        """Loss tokens are those from this one to the end."""
+        length = len(rollout.completion.ids)
+        masked = not rollout.counted or rollout.empty or (self.mask_truncated and rollout.completion.truncated)
+        return length if masked else min(self.skip, length)
+
+    def count(self, rollout: Rollout) -> int:
+        return len(rollout.completion.ids) - self.first_token(rollout)
+
+
+Bins = list[list[int]]  # for each line of a batch, the numbers of the rows that stand on it
+
+
+def one_row_per_bin(lengths: list[int]) -> Bins:
+    return [[row] for row in range(len(lengths))]
+
+
+@dataclass(frozen=True)
+class PackedInputs:
+    """Prompt + completion of R rows as one side sees them, on L lines; positions of the loss tokens row by row.
+
+    position_ids_LT: where rows share lines, each token's position in its own row.
+    """
+
+    input_ids_LT: Tensor
+    positions_N: Tensor  # flat: line x T + position
+    position_ids_LT: Tensor | None = None
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        packed = {} if self.position_ids_LT is None else {"position_ids": self.position_ids_LT}
+        return {"input_ids": self.input_ids_LT, **packed}
+
+
+def pack_rows(
+    rows: list[list[int]], counts: list[int], lines: Bins, pad_token_id: int, device: torch.device
+) -> PackedInputs:
+    """The view of rows on lines, padded to the longest line; the last counts[r] tokens of row r are loss tokens."""
+    tokens = [[token for r in line for token in rows[r]] for line in lines]
+    input_ids_LT = pad_right(tokens, pad_token_id, device)
+    width = input_ids_LT.shape[1]
+    positions: list[range] = [range(0)] * len(rows)
+    for number, line in enumerate(lines):
+        end = number * width
+        for r in line:
+            end += len(rows[r])
+            positions[r] = range(end - 1 - counts[r], end - 1)
+    position_ids_LT = None
+    if any(len(line) > 1 for line in lines):
+        # Padding is a row of its own: its positions start anew as well.
+        own = [[i for r in line for i in range(len(rows[r]))] for line in lines]
+        position_ids_LT = torch.tensor([line + list(range(width - len(line))) for line in own], device=device)
+    flat = [position for row in positions for position in row]
+    return PackedInputs(input_ids_LT, torch.tensor(flat, dtype=torch.long, device=device), position_ids_LT)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """R rollouts as the student sees them. tokens_N, rows_N and offsets_N give each loss token's id, its row of this
+    batch, and its place in the completion, from 0.
+
+    padding: positions that are computed for nothing.
+    """
+
+    student: PackedInputs
+    tokens_N: Tensor
+    rows_N: Tensor
+    offsets_N: Tensor
+    rollouts: list[Rollout]
+    padding: int
+
+
+def collate(
+    rollouts: list[Rollout],
+    loss_mask: LossMask,
+    pad_token_id: int,
+    device: torch.device,
+    lines_of: Callable[[list[int]], Bins] = one_row_per_bin,
+) -> MicroBatch:
+    """The batch of the given rollouts; lines_of(lengths of the rows): which rows share a line."""
+    rows = [rollout.prompts.student.ids + rollout.completion.ids for rollout in rollouts]
+    counts = [loss_mask.count(rollout) for rollout in rollouts]
+    tokens = [token for row, count in zip(rows, counts, strict=True) for token in row[len(row) - count :]]
+    lengths = [len(row) for row in rows]
+    ends = [len(rollout.completion.ids) for rollout in rollouts]
+    offsets = [place for end, count in zip(ends, counts, strict=True) for place in range(end - count, end)]
+    student = pack_rows(rows, counts, lines_of(lengths), pad_token_id, device)
+    return MicroBatch(
+        student=student,
+        tokens_N=torch.tensor(tokens, dtype=torch.long, device=device),
+        rows_N=torch.repeat_interleave(torch.arange(len(rollouts)), torch.tensor(counts)).to(device),
+        offsets_N=torch.tensor(offsets, dtype=torch.long, device=device),
+        rollouts=rollouts,
+        padding=student.input_ids_LT.numel() - sum(lengths),
+    )
+
+
+def bucket_by_length(rollouts: list[Rollout], batch_size: int, batches_per_step: int) -> list[list[Rollout]]:
+    """Micro-batches of `batch_size` rows. Rows change places within their optimizer step only, so that those of like
+    length come together; with batches_per_step 1 the order stays as it is."""
+    ordered = []
+    rows_per_step = batch_size * batches_per_step
+    for start in range(0, len(rollouts), rows_per_step):
+        step = rollouts[start : start + rows_per_step]
+        if batches_per_step > 1:
+            step = sorted(step, key=lambda r: len(r.prompts.student.ids) + len(r.completion.ids), reverse=True)
+        ordered += step
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def pad_left(rows: list[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, attention mask), both [R, longest]; what `generate` wants."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def pad_right(rows: list[list[int]], pad_token_id: int, device: torch.device) -> Tensor:
+    """[R, longest]."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows], device=device)

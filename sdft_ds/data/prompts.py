@@ -1,0 +1,323 @@
+"""An Example -> the student's and the teacher's prompt; owns the templates and the truncation.
+
+The teacher sees the same question as the student, cut in the same way, and the privileged context around it. What is
+cut is always the user's text, before templating: the prompt loses its beginning, the context its end. Tokens of a chat
+template or of the teacher's template are never cut, nor are the earlier messages of a conversation. A teacher prompt
+that a row brings itself is never cut either.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from string import Formatter
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from sdft_ds.data.rows import DataError, Example, Prompt, RowError
+
+TRUNCATIONS = ("truncate", "drop", "error")
+PLACEHOLDERS = ("prompt", "privileged_context")
+# What can be wrong with the prompts of a row that training would not stop at -> what to say of it.
+PROBLEMS = {
+    "text dropped": (
+        "the chat template leaves out the user's text (perhaps it takes lists of content parts only): use one that "
+        "takes a text as the content of a message."
+    ),
+    "context dropped": "the chat template leaves out the privileged context of the teacher's prompt.",
+    "same prompts": (
+        "the teacher's prompt equals the student's, so that it knows no more: see the columns privileged_context and "
+        "teacher_prompt."
+    ),
+    "special tokens": (
+        "prompt or context holds special tokens of the tokenizer, as a text does that a chat template rendered "
+        "before: give the conversation itself."
+    ),
+    "plain text": (
+        "the prompt is a text, which is read without the chat template that the tokenizer has: for a model that "
+        'answers in conversations give [{"role": "user", "content": ...}], or --prompt_as user on the command line.'
+    ),
+}
+MARKS = [chr(code) for code in range(0xE000, 0xF900)]  # characters without a meaning (private use)
+
+
+class PromptTooLong(DataError):
+    """A prompt over its limit, under truncation='error' or 'drop', or one that no cut of the user's text can mend."""
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """One prompt: as given to the chat template, as the text the model reads, and as token ids.
+
+    tools: what the chat template was given besides. own: a teacher prompt of the row's, not the filled template.
+    """
+
+    prompt: Prompt
+    text: str
+    ids: list[int]
+    tools: list[dict[str, Any]] | None = None
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    student: RenderedPrompt
+    teacher: RenderedPrompt
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of a text, which came in for the placeholder `name`."""
+
+    name: str
+    start: int
+    end: int
+
+
+def parse_template(template: str) -> list[tuple[str, str | None]]:
+    """Split a teacher template into (literal, placeholder or None) pieces.
+
+    Parsed once, and filled by concatenation: values are inserted verbatim, whatever braces they hold. Raises
+    ValueError for a missing or unknown placeholder, or for one with an attribute, an index, a conversion or a format.
+    """
+    where = "teacher_prompt_template"
+    if not isinstance(template, str):
+        raise ValueError(f"{where} must be a text, not {type(template).__name__}.")
+    try:
+        pieces = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}. Literal braces are written doubled: {{{{ and }}}}.") from None
+    for _, name, spec, conversion in pieces:
+        if name is not None and (name not in PLACEHOLDERS or spec or conversion):
+            shown = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            raise ValueError(
+                f"{where}: unknown placeholder {{{shown}}}; only {{prompt}} and {{privileged_context}} are filled in. "
+                "Literal braces are written doubled."
+            )
+    found = [name for _, name, _, _ in pieces]
+    for name in PLACEHOLDERS:
+        if name not in found:
+            raise ValueError(f"{where} lacks the placeholder {{{name}}}.")
+    return [(literal, name) for literal, name, _, _ in pieces]
+
+
+class PromptBuilder:
+    """Renders and tokenizes both prompts of an example within their limits; counts what it cut in `counts`."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        max_prompt_length: int | None,
+        max_teacher_prompt_length: int | None,
+        truncation: str = "truncate",
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.template = parse_template(template)
+        self.max_prompt_length = max_prompt_length
+        self.max_teacher_prompt_length = max_teacher_prompt_length
+        self.truncation = truncation
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.counts = Counter()
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.special_tokens = sorted(special | set(tokenizer.all_special_tokens))
+
+    def build(self, example: Example, index: int) -> PromptPair:
+        """Both prompts of row `index`. Raises PromptTooLong where the policy or the lengths forbid a cut, and RowError
+        for a conversation that the chat template refuses."""
+        try:
+            student = self._fit(
+                user_text(example.prompt),
+                lambda text: self.render(_with_user_text(example.prompt, text), example.tools),
+                self.max_prompt_length,
+                keep="end",
+                what=f"Row {index}: the student's prompt (max_prompt_length)",
+                counter="student_prompts_cut",
+            )
+            # Of a teacher prompt of the row's own nothing is the context, which could be cut.
+            teacher = self._fit(
+                "" if example.teacher_prompt is not None else example.privileged_context,
+                lambda text: self._render_for_teacher(example, student, text),
+                self.max_teacher_prompt_length,
+                keep="start",
+                what=f"Row {index}: the teacher's prompt (max_teacher_prompt_length)",
+                counter="teacher_prompts_cut",
+            )
+        except TemplateError as error:
+            raise RowError(
+                index, "prompt", f"the model's chat template refuses the conversation: {' '.join(str(error).split())}."
+            ) from None
+        return PromptPair(student, teacher)
+
+    def render(self, prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> RenderedPrompt:
+        """Plain text as it is, with the tokenizer's own special tokens; a conversation through the chat template."""
+        text = self._text(prompt, tools)
+        ids = self._encoded(prompt, text)["input_ids"]
+        # A tokenizer that closes every text with EOS would have the model answer after the end.
+        while isinstance(prompt, str) and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
+        return RenderedPrompt(prompt, text, ids, tools)
+
+    def problems(self, pair: PromptPair) -> list[str]:
+        """Which of PROBLEMS the prompts of a row have."""
+        student, teacher = pair.student, pair.teacher
+        found = []
+        if self._is_dropped(student, user_text(student.prompt)):
+            found.append("text dropped")
+        elif not teacher.own and self._is_dropped(teacher, self.context_left(pair)):
+            found.append("context dropped")
+        elif student.ids == teacher.ids:
+            found.append("same prompts")
+        texts = user_text(student.prompt), user_text(teacher.prompt)
+        if any(token in text for text in texts for token in self.special_tokens):
+            found.append("special tokens")
+        if isinstance(student.prompt, str) and self.tokenizer.chat_template is not None:
+            found.append("plain text")
+        return found
+
+    def _is_dropped(self, rendered: RenderedPrompt, part: str) -> bool:
+        """Whether a part of the user's text makes no difference to what the chat template renders."""
+        if part.strip() in rendered.text:
+            return False
+        mark = next(mark for mark in MARKS if mark not in rendered.text)
+        before, _, after = user_text(rendered.prompt).rpartition(part)
+        marked = _with_user_text(rendered.prompt, f"{before}{mark}{after}")
+        return self._text(marked, rendered.tools) == rendered.text
+
+    def generation_prompt(self, rendered: RenderedPrompt) -> str | None:
+        """What the chat template puts after the user's text. None for a prompt that is a text, and where the template
+        does more to the user's text than to strip it."""
+        if isinstance(rendered.prompt, str):
+            return None
+        text = user_text(rendered.prompt)
+        mark = next(mark for mark in MARKS if mark not in rendered.text)
+        marked = self._text(_with_user_text(rendered.prompt, mark + text), rendered.tools)
+        rest = marked.partition(mark)[2]
+        return rest.removeprefix(text.rstrip()).lstrip() if rest.startswith(text.rstrip()) else None
+
+    def spans(self, pair: PromptPair) -> tuple[list[Span], list[Span]]:
+        """Where the question stands in the student's text, and question and context in the teacher's.
+
+        None in a conversation whose chat template does more to the user's text than to strip it, and in a teacher
+        prompt of the row's own.
+        """
+        question = Span("prompt", 0, len(user_text(pair.student.prompt)))
+        return self._in_text(pair.student, [question]), self._in_text(pair.teacher, self._filled_in(pair))
+
+    def context_left(self, pair: PromptPair) -> str:
+        """The context as far as it was not cut; none where the row has a teacher prompt of its own."""
+        if pair.teacher.own:
+            return ""
+        span = next(span for span in self._filled_in(pair) if span.name == "privileged_context")
+        return user_text(pair.teacher.prompt)[span.start : span.end]
+
+    def offsets(self, rendered: RenderedPrompt) -> list[tuple[int, int]]:
+        """Which characters [start, end) of its text each token of a prompt stands for; (0, 0) for one that the
+        tokenizer adds. Raises ValueError for a tokenizer that cannot tell."""
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} does not give the positions of its tokens in a text: a fast "
+                "tokenizer (tokenizer.json) is needed."
+            )
+        encoded = self._encoded(rendered.prompt, rendered.text, return_offsets_mapping=True)
+        return encoded["offset_mapping"][: len(rendered.ids)]
+
+    def _encoded(self, prompt: Prompt, text: str, **options: Any) -> BatchEncoding:
+        return self.tokenizer(text, add_special_tokens=isinstance(prompt, str), **options)
+
+    def _text(self, prompt: Prompt, tools: list[dict[str, Any]] | None) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        if self.tokenizer.chat_template is None:
+            raise DataError(
+                f"The prompt is a conversation, but the tokenizer {self.tokenizer.name_or_path!r} has no chat "
+                "template: use plain-text prompts, or set tokenizer.chat_template."
+            )
+        options = {**self.chat_template_kwargs, **({"tools": tools} if tools else {})}
+        return self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
+
+    def _render_for_teacher(self, example: Example, student: RenderedPrompt, context: str) -> RenderedPrompt:
+        """The question as the student sees it, and the context; or what the row says itself."""
+        own = example.teacher_prompt
+        if own is None:
+            filled = self._fill(user_text(student.prompt), context)
+            return self.render(_with_user_text(example.prompt, filled), example.tools)
+        prompt = _with_user_text(example.prompt, own) if isinstance(own, str) else own
+        return replace(self.render(prompt, example.tools), own=True)
+
+    def _fill(self, question: str, context: str) -> str:
+        values = {"prompt": question, "privileged_context": context}
+        return "".join(literal + (values[name] if name else "") for literal, name in self.template)
+
+    def _filled_in(self, pair: PromptPair) -> list[Span]:
+        """Question and context in the user's text of the teacher's prompt."""
+        if pair.teacher.own:
+            return []
+        question, text = user_text(pair.student.prompt), user_text(pair.teacher.prompt)
+        contexts = sum(name == "privileged_context" for _, name in self.template)
+        context_length = (len(text) - len(self._fill(question, ""))) // contexts
+        lengths = {"prompt": len(question), "privileged_context": context_length}
+        at, spans = 0, []
+        for literal, name in self.template:
+            at += len(literal)
+            if name:
+                spans.append(Span(name, at, at + lengths[name]))
+                at += lengths[name]
+        return spans
+
+    def _in_text(self, rendered: RenderedPrompt, spans: list[Span]) -> list[Span]:
+        """Spans of the user's text as spans of the whole text."""
+        if isinstance(rendered.prompt, str):
+            return spans
+        filled, text = user_text(rendered.prompt), rendered.text
+        mark = next(mark for mark in MARKS if mark not in text)
+        marked = self._text(_with_user_text(rendered.prompt, f"{mark}{filled}{mark}"), rendered.tools)
+        start, end = len(marked.partition(mark)[0]), len(text) - len(marked.rpartition(mark)[2])
+        stripped = filled.find(text[start:end]) if start <= end else -1  # so many characters at its beginning
+        if stripped < 0:
+            return []
+        return [Span(s.name, *(min(max(start + at - stripped, start), end) for at in (s.start, s.end))) for s in spans]
+
+    def _fit(
+        self, text: str, render: Callable[[str], RenderedPrompt], limit: int | None, keep: str, what: str, counter: str
+    ) -> RenderedPrompt:
+        """The prompt rendered with the longest end (or start) of the text that fits into `limit` tokens."""
+        rendered = render(text)
+        length = len(rendered.ids)
+        if limit is None or length <= limit:
+            return rendered
+        if self.truncation != "truncate":
+            raise PromptTooLong(
+                f"{what} has {length} tokens, over the limit of {limit}. Raise the limit, shorten the text, or choose "
+                "truncation='truncate' or 'drop'."
+            )
+        # Cutting by the tokens of the text alone can leave one too many once it is rendered: cut until it fits.
+        while len(rendered.ids) > limit and text:
+            text = self._without_tokens(text, len(rendered.ids) - limit, keep)
+            rendered = render(text)
+        if len(rendered.ids) > limit or not text:
+            raise PromptTooLong(
+                f"{what} has {length} tokens, over the limit of {limit}, and cutting the user's text cannot fix it: "
+                "the template and the other messages are never cut. Raise the limit."
+            )
+        self.counts[counter] += 1
+        return rendered
+
+    def _without_tokens(self, text: str, over: int, keep: str) -> str:
+        """The text without its first (keep='end') or last `over` tokens, and shorter by a character at least."""
+        spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        for kept in range(len(spans) - over, 0, -1):
+            shorter = text[spans[-kept][0] :] if keep == "end" else text[: spans[kept - 1][1]]
+            if shorter != text:  # the tokens of one multi-byte character share its span
+                return shorter
+        return ""
+
+
+def user_text(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def _with_user_text(prompt: Prompt, text: str) -> Prompt:
+    return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]

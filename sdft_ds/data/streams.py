@@ -1,0 +1,82 @@
+"""Streaming data sets (IterableDataset): read forward only, row by row, and restarted when exhausted.
+
+Every rank reads all rows and uses its own, so that ranks agree on the order and no row is used twice; a resumed run
+reads on from where it was by skipping what was used.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+from datasets import IterableDataset
+
+from sdft_ds.data.prompts import PromptBuilder
+from sdft_ds.data.rows import DataError, check_columns
+from sdft_ds.data.validation import BadRows, RowValidator, name_of
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Name the data set in whatever its readers raise inside; for odd files they raise all kinds of errors."""
+    try:
+        yield
+    except Exception as error:
+        first = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        raise DataError(f"{where} cannot be read: {type(first).__name__}: {' '.join(str(first).split())}") from error
+
+
+class Stream:
+    """Row `i` of the stream as `stream[i]`, for i that never decrease.
+
+    Rows that are left out (see screening) are not counted; a bad one is warned about, and the limit is for each pass.
+    Raises DataError when it comes to a row that ends the run, and for a stream without a row that can be used.
+    """
+
+    def __init__(self, dataset: IterableDataset, builder: PromptBuilder, bad_rows: BadRows):
+        self.dataset = dataset
+        looking = copy(builder)  # what is cut counts when the row is used
+        looking.counts = Counter()
+        self.screen = RowValidator(name_of(dataset, "train_dataset"), looking, bad_rows)
+        self.rows = self._endless()
+        self.position = -1
+        self.current: dict[str, Any] = {}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < self.position:
+            raise IndexError(f"Row {index} of a stream that has gone on to {self.position}.")
+        while self.position < index:
+            self.current = next(self.rows)
+            self.position += 1
+        return self.current
+
+    def _endless(self) -> Iterator[dict[str, Any]]:
+        screen, passes = self.screen, 0
+        while True:
+            used, screen.reasons = 0, []
+            self.dataset.set_epoch(passes)
+            for index, row in enumerate(self._stored()):
+                if passes == index == 0:
+                    check_columns(list(row))
+                bad = len(screen.reasons)
+                # All ranks look at all rows: what takes time only where it says which rows are left out.
+                first = passes == index == 0
+                if screen.accepts(row, index, lengths=screen.leaves_out or first):
+                    if first:
+                        for told in filter(None, [*screen.problems.told(1).values(), screen.first]):
+                            warnings.warn(f"{screen.where}: {told}", stacklevel=2)
+                    used += 1
+                    yield row
+                elif len(screen.reasons) > bad and passes == 0:
+                    warnings.warn(f"{screen.where}: skipped: {screen.reasons[-1]}", stacklevel=2)
+            if not used:
+                raise DataError(f"{screen.where} is a stream without a row that can be used.")
+            passes += 1
+
+    def _stored(self) -> Iterator[dict[str, Any]]:
+        with reading(self.screen.where):
+            yield from self.dataset

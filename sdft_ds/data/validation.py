@@ -1,0 +1,251 @@
+"""Validates every row before training; invalid rows raise or are skipped (`bad_rows`).
+
+A row is *bad* where its contents are not what is needed: it ends the run, or is left out (`bad_rows`). One that is
+only too long is the business of `truncation`.
+"""
+
+import hashlib
+import json
+import warnings
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from datasets import Dataset, IterableDataset
+
+from sdft_ds.data import prompts, rows
+from sdft_ds.data.prompts import PromptBuilder, PromptPair, PromptTooLong
+from sdft_ds.data.rows import DataError, RowError, check_columns, example_from_row
+from sdft_ds.files import atomic_write
+
+BAD_ROWS = ("error", "skip")
+ROW_NUMBER = "_row"  # of a row in its source, where the data set was rearranged on its way here
+REASONS_TOLD = 5
+SHOWN_END = 60  # characters of a prompt's end in a message
+NOTHING_TO_LEARN = ("text dropped", "context dropped", "same prompts")  # where it holds for every row
+
+
+@dataclass(frozen=True)
+class BadRows:
+    """What to do with bad rows. limit: of those that are left out."""
+
+    policy: str = "error"
+    limit: int = 100
+
+
+STRICT = BadRows()
+
+
+@dataclass
+class Problems:
+    """Counts what is wrong with the prompts of rows that can be used. found: problem -> (count, the first row)."""
+
+    found: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, problems: list[str], index: int) -> None:
+        for problem in problems:
+            count, first = self.found.get(problem, (0, index))
+            self.found[problem] = count + 1, first
+
+    def told(self, rows: int) -> dict[str, str]:
+        """Problem -> what to say of it, of so many rows."""
+        return {
+            problem: f"{count} of {rows} rows, the first of them row {first}: {prompts.PROBLEMS[problem]}"
+            for problem, (count, first) in self.found.items()
+        }
+
+
+@dataclass
+class RowValidator:
+    """Looks at the rows of one data set.
+
+    reasons: why rows were left out, one for each bad row. too_long: how many were left out as too long.
+    """
+
+    where: str
+    builder: PromptBuilder
+    bad_rows: BadRows
+    reasons: list[str] = field(default_factory=list)
+    too_long: int = 0
+    problems: Problems = field(default_factory=Problems)
+    first: str | None = None  # what to say of the first row that was rendered; "": nothing
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a row may be left out, and not only end the run."""
+        return self.bad_rows.policy == "skip" or self.builder.truncation == "drop"
+
+    def accepts(self, row: dict[str, Any], index: int, lengths: bool = True) -> bool:
+        """Whether row `index` can be used; it is counted where it cannot. lengths: render its prompts, too.
+
+        Raises DataError or PromptTooLong, as the policies say, and DataError for one bad row too many.
+        """
+        try:
+            example = example_from_row(row, index)
+            if lengths:
+                pair = self.builder.build(example, index)
+                self.problems.add(self.builder.problems(pair), index)
+                if self.first is None:
+                    self.first = _generation_prompts(pair, index, self.builder)
+        except PromptTooLong as error:
+            if self.builder.truncation == "drop":
+                self.too_long += 1
+                return False
+            if self.bad_rows.policy == "error" or self.builder.truncation == "error":
+                raise PromptTooLong(f"{self.where}: {error}") from None
+            self.reasons.append(str(error))
+        except RowError as error:
+            if self.bad_rows.policy == "error":
+                raise DataError(f"{self.where}: {error} Or leave such rows out: bad_rows='skip'.") from None
+            self.reasons.append(str(error))
+        else:
+            return True
+        if len(self.reasons) > self.bad_rows.limit:
+            raise DataError(
+                f"{self.where}: more rows than max_bad_rows={self.bad_rows.limit} cannot be used. The last: "
+                f"{self.reasons[-1]}"
+            )
+        return False
+
+
+def name_of(dataset: Dataset | IterableDataset, name: str) -> str:
+    """How messages call the data set: by the argument, and by the source and split that it knows of itself."""
+    source, split = dataset.info.dataset_name, dataset.split
+    known = [str(source)] if source else []
+    known += [f"split {split}"] if split else []
+    return f"{name} ({', '.join(known)})" if known else name
+
+
+def _require_dataset(dataset: Any, name: str) -> None:
+    """Raises DataError, with the remedy, for what is no data set of `datasets`."""
+    if isinstance(dataset, Dataset | IterableDataset):
+        return
+    if isinstance(dataset, dict):
+        splits = ", ".join(map(repr, dataset))
+        remedy = f"it has {splits or 'no splits'}: give one, {name}=dataset[{next(iter(dataset), 'train')!r}]"
+    elif isinstance(dataset, list | tuple):
+        remedy = f"give {name}=datasets.Dataset.from_list(rows)"
+    else:
+        remedy = "give a datasets.Dataset, made by load_dataset or Dataset.from_list, for example"
+    raise DataError(f"{name} is a {type(dataset).__name__}, and no Dataset of the package datasets: {remedy}.")
+
+
+def validate_dataset(dataset: Dataset, name: str, builder: PromptBuilder, bad_rows: BadRows = STRICT) -> Dataset:
+    """Look at every row before the first step; those that are left out are counted and warned about.
+
+    What was found about a data set on disk is remembered in the cache of `datasets`. Raises DataError naming data set,
+    split, row and column.
+    """
+    _require_dataset(dataset, name)
+    where = name_of(dataset, name)
+    if isinstance(dataset, IterableDataset):
+        raise DataError(f"{where} is an IterableDataset: only train_dataset can be a stream.")
+    if len(dataset) == 0:
+        raise DataError(f"{where} is empty.")
+    try:
+        check_columns(dataset.column_names)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    file = _cache_file(dataset, builder, bad_rows)
+    if file is not None and file.exists():
+        found = json.loads(file.read_text())
+    else:
+        found = _look(dataset, RowValidator(where, builder, bad_rows))
+        if file is not None:
+            _remember(file, found)
+    _tell(where, len(dataset), **found)
+    left_out = set(found["left_out"])
+    return dataset.select([i for i in range(len(dataset)) if i not in left_out]) if left_out else dataset
+
+
+def _generation_prompts(pair: PromptPair, index: int, builder: PromptBuilder) -> str:
+    """What to say where student and teacher begin their answers in different states."""
+    student, teacher = map(builder.generation_prompt, (pair.student, pair.teacher))
+    if student == teacher or None in (student, teacher):
+        return ""
+    return (
+        f"after the user's text of row {index} the student's prompt ends with {student[-SHOWN_END:]!r}, the teacher's "
+        f"with {teacher[-SHOWN_END:]!r}, so that both answer in different ways: set chat_template_kwargs, such as "
+        "enable_thinking, or take out of the texts what switches the chat template."
+    )
+
+
+def _look(dataset: Dataset, screen: RowValidator) -> dict[str, Any]:
+    left_out = []
+    for index, row in enumerate(datasets.utils.tqdm(dataset, desc=f"Checking {screen.where}")):
+        if not screen.accepts(row, row.get(ROW_NUMBER, index)):
+            left_out.append(index)
+    cut = dict(screen.builder.counts)
+    screen.builder.counts.clear()
+    problems = screen.problems.found
+    return {
+        "left_out": left_out, "reasons": screen.reasons, "too_long": screen.too_long, "cut": cut,
+        "problems": problems, "first": screen.first,
+    }  # fmt: skip
+
+
+def _tell(
+    where: str, count: int, left_out: list[int], reasons: list[str], too_long: int, cut: dict[str, int],
+    problems: dict[str, tuple[int, int]], first: str | None,
+) -> None:  # fmt: skip
+    """Warn of what is left out, cut and wrong with some rows; raises DataError where nothing is left, or nothing that
+    could be learned."""
+    if len(left_out) == count:
+        why = f" Of the first bad one: {reasons[0]}" if reasons else ""
+        raise DataError(
+            f"{where}: all {count} rows are skipped: {too_long} are over max_prompt_length or "
+            f"max_teacher_prompt_length, {len(reasons)} are bad.{why}"
+        )
+    if reasons:
+        more = f" And {len(reasons) - REASONS_TOLD} more." if len(reasons) > REASONS_TOLD else ""
+        warnings.warn(
+            f"{where}: {len(reasons)} of {count} rows are invalid and skipped: "
+            f"{' '.join(reasons[:REASONS_TOLD])}{more}",
+            stacklevel=4,
+        )
+    usable = count - len(left_out)
+    for problem, told in Problems(problems).told(usable).items():
+        if problem in NOTHING_TO_LEARN and problems[problem][0] == usable:
+            raise DataError(f"{where}: {told}")
+        warnings.warn(f"{where}: {told}", stacklevel=4)
+    if first:
+        warnings.warn(f"{where}: {first}", stacklevel=4)
+    if too_long or cut:
+        warnings.warn(
+            f"{where}: of {count} rows {too_long} are dropped, {cut.get('student_prompts_cut', 0)} lose the "
+            f"beginning of the prompt and {cut.get('teacher_prompts_cut', 0)} the end of the context, because of "
+            "max_prompt_length and max_teacher_prompt_length.",
+            stacklevel=4,
+        )
+
+
+def _cache_file(dataset: Dataset, builder: PromptBuilder, bad_rows: BadRows) -> Path | None:
+    """Where what is found is kept: a name for these rows, this way to render them, and this code. None for rows in
+    memory, which are not worth it, and for tokenizers that cannot say what they are."""
+    if not dataset.cache_files or not datasets.is_caching_enabled() or not builder.tokenizer.is_fast:
+        return None
+    code = [Path(file).read_text() for file in (rows.__file__, prompts.__file__, __file__)]
+    facts = [
+        dataset._fingerprint,
+        builder.tokenizer.backend_tokenizer.to_str(),
+        builder.tokenizer.chat_template,
+        builder.template,
+        builder.max_prompt_length,
+        builder.max_teacher_prompt_length,
+        builder.truncation,
+        builder.chat_template_kwargs,
+        asdict(bad_rows),
+        transformers.__version__,
+        code,
+    ]
+    key = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+    return Path(datasets.config.HF_DATASETS_CACHE, "sdft_ds", f"{key}.json")
+
+
+def _remember(file: Path, found: dict[str, Any]) -> None:
+    """As several ranks may; a disk that takes no files costs only the next look."""
+    with suppress(OSError), atomic_write(file) as aside:
+        aside.write_text(json.dumps(found))

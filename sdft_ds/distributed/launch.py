@@ -1,0 +1,289 @@
+"""How the process is started: process group, accelerate's and transformers' global state, DeepSpeed's configuration.
+
+Patches torch.distributed's default timeouts and DeepSpeed's list of compatible operators.
+"""
+
+import copy
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import distributed_c10d
+
+# What a launcher says, and accelerate for the rest of the process once a configuration has said it.
+_USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+
+
+_LAUNCHED_WITH_DEEPSPEED = _USE_DEEPSPEED in os.environ
+
+
+def no_accelerator() -> bool:
+    """True on a machine where only the CPU can train."""
+    return not torch.accelerator.is_available()
+
+
+def start_process_group(deepspeed_config: Any, use_cpu: bool, timeout_seconds: int) -> None:
+    """Start DeepSpeed's process group where accelerate would not do it right, which it does without a configuration.
+
+    On a CPU it has to exist before TrainingArguments builds accelerate's state: that starts torch's group but not
+    deepspeed.comm, after which zero.Init believes that the world has one rank. Plain `python` becomes rank 0 of 1.
+    """
+    if use_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # also where DeepSpeed would find something else
+    # Also for the groups that DeepSpeed makes itself, without saying how long they may wait.
+    timeout = timedelta(seconds=timeout_seconds)
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    if not deepspeed_config and not _LAUNCHED_WITH_DEEPSPEED:  # left by an earlier configuration
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        os.environ.pop(_USE_DEEPSPEED, None)
+        unset_hf_deepspeed_config()
+        return
+    _own_programs_first()
+    if "RANK" not in os.environ:
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        os.environ.update(alone)
+    if use_cpu:
+        import deepspeed
+
+        # A way of reducing that training never takes. It needs a compiler, and where a rank dies while it is set up
+        # the others wait for its shared memory without end.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("gloo", verbose=False, timeout=timeout)
+
+
+def own_settings(args: Any) -> Any:
+    """A trainer's copy of its settings, into which transformers, accelerate and we write; the caller's stay as they
+    are. DeepSpeed's configuration, whose `auto` is filled in from the model, is a part of it.
+
+    accelerate and transformers hold one state for the process, that of the settings that were made last: it becomes
+    that of these.
+    """
+    own = object.__new__(type(args))  # not by copy, which leaves out what is not to be pickled
+    vars(own).update(vars(args))
+    shared = [name for name in ("accelerator_config", "hf_deepspeed_config", "deepspeed_plugin") if name in vars(args)]
+    # Together, for the plugin holds the configuration.
+    vars(own).update(copy.deepcopy({name: vars(args)[name] for name in shared}))
+    vars(own).pop("_setup_devices", None)
+    own._setup_devices  # noqa: B018  transformers' way of making the process's state
+    _set_hf_config(own)
+    return own
+
+
+def _set_hf_config(args: Any) -> None:
+    """What transformers asks whether to load a model sharded."""
+    from transformers.integrations import deepspeed as integration
+
+    if args.deepspeed:
+        integration.set_hf_deepspeed_config(args.hf_deepspeed_config)
+    elif args.deepspeed_plugin is not None:
+        args.deepspeed_plugin.set_deepspeed_weakref()
+    else:
+        integration.unset_hf_deepspeed_config()
+
+
+class ProcessState:
+    """accelerate's and transformers' state of this process as it is when this is made, to be entered later, whatever
+    other trainers and settings were made meanwhile."""
+
+    def __init__(self, args: Any, accelerator: Any):
+        self.args = args
+        self.shared = [(vars(state), dict(vars(state))) for state in (args.distributed_state, accelerator.state)]
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        before = [(shared, dict(shared)) for shared, _ in self.shared]
+        with unsharded():  # which puts transformers' configuration back
+            self._set(self.shared)
+            _set_hf_config(self.args)
+            try:
+                yield
+            finally:
+                self._set(before)
+
+    @staticmethod
+    def _set(states: list[tuple[dict, dict]]) -> None:
+        for shared, values in states:
+            shared.clear()
+            shared.update(values)
+
+
+@contextmanager
+def unsharded() -> Iterator[None]:
+    """Inside, transformers and PEFT make whole weights, also under a configuration of ZeRO-3."""
+    from transformers.integrations import deepspeed as integration
+
+    config = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = config
+
+
+@contextmanager
+def config_kept(accelerator: Any) -> Iterator[None]:
+    """Afterwards DeepSpeed's configuration is as it was: transformers takes out of it what inference does not need."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    config = plugin.hf_ds_config.config
+    before = copy.deepcopy(config)
+    try:
+        yield
+    finally:
+        config.clear()
+        config.update(before)
+
+
+def complete_configuration(given: Any) -> dict[str, Any] | None:
+    """DeepSpeed's configuration, of which a file, a dict or its JSON is given, with what it leaves out taken from the
+    arguments: batch sizes, clipping, precision, and the hyperparameters of a plain optimizer or scheduler of its own.
+
+    Raises ValueError for what cannot be read.
+    """
+    if not given:
+        return None
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    try:
+        config = HfDeepSpeedConfig(given).config  # of a dict it makes a copy
+    except (ValueError, OSError, AttributeError) as error:
+        raise ValueError(f"deepspeed: a file, or a dict, with DeepSpeed's configuration is needed: {error}") from None
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        config.setdefault(name, "auto")
+    config.setdefault("gradient_clipping", "auto")
+    for name in ("bf16", "fp16"):
+        config.setdefault(name, {}).setdefault("enabled", "auto")
+    config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    for section in ("optimizer", "scheduler"):
+        own = config.get(section, {})
+        for name in _TAKEN_FROM_ARGUMENTS.get(own.get("type"), ()):
+            own.setdefault("params", {}).setdefault(name, "auto")
+    return config
+
+
+# type of DeepSpeed's own optimizer or scheduler -> its parameters that transformers fills in from the arguments
+_TAKEN_FROM_ARGUMENTS = {
+    **{name: ("lr", "betas", "eps", "weight_decay") for name in ("Adam", "AdamW")},
+    "WarmupLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"),
+    "WarmupDecayLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"),
+}
+
+
+def configuration_in_effect(args: Any) -> Any:
+    """DeepSpeed's configuration of a run with these arguments, as transformers' HfTrainerDeepSpeedConfig: that of
+    `deepspeed`, or the one that accelerate's launcher has set; None without DeepSpeed."""
+    plugin = args.deepspeed_plugin
+    if plugin is None or args.deepspeed:
+        return plugin and plugin.hf_ds_config
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    # What transformers does as well, but not before there is a trainer.
+    config = HfTrainerDeepSpeedConfig(plugin.hf_ds_config.config)
+    config.trainer_config_process(args)
+    plugin.hf_ds_config, plugin.deepspeed_config = config, config.config
+    return config
+
+
+@contextmanager
+def naming_the_port() -> Iterator[None]:
+    """Raises ValueError, with the remedy, where the port of a process group that is made inside is taken."""
+    try:
+        yield
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"MASTER_PORT={os.environ.get('MASTER_PORT')} is taken by another program on this machine: set another "
+            "(--master_port of torchrun and deepspeed, --main_process_port of accelerate launch)."
+        ) from None
+
+
+def _own_programs_first() -> None:
+    """JIT operators are built with ninja from the environment of this interpreter, activated or not."""
+    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
+
+
+def build_operator() -> str:
+    """Build the operator that offloaded optimizers need, or load it where it is built; its name. Raises what
+    DeepSpeed and torch raise where it cannot be built.
+    """
+    _own_programs_first()
+    if no_accelerator():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("CPUAdamBuilder")
+    builder.load()
+    return builder.name
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def configured_stage(accelerator: Any) -> int | None:
+    """The stage of the engine that is going to be made; None without DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    return None if plugin is None else plugin.zero_stage
+
+
+def is_configured(accelerator: Any) -> bool:
+    """Whether the engine that is going to be made is DeepSpeed's."""
+    return configured_stage(accelerator) is not None
+
+
+def shards_weights(accelerator: Any) -> bool:
+    """Whether that engine will hold a shard of the weights on each rank."""
+    return configured_stage(accelerator) == 3
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How an optimizer's state is spread over ranks. stage: None without DeepSpeed."""
+
+    stage: int | None
+    ranks: int
+
+    def __str__(self) -> str:
+        return "without DeepSpeed" if self.stage is None else f"at ZeRO stage {self.stage}"
+
+    def can_read(self, saved: "Sharding") -> bool:
+        """Whether a run with this sharding can take over the optimizer's state of another one in any form."""
+        return saved.stage == self.stage or {saved.stage, self.stage} == {1, 2}
+
+    def differs_from(self, saved: "Sharding") -> bool:
+        """Whether it has to be resharded, by the universal form. At stage 0 every rank has all of it."""
+        return saved.stage != self.stage or bool(self.stage and saved.ranks != self.ranks)
+
+
+def configure_accumulation(accelerator: Any, steps: int) -> None:
+    """Let the engine that is going to be made accumulate `steps` micro-batches. Without DeepSpeed the loop does."""
+    if configured_stage(accelerator) is None:
+        return
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["gradient_accumulation_steps"] = steps
+    config["train_batch_size"] = steps * config["train_micro_batch_size_per_gpu"] * accelerator.num_processes
+
+
+def load_universal(accelerator: Any) -> None:
+    """Let the engine that is going to be made read a universal checkpoint."""
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config.setdefault("checkpoint", {})["load_universal"] = True

@@ -1,0 +1,284 @@
+"""Weights under ZeRO: gathering them, forwards outside of the training step, and each rank's shards. Patches the
+coordinator of ZeRO-3.
+
+deepspeed is imported where it is used: it is slow to import, and nobody needs it who trains without it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdft_ds.distributed import engines, launch, ranks
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(param, "ds_id") for param in model.parameters())
+
+
+def refuse_sharded(model: nn.Module, accelerator: Any) -> None:
+    """Raises ValueError for a model whose weights ZeRO-3 has sharded, where this run has no ZeRO-3."""
+    if launch.configured_stage(accelerator) != 3 and is_sharded(model):
+        raise ValueError(
+            "The model's weights are sharded by ZeRO-3, of another trainer or of the configuration that it was loaded "
+            "under, and this run is not at stage 3: save that model, and load it for this run."
+        )
+
+
+def full_shape(param: Tensor) -> torch.Size:
+    """The shape of the whole parameter, of which a rank may hold a shard."""
+    return getattr(param, "ds_shape", param.shape)
+
+
+@torch.no_grad()
+def full_copies(params: list[Tensor]) -> list[Tensor]:
+    """Copies of whole parameters on this rank. Every rank must call it."""
+    with _gathered(params):
+        return [param.detach().clone() for param in params]
+
+
+@contextmanager
+def _gathered(params: list[Tensor]) -> Iterator[None]:
+    sharded = [param for param in params if hasattr(param, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield
+
+
+class _Resident:
+    """Stands in for ZeRO-3's parameter coordinator while all weights are gathered: there is nothing to fetch."""
+
+    def reset_step(self) -> None: ...
+
+    def trace_prologue(self, sub_module: nn.Module) -> None: ...
+
+    def is_record_trace(self) -> bool:
+        return False
+
+    def fetch_sub_module(self, sub_module: nn.Module, forward: bool) -> None: ...
+
+    def release_sub_module(self, sub_module: nn.Module, forward: bool = False) -> None: ...
+
+
+@contextmanager
+def _coordinator(engine: nn.Module, coordinator: Any) -> Iterator[None]:
+    """ZeRO-3 fetches through the given coordinator inside, and through its own again afterwards, whatever happens."""
+    offload = engines.parameter_offload(engine)
+    own, offload.param_coordinator = offload.param_coordinator, coordinator
+    try:
+        yield
+    finally:
+        offload.param_coordinator = own
+
+
+@contextmanager
+def generation_weights(engine: nn.Module, gather: bool) -> Iterator[bool]:
+    """The model inside the engine can generate within; yields whether every rank must go on until the last is done.
+
+    ZeRO-3 with `gather`: all weights are gathered once and its hooks idle, so ranks may differ in the number and the
+    length of their calls. Without: each layer is gathered for each token, and all ranks go on until the last is done.
+    """
+    if engines.stage(engine) < 3:
+        yield False
+    elif not gather:
+        with _recovering(engine):
+            yield ranks.world_size() > 1
+    else:
+        with (
+            _gathered(list(engine.module.parameters())),
+            _coordinator(engine, _Resident()),
+            _recovering(engine, release=False),
+        ):
+            yield False
+
+
+@contextmanager
+def _recovering(engine: nn.Module, release: bool = True) -> Iterator[None]:
+    """After an exception in one of ZeRO-3's forwards inside, no module is in a forward any more. release: and the
+    weights that it gathered, or had begun to gather, are let go."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    depth = len(FWD_MODULE_STACK)
+    try:
+        yield
+    except BaseException:
+        del FWD_MODULE_STACK[depth:]
+        for module in engine.module.modules():
+            if hasattr(module._parameters, "_in_forward"):
+                module._parameters._in_forward = False  # or it gathers each parameter that is looked at
+        if release:
+            engines.parameter_offload(engine).empty_partition_cache()
+        raise
+
+
+@contextmanager
+def scoring_pass(engine: nn.Module) -> Iterator[nn.Module]:
+    """Forwards that no backward follows, of the module that is yielded.
+
+    DDP is left out: it would exchange buffers with the other ranks in each forward. ZeRO-3 must not mix them up with
+    the order of a training step: its coordinator learns the order of modules over one forward and backward, and
+    prefetches by it. A second coordinator, with the same settings, learns the order of these forwards.
+    """
+    if engines.stage(engine) < 3:
+        yield engine.module if isinstance(engine, nn.parallel.DistributedDataParallel) else engine
+        return
+    offload = engines.parameter_offload(engine)
+    with _coordinator(engine, _scoring_coordinator(offload)), _recovering(engine):
+        try:
+            yield engine
+            drop_prefetched(engine)
+        except BaseException:
+            del offload.sdft_scoring_coordinator  # it holds half an order; the next one learns the whole
+            raise
+
+
+def drop_prefetched(engine: nn.Module) -> None:
+    """Let go of what ZeRO-3 has begun to gather for a forward that does not come; it could not be gathered by hand."""
+    if engines.stage(engine) == 3:
+        engines.parameter_offload(engine).param_coordinator._clean_inflight_param_registry()
+
+
+def forward_is_collective(engine: nn.Module) -> bool:
+    """Whether each forward gathers weights from the other ranks, so that all ranks have to make as many."""
+    return engines.stage(engine) == 3 and ranks.world_size() > 1
+
+
+def register_external_params(module: nn.Module, params: list[Tensor]) -> None:
+    """Let the module's own forward compute with parameters of modules inside it: ZeRO-3 gathers them for it."""
+    inside = {id(param) for param in module.parameters(recurse=False)}
+    for param in params:
+        if hasattr(param, "ds_id") and id(param) not in inside:
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(module, param)
+
+
+def _scoring_coordinator(offload: Any) -> Any:
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    if not hasattr(offload, "sdft_scoring_coordinator"):
+        offload.sdft_scoring_coordinator = PartitionedParameterCoordinator(
+            prefetch_bucket_sz=offload._prefetch_bucket_sz,
+            max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
+            max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
+            allgather_stream=offload._DeepSpeedZeRoOffload__allgather_stream,
+            inflight_param_registry=offload._DeepSpeedZeRoOffload__inflight_param_registry,
+            prefetch_nvme=getattr(offload.offload_device, "value", None) == "nvme",
+            timers=offload.timers,
+            zero_quantized_weights=offload.zero_quantized_weights,
+            zero_quantized_nontrainable_weights=offload.zero_quantized_nontrainable_weights,
+            fast_sharding_for_leaf_module=offload.fast_sharding_for_leaf_module,
+            log_trace_cache_warnings=offload.log_trace_cache_warnings,
+        )
+    return offload.sdft_scoring_coordinator
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """This rank's part of one trainable parameter, flat: elements offset ... offset + len(weights) of the whole.
+
+    weights: what the forward computes with, once `rewritten` has shown it to the other ranks. master: the fp32 values
+    that the optimizer trains; None where the weights themselves are those.
+    """
+
+    name: str
+    offset: int
+    weights: Tensor
+    master: Tensor | None
+
+    @property
+    def values(self) -> Tensor:
+        return self.weights if self.master is None else self.master
+
+
+def local_shards(engine: nn.Module, trainable: list[tuple[str, nn.Parameter]]) -> list[LocalShard]:
+    """This rank's pieces of the given parameters, as of now: views into the engine, not to be kept over a step."""
+    if engines.stage(engine) == 3:
+        found = [_stage3_piece(engine, name, param) for name, param in trainable]
+    elif engines.stage(engine) > 0:
+        found = [_fragment_piece(name, param) for name, param in trainable if param._hp_mapping is not None]
+    else:
+        masters = _masters_by_param(engine)
+        found = [LocalShard(name, 0, param.data.view(-1), masters.get(id(param))) for name, param in trainable]
+    for piece in found:
+        if piece.master is not None and piece.master.data_ptr() == piece.weights.data_ptr():
+            raise RuntimeError(
+                f"{piece.name}: DeepSpeed trains the weights that the forward computes with, and has no master from "
+                "which the student could be put back after a teacher's pass. Use teacher_model_kind='live'."
+            )
+    return found
+
+
+def _stage3_piece(engine: nn.Module, name: str, param: nn.Parameter) -> LocalShard:
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    shard = param.ds_tensor
+    trains = hasattr(engine.optimizer, "parameter_offload")  # an engine for inference has no masters
+    offset = shard.ds_numel * param.ds_zero_partition_rank  # among those that share it, which may be few of all ranks
+    return LocalShard(name, offset, shard.data, safe_get_local_fp32_param(param) if trains else None)
+
+
+def _fragment_piece(name: str, param: nn.Parameter) -> LocalShard:
+    fragment = param._hp_mapping
+    return LocalShard(name, fragment.lp_fragment_address.start, fragment.lp_fragment.data, fragment.hp_fragment.data)
+
+
+def _masters_by_param(engine: nn.Module) -> dict[int, Tensor]:
+    """Stage 0 in half precision: whole fp32 masters, one for each parameter or flat for a group of them."""
+    optimizer = getattr(engine, "optimizer", None)
+    masters = {}
+    for g, params in enumerate(getattr(optimizer, "fp16_groups", [])):
+        if hasattr(optimizer, "fp32_groups_flat"):
+            whole, start = optimizer.fp32_groups_flat[g].data, 0
+            for param in params:
+                masters[id(param)] = whole[start : start + param.numel()]
+                start += param.numel()
+        else:
+            masters |= {
+                id(param): master.data.view(-1) for param, master in zip(params, optimizer.fp32_groups[g], strict=True)
+            }
+    return masters
+
+
+@contextmanager
+def publish_shards(engine: nn.Module) -> Iterator[None]:
+    """Write to the weights of pieces inside; afterwards every forward on every rank sees them.
+
+    At stage 3 whole parameters may be cached, and hpZ keeps a copy of every shard in the node; both would be computed
+    with as they were, so the cache is emptied first and the copies are dropped afterwards. At stages 1 and 2 each
+    rank's partition is gathered into the others' whole weights. After an exception as well: what was written until
+    then is the same on every rank.
+    """
+    if engines.stage(engine) == 3:
+        engines.parameter_offload(engine).empty_partition_cache()
+    try:
+        yield
+    finally:
+        _publish(engine)
+
+
+def _publish(engine: nn.Module) -> None:
+    """Let every forward on every rank see what was written to the weights of pieces."""
+    optimizer = getattr(engine, "optimizer", None)
+    if engines.stage(engine) == 3 and hasattr(optimizer, "invalidate_secondary_tensor"):
+        optimizer.invalidate_secondary_tensor()
+    if engines.stage(engine) in (1, 2):
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        all_gather_dp_groups(
+            groups_flat=optimizer.bit16_groups_flat,
+            partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,
+            dp_process_group=optimizer.real_dp_process_group,
+            start_alignment_factor=optimizer.nccl_start_alignment_factor,
+            allgather_bucket_size=optimizer.allgather_bucket_size,
+        )
+    # ZeRO-3 gathers on a stream of its own, which does not wait for what this one has written.
+    if torch.accelerator.is_available():
+        torch.accelerator.current_stream().synchronize()

@@ -1,0 +1,1 @@
+"""Training loop on transformers' Trainer; the only package that uses its private attributes."""

@@ -1,0 +1,1 @@
+"""The divergence between student and teacher, in chunks, normalized over all ranks."""

@@ -1,0 +1,360 @@
+"""The language-model head and the divergence, one chunk of tokens at a time: [N, V] logits are never in memory.
+
+Shapes: N loss tokens, C tokens of a chunk, V vocabulary, D hidden, K support (top-k), Q rank of an adapter.
+
+Memory, beyond the hidden states and the head's own gradient: O(C x V). Each chunk is projected, compared, and its
+gradient taken at once, so the backward pass only scales what the forward pass found. Inside, the sum of
+weight x loss is kept unscaled: the scale (1 / loss tokens of the whole optimizer step) is applied in fp32 at the end,
+where it cannot push a half-precision gradient below its smallest number.
+
+On a top-k support without a tail only K logits of the teacher and K gradients of each token exist: the teacher's side
+and the gradients are computed with those K rows of the head, in place of three products with all V.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdft_ds.loss.divergence import (
+    CrossEntropy,
+    Divergence,
+    importance_weight,
+    interpolated_divergence_and_gradient,
+    token_log_probs,
+)
+
+LogitsTransform = Callable[[Tensor], Tensor] | None
+
+# Elements of one chunk's logits; 8 Mi fp32 elements are 32 MB, and a full-vocabulary loss holds about seven such.
+CHUNK_ELEMENTS = 1 << 23
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter on the head: logits += scale x hidden A^T B^T, with A [Q, D] and B [V, Q]."""
+
+    down_QD: Tensor
+    up_VQ: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class HeadValues:
+    """The values of a language-model head at one moment: weight [V, D], bias [V] or None, adapter or None.
+
+    A weight of None, for a teacher's head: weight and bias are the student's own, which do not change.
+    """
+
+    weight_VD: Tensor | None
+    bias_V: Tensor | None = None
+    adapter: Adapter | None = None
+
+    def beside(self, student: "HeadValues") -> "HeadValues":
+        """With the student's weight and bias in the place of a weight of None."""
+        return self if self.weight_VD is not None else replace(student, adapter=self.adapter)
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What the loss of N completion tokens needs beside the student's hidden states and head.
+
+    teacher_hidden_ND: the teacher's last hidden states at the same tokens; None for a cross entropy.
+    teacher_head: the teacher's head; None where it is the student's own.
+    tokens_N: the completion tokens; weights_N: each token's share in the sum, 0 where it is not part of the loss.
+    old_log_probs_N: the sampler's log-probabilities (None: no importance weight), clipped at `is_clip`.
+    """
+
+    divergence: Divergence | CrossEntropy
+    teacher_hidden_ND: Tensor | None
+    teacher_head: HeadValues | None
+    tokens_N: Tensor
+    weights_N: Tensor
+    old_log_probs_N: Tensor | None = None
+    is_clip: float | None = None
+
+    def per_token(self, student_logits_CV: Tensor, teacher_logits_CV: Tensor, chunk: slice) -> Tensor:
+        """Divergence of each token of the chunk, importance weight included, [C]."""
+        loss_C = self.divergence.per_token(student_logits_CV, teacher_logits_CV, self.tokens_N[chunk])
+        return self._weighted(loss_C, student_logits_CV, chunk)
+
+    def per_token_on_support(
+        self, student_CK: Tensor, teacher_CK: Tensor, student_logits_CV: Tensor, chunk: slice
+    ) -> Tensor:
+        """The same from the logits on a top-k support, [C]; the student's others are for the importance weight."""
+        return self._weighted(self.divergence.on_support(student_CK, teacher_CK), student_logits_CV, chunk)
+
+    @property
+    def _importance_counts(self) -> bool:
+        return self.old_log_probs_N is not None and self.is_clip is not None
+
+    def _weighted(self, loss_C: Tensor, student_logits_CV: Tensor, chunk: slice) -> Tensor:
+        if not self._importance_counts:
+            return loss_C
+        log_probs_C = token_log_probs(student_logits_CV.detach() / self.divergence.temperature, self.tokens_N[chunk])
+        return loss_C * importance_weight(log_probs_C, self.old_log_probs_N[chunk], self.is_clip)
+
+    def full_with_gradient(
+        self, student_logits_CV: Tensor, teacher_logits_CV: Tensor, chunk: slice
+    ) -> tuple[Tensor, Tensor]:
+        """`per_token` over the whole vocabulary [C], and the gradient of the sum of weight x loss in the student's
+        logits [C, V]. Both sides' logits are overwritten."""
+        temperature = self.divergence.temperature
+        for logits_CV in (student_logits_CV, teacher_logits_CV):
+            logits_CV.div_(temperature)
+            logits_CV.sub_(logits_CV.amax(-1, keepdim=True))  # first, or large logits cost the last digits
+            logits_CV.sub_(logits_CV.logsumexp(-1, keepdim=True))
+        factor_C = torch.ones_like(self.weights_N[chunk])
+        if self._importance_counts:
+            log_probs_C = student_logits_CV.gather(-1, self.tokens_N[chunk].unsqueeze(-1)).squeeze(-1)
+            factor_C = importance_weight(log_probs_C, self.old_log_probs_N[chunk], self.is_clip)
+        loss_C, grad_CV = interpolated_divergence_and_gradient(
+            student_logits_CV, teacher_logits_CV, self.divergence.alpha
+        )
+        grad_CV.mul_((factor_C * self.weights_N[chunk] / temperature).unsqueeze(-1))
+        return loss_C * factor_C, grad_CV
+
+
+def chunked_distillation_loss(
+    hidden_ND: Tensor,
+    head: HeadValues,
+    terms: LossTerms,
+    scale: Tensor,
+    finish: LogitsTransform,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(scale x sum of weight x divergence, attached to the graph also when N is 0; the divergence of each token [N]).
+
+    finish: what the model does to its logits after the head (scale, softcap); None: nothing.
+    chunk_tokens: tokens per chunk; by default as many as CHUNK_ELEMENTS logits hold.
+    """
+    adapter = (None, None, 0.0) if head.adapter is None else tuple(vars(head.adapter).values())
+    return _ChunkedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, *adapter, terms, scale, finish, chunk_tokens)
+
+
+def reference_distillation_loss(
+    hidden_ND: Tensor, head: HeadValues, terms: LossTerms, scale: Tensor, finish: LogitsTransform
+) -> tuple[Tensor, Tensor]:
+    """The same, written plainly with whole [N, V] logits and autograd: what the chunked loss is tested against."""
+    finish = finish or identity
+    student_NV = finish(_plain_logits(hidden_ND, head))
+    with torch.no_grad():
+        teacher_head = head if terms.teacher_head is None else terms.teacher_head.beside(head)
+        teacher_NV = finish(_plain_logits(terms.teacher_hidden_ND, teacher_head))
+    loss_N = terms.per_token(student_NV, teacher_NV, slice(None))
+    return scale * (loss_N * terms.weights_N).sum(), loss_N.detach()
+
+
+def identity(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _plain_logits(hidden_ND: Tensor, head: HeadValues) -> Tensor:
+    logits_NV = F.linear(hidden_ND, head.weight_VD, head.bias_V).float()
+    if head.adapter is None:
+        return logits_NV
+    return logits_NV + head.adapter.scale * (hidden_ND @ head.adapter.down_QD.T @ head.adapter.up_VQ.T).float()
+
+
+@torch.no_grad()
+def chunked_token_log_probs(
+    hidden_ND: Tensor,
+    head: HeadValues,
+    tokens_N: Tensor,
+    temperature: float,
+    finish: LogitsTransform,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Log-probability of each token at the given temperature, [N] fp32, without a gradient."""
+    projection = _Projection(head, hidden_ND, finish)
+    log_probs_N = torch.empty(len(tokens_N), dtype=torch.float32, device=hidden_ND.device)
+    for chunk in chunks_of(len(tokens_N), head.weight_VD.shape[0], chunk_tokens):
+        log_probs_N[chunk] = token_log_probs(projection.logits(hidden_ND[chunk]) / temperature, tokens_N[chunk])
+    return log_probs_N
+
+
+def whole_logits(hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -> Tensor:
+    """The logits themselves, [N, V] fp32, as the loss computes them, without a gradient: for a few tokens."""
+    return _Projection(head, hidden_ND, finish).logits(hidden_ND)
+
+
+def chunks_of(n: int, elements_per_token: int, chunk_tokens: int | None = None) -> list[slice]:
+    """Slices of n tokens, as many in each as CHUNK_ELEMENTS holds, or chunk_tokens."""
+    size = chunk_tokens or max(1, CHUNK_ELEMENTS // elements_per_token)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+class _Projection:
+    """A head in the dtype in which it multiplies: autocast's, where that is on, else its own; logits come as fp32."""
+
+    def __init__(self, head: HeadValues, hidden_ND: Tensor, finish: LogitsTransform):
+        self.device_type = hidden_ND.device.type
+        autocast = torch.is_autocast_enabled(self.device_type)
+        self.dtype = torch.get_autocast_dtype(self.device_type) if autocast else head.weight_VD.dtype
+        self.weight_VD = head.weight_VD.detach().to(self.dtype)
+        self.bias_V = None if head.bias_V is None else head.bias_V.detach().to(self.dtype)
+        self.adapter = head.adapter
+        if self.adapter is not None:
+            factors = (self.adapter.down_QD, self.adapter.up_VQ)
+            # As PEFT multiplies: in autocast's dtype, else in that of the adapter.
+            down_QD, up_VQ = (f.detach().to(self.dtype) if autocast else f.detach() for f in factors)
+            self.adapter = Adapter(down_QD, up_VQ, self.adapter.scale)
+        self.finish = finish or identity
+
+    def raw_logits(self, hidden_CD: Tensor) -> Tensor:
+        with torch.autocast(self.device_type, enabled=False):
+            logits_CV = F.linear(hidden_CD.to(self.dtype), self.weight_VD, self.bias_V).float()
+            if self.adapter is not None:
+                logits_CV += self.adapter.scale * (self.low_rank(hidden_CD) @ self.adapter.up_VQ.T).float()
+            return logits_CV
+
+    def low_rank(self, hidden_CD: Tensor) -> Tensor:
+        return hidden_CD.to(self.adapter.down_QD.dtype) @ self.adapter.down_QD.T
+
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        return self.finish(self.raw_logits(hidden_CD))
+
+    def logits_at(self, hidden_CD: Tensor, indices_CK: Tensor) -> Tensor:
+        """The logits of K tokens for each position, [C, K]; without an adapter only."""
+        with torch.autocast(self.device_type, enabled=False):
+            rows_CKD = self.weight_VD[indices_CK]
+            raw_CK = torch.bmm(rows_CKD, hidden_CD.to(self.dtype).unsqueeze(-1)).squeeze(-1)
+            return self.finish((raw_CK if self.bias_V is None else raw_CK + self.bias_V[indices_CK]).float())
+
+
+class _Gradients:
+    """Sums of gradients over chunks: fp32 whatever the weights are kept in; None where none is wanted."""
+
+    def __init__(self, hidden_ND: Tensor, head: HeadValues, projection: _Projection, needed: tuple[bool, ...]):
+        self.hidden_ND, self.projection = hidden_ND, projection
+        adapter = (None, None) if head.adapter is None else (head.adapter.down_QD, head.adapter.up_VQ)
+        self.hidden, self.weight, self.bias, self.down, self.up = (
+            torch.zeros_like(tensor, dtype=tensor.dtype if tensor is hidden_ND else torch.float32) if need else None
+            for tensor, need in zip((hidden_ND, head.weight_VD, head.bias_V, *adapter), needed, strict=True)
+        )
+
+    def add(self, grad_CV: Tensor, chunk: slice) -> None:
+        """From the gradient of the raw logits of a chunk."""
+        head, hidden_CD = self.projection, self.hidden_ND[chunk]
+        if self.bias is not None:
+            self.bias += grad_CV.sum(0)
+        adapter = head.adapter
+        if adapter is not None:
+            grad_low_CQ = adapter.scale * (grad_CV.to(adapter.up_VQ.dtype) @ adapter.up_VQ)
+            if self.up is not None:
+                self.up += adapter.scale * (grad_CV.to(adapter.up_VQ.dtype).T @ head.low_rank(hidden_CD))
+            if self.down is not None:
+                self.down += grad_low_CQ.T @ hidden_CD.to(grad_low_CQ.dtype)
+        grad_CV = grad_CV.to(head.dtype)
+        if self.hidden is not None:
+            grad_CD = grad_CV @ head.weight_VD
+            if adapter is not None:
+                grad_CD = grad_CD + (grad_low_CQ @ adapter.down_QD).to(grad_CD.dtype)
+            self.hidden[chunk] = grad_CD.to(self.hidden.dtype)
+        if self.weight is not None:
+            if head.dtype == torch.float32:
+                self.weight.addmm_(grad_CV.T, hidden_CD.to(head.dtype))
+            else:
+                self.weight += grad_CV.T @ hidden_CD.to(head.dtype)
+
+    def add_at(self, grad_CK: Tensor, indices_CK: Tensor, chunk: slice) -> None:
+        """From the gradient of the raw logits of K tokens for each position; without an adapter only."""
+        head, hidden_CD = self.projection, self.hidden_ND[chunk]
+        flat = indices_CK.flatten()
+        if self.bias is not None:
+            self.bias.index_add_(0, flat, grad_CK.flatten())
+        if self.hidden is not None:
+            rows_CKD = head.weight_VD[indices_CK]
+            grad_CD = torch.bmm(grad_CK.to(head.dtype).unsqueeze(1), rows_CKD).squeeze(1)
+            self.hidden[chunk] = grad_CD.to(self.hidden.dtype)
+        if self.weight is not None:
+            outer_CKD = grad_CK.unsqueeze(-1) * hidden_CD.float().unsqueeze(1)
+            self.weight.index_add_(0, flat, outer_CKD.flatten(0, 1))
+
+
+def _full_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> Tensor:
+    """The whole vocabulary, with the gradient in closed form."""
+    raw_CV = student.raw_logits(hidden_CD)
+    teacher_CV = teacher.logits(terms.teacher_hidden_ND[chunk])
+    if student.finish is identity:
+        loss_C, grad_CV = terms.full_with_gradient(raw_CV, teacher_CV, chunk)
+    else:
+        with torch.enable_grad():
+            finished_CV = student.finish(raw_CV.requires_grad_())
+        loss_C, grad_CV = terms.full_with_gradient(finished_CV.detach().clone(), teacher_CV, chunk)
+        (grad_CV,) = torch.autograd.grad(finished_CV, raw_CV, grad_CV)
+    del raw_CV, teacher_CV  # before the products need room
+    gradients.add(grad_CV, chunk)
+    return loss_C
+
+
+def _sparse_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> Tensor:
+    """A top-k support without a tail: K logits of the teacher and K gradients for each token."""
+    raw_CV = student.raw_logits(hidden_CD)
+    finished_CV = student.finish(raw_CV)
+    indices_CK = finished_CV.topk(terms.divergence.topk, dim=-1).indices
+    teacher_CK = teacher.logits_at(terms.teacher_hidden_ND[chunk], indices_CK)
+    raw_CK = raw_CV.gather(-1, indices_CK).requires_grad_()
+    with torch.enable_grad(), torch.autocast(student.device_type, enabled=False):
+        loss_C = terms.per_token_on_support(student.finish(raw_CK), teacher_CK, finished_CV, chunk)
+        (grad_CK,) = torch.autograd.grad((loss_C * terms.weights_N[chunk]).sum(), raw_CK)
+    del raw_CV, finished_CV
+    gradients.add_at(grad_CK, indices_CK, chunk)
+    return loss_C.detach()
+
+
+def _other_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> Tensor:
+    """Any divergence, with the gradient by autograd."""
+    teacher_CV = None if terms.teacher_hidden_ND is None else teacher.logits(terms.teacher_hidden_ND[chunk])
+    raw_CV = student.raw_logits(hidden_CD).requires_grad_()
+    with torch.enable_grad(), torch.autocast(student.device_type, enabled=False):
+        loss_C = terms.per_token(student.finish(raw_CV), teacher_CV, chunk)
+        (grad_CV,) = torch.autograd.grad((loss_C * terms.weights_N[chunk]).sum(), raw_CV)
+    loss_C = loss_C.detach()
+    del raw_CV, teacher_CV
+    gradients.add(grad_CV, chunk)
+    return loss_C
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, down_QD, up_VQ, adapter_scale, terms, scale, finish, chunk_tokens):
+        adapter = None if down_QD is None else Adapter(down_QD, up_VQ, adapter_scale)
+        head = HeadValues(weight_VD, bias_V, adapter)
+        student = _Projection(head, hidden_ND, finish)
+        teacher = student
+        if terms.teacher_head is not None:
+            teacher = _Projection(terms.teacher_head.beside(head), hidden_ND, finish)
+        gradients = _Gradients(hidden_ND, head, student, ctx.needs_input_grad[:5])
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        per_token_N = torch.zeros(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
+        divergence, vocabulary = terms.divergence, weight_VD.shape[0]
+        sparse = divergence.has_support(vocabulary) and not divergence.add_tail
+        sparse = sparse and student.adapter is None and teacher.adapter is None
+        elements = max(vocabulary, divergence.topk * weight_VD.shape[1]) if sparse else vocabulary
+
+        for chunk in chunks_of(len(hidden_ND), elements, chunk_tokens):
+            if sparse:
+                loss_C = _sparse_chunk(student, teacher, hidden_ND[chunk], terms, gradients, chunk)
+            elif divergence.is_full(vocabulary):
+                loss_C = _full_chunk(student, teacher, hidden_ND[chunk], terms, gradients, chunk)
+            else:
+                loss_C = _other_chunk(student, teacher, hidden_ND[chunk], terms, gradients, chunk)
+            per_token_N[chunk] = loss_C
+            total += (loss_C * terms.weights_N[chunk]).sum()
+
+        found = (gradients.hidden, gradients.weight, gradients.bias, gradients.down, gradients.up)
+        ctx.save_for_backward(*found, scale)
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden_ND, weight_VD, bias_V, down_QD, up_VQ)]
+        ctx.mark_non_differentiable(per_token_N)
+        return total * scale, per_token_N
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_per_token):
+        *grads, scale = ctx.saved_tensors
+        factor = grad_loss * scale
+        # In place: they are this function's own, and a second backward is not possible anyhow.
+        scaled = [None if g is None else g.mul_(factor).to(t) for g, t in zip(grads, ctx.dtypes, strict=True)]
+        return *scaled, None, None, None, None, None

@@ -1,0 +1,94 @@
+"""Entropy, top-5 and top-k mass of student and teacher at a sample of completion tokens.
+
+Shapes: M tokens that are looked at, N loss tokens, C of a chunk, V vocabulary, D hidden, K support.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdft_ds.loss.chunked import HeadValues, LogitsTransform, LossTerms, chunks_of, whole_logits
+
+LIKELIEST = 5
+
+
+@dataclass(frozen=True)
+class DistributionStats:
+    """One side's distribution at each token, at the loss's temperature; fp32.
+
+    entropy_M: nats. likeliest_M5, probabilities_M5: the five most likely tokens. mass_M: its probability of the
+    student's K likeliest tokens; 1 where the loss has the whole vocabulary.
+    """
+
+    entropy_M: Tensor
+    likeliest_M5: Tensor
+    probabilities_M5: Tensor
+    mass_M: Tensor
+
+    def __getitem__(self, part: slice) -> "DistributionStats":
+        return DistributionStats(*(values[part] for values in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class TokenDiagnostics:
+    """log_prob_M: the student's log-probability of the sampled token."""
+
+    student: DistributionStats
+    teacher: DistributionStats
+    log_prob_M: Tensor
+
+    def __len__(self) -> int:
+        return len(self.log_prob_M)
+
+    def __getitem__(self, part: slice) -> "TokenDiagnostics":
+        return TokenDiagnostics(self.student[part], self.teacher[part], self.log_prob_M[part])
+
+    @property
+    def agree_M(self) -> Tensor:
+        """Where both hold the same token likeliest."""
+        return self.student.likeliest_M5[:, 0] == self.teacher.likeliest_M5[:, 0]
+
+
+def evenly_spaced(n: int, most: int, device: torch.device) -> Tensor:
+    """Numbers of at most `most` of n tokens."""
+    if n <= most:
+        return torch.arange(n, device=device)
+    return torch.linspace(0, n - 1, most, device=device).round().long()
+
+
+@torch.no_grad()
+def token_diagnostics(
+    hidden_ND: Tensor, head: HeadValues, terms: LossTerms, finish: LogitsTransform, at_M: Tensor
+) -> TokenDiagnostics:
+    """Both sides at the loss tokens with the numbers at_M, projected as the loss projects them."""
+    teacher_head = head if terms.teacher_head is None else terms.teacher_head.beside(head)
+    vocabulary = head.weight_VD.shape[0]
+    parts = []
+    for chunk in chunks_of(len(at_M), vocabulary) or [slice(0, 0)]:
+        at_C = at_M[chunk]
+        student_CV, teacher_CV = (
+            (whole_logits(states_ND[at_C], values, finish) / terms.divergence.temperature).log_softmax(-1)
+            for states_ND, values in ((hidden_ND, head), (terms.teacher_hidden_ND, teacher_head))
+        )
+        support_CK = None
+        if terms.divergence.has_support(vocabulary):
+            support_CK = student_CV.topk(terms.divergence.topk, dim=-1).indices
+        log_prob_C = student_CV.gather(-1, terms.tokens_N[at_C].unsqueeze(-1)).squeeze(-1)
+        parts.append((_side(student_CV, support_CK), _side(teacher_CV, support_CK), log_prob_C))
+    students, teachers, log_probs = zip(*parts, strict=True)
+    return TokenDiagnostics(_joined(students), _joined(teachers), torch.cat(log_probs))
+
+
+def _side(log_probs_CV: Tensor, support_CK: Tensor | None) -> DistributionStats:
+    probabilities_CV = log_probs_CV.exp()
+    likeliest = probabilities_CV.topk(min(LIKELIEST, log_probs_CV.shape[-1]), dim=-1)
+    entropy_C = -torch.where(probabilities_CV > 0, probabilities_CV * log_probs_CV, 0.0).sum(-1)
+    mass_C = torch.ones_like(entropy_C) if support_CK is None else probabilities_CV.gather(-1, support_CK).sum(-1)
+    return DistributionStats(entropy_C, likeliest.indices, likeliest.values, mass_C)
+
+
+def _joined(sides: tuple[DistributionStats, ...]) -> DistributionStats:
+    return DistributionStats(
+        *(torch.cat(values) for values in zip(*(vars(side).values() for side in sides), strict=True))
+    )

@@ -1,0 +1,55 @@
+"""Selects the tokens at which the student's forward reports both distributions, for metrics and logged completions."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.loss.diagnostics import evenly_spaced
+from sdft_ds.metrics.completions import CompletionLog
+from sdft_ds.metrics.meters import Meters
+from sdft_ds.model.completion_forward import DistillationLoss
+from sdft_ds.teacher.scoring import ScoredBatch
+
+
+@dataclass(frozen=True)
+class Picked:
+    """The first `sampled` inspected tokens of a request are for the metrics; the others are all tokens of `rows`,
+    logged after optimizer step `step`."""
+
+    sampled: int
+    rows: list[int]
+    step: int
+
+
+class Inspector:
+    """Inspects an evenly spaced sample of each micro-batch's loss tokens, and full completions for the log. Training
+    only."""
+
+    def __init__(self, args: SDFTConfig, completion_log: CompletionLog):
+        self.args = args
+        self.completion_log = completion_log
+
+    def pick(self, request: DistillationLoss, scored: ScoredBatch, step: int | None) -> Picked | None:
+        """Set the tokens that the request reports. step: None in an evaluation, where nothing is inspected."""
+        if step is None:
+            return None
+        at_M = evenly_spaced(len(scored.batch.tokens_N), self.args.inspect_tokens, self.args.device)
+        sampled = len(at_M)
+        rows = self.completion_log.wanted(step, scored)
+        if rows:  # finding their tokens synchronizes with the device
+            at_M = torch.cat([at_M, self.completion_log.tokens_of(rows, scored)])
+        request.inspect_M = at_M if len(at_M) else None
+        return Picked(sampled, rows, step)
+
+    def record(self, picked: Picked | None, request: DistillationLoss, scored: ScoredBatch, meters: Meters) -> None:
+        """Add what the forward reported to the metrics, and keep the rows to log."""
+        meters.add_divergences(request.per_token_N, scored.batch.offsets_N)
+        if picked is None or request.seen is None:
+            return
+        sample_M, logged_M = request.inspect_M[: picked.sampled], request.inspect_M[picked.sampled :]
+        if picked.rows:
+            seen = request.seen[picked.sampled :]
+            self.completion_log.take(picked.step, picked.rows, scored, request.per_token_N[logged_M], seen)
+        old_M = None if scored.old_log_probs_N is None else scored.old_log_probs_N[sample_M]
+        meters.add_diagnostics(request.seen[: picked.sampled], old_M, self.args.distillation_is_clip)

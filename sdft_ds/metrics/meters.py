@@ -1,0 +1,259 @@
+"""Table of all metrics (name, unit, reduction), and the meters that reduce them across ranks and steps."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdft_ds.data.batch import MicroBatch, Rollout
+from sdft_ds.loss.diagnostics import TokenDiagnostics
+
+
+@dataclass(frozen=True)
+class Metric:
+    """reduction: mean (weighted by count), norm ratio (square root of a mean), max, min, sum, rate (sum per second of
+    wall-clock time), slowest (largest rank's sum per step), quantile (over all ranks' tokens). training_only: not
+    reported in an evaluation."""
+
+    unit: str
+    reduction: str
+    meaning: str
+    training_only: bool = False
+
+
+METRICS = {
+    "sdft/distillation_loss": Metric("nats/token", "mean", "divergence of a loss token, before any weighting"),
+    **{
+        f"divergence/{name}": Metric("nats/token", "mean", f"that of completion tokens {first} to {last}")
+        for name, first, last in (
+            ("position_0_4", "0", "3"),
+            ("position_4_16", "4", "15"),
+            ("position_16_64", "16", "63"),
+            ("position_64_256", "64", "255"),
+            ("position_256_up", "256", "the last"),
+        )
+    },
+    "divergence/p50": Metric("nats/token", "quantile", "half of the loss tokens lie below, to 4 %"),
+    "divergence/p90": Metric("nats/token", "quantile", "90 % of the loss tokens lie below"),
+    "divergence/p99": Metric("nats/token", "quantile", "99 % of the loss tokens lie below"),
+    "entropy/student": Metric("nats/token", "mean", "of the student's distribution, at `inspect_tokens` tokens"),
+    "entropy/teacher": Metric("nats/token", "mean", "of the teacher's distribution, at the same"),
+    "agreement/argmax": Metric("share", "mean", "of these, where the most likely token of both is the same"),
+    "topk/student_mass": Metric("share", "mean", "the student's probability of its top-k, there"),
+    "topk/teacher_mass": Metric("share", "mean", "the teacher's probability of the student's top-k, there"),
+    "is/ratio": Metric(
+        "ratio",
+        "mean",
+        "student's probability now to when it was sampled, there; older rollouts only",
+        training_only=True,
+    ),
+    "is/clip_share": Metric("share", "mean", "of these, where the ratio is clipped", training_only=True),
+    "completions/mean_length": Metric("tokens", "mean", "length of a completion, end-of-sequence token included"),
+    "completions/min_length": Metric("tokens", "min", "shortest completion"),
+    "completions/max_length": Metric("tokens", "max", "longest completion"),
+    "completions/clipped_ratio": Metric("share", "mean", "completions that hit max_completion_length"),
+    "completions/empty_ratio": Metric("share", "mean", "completions that ended at once; they have no loss"),
+    "completions/loss_tokens": Metric("tokens", "sum", "loss tokens trained on since the last log, over all ranks"),
+    "prompts/student_cut": Metric("rows", "sum", "student prompts cut to max_prompt_length since the last log"),
+    "prompts/teacher_cut": Metric("rows", "sum", "teacher prompts cut to max_teacher_prompt_length"),
+    "teacher/distance": Metric(
+        "ratio",
+        "norm ratio",
+        "|teacher - student| / |student - start|, estimated on 65,536 values",
+        training_only=True,
+    ),
+    "tokens/per_second": Metric("tokens/s", "rate", "completion tokens made and trained on, over all ranks"),
+    "tokens/padding_share": Metric("share", "mean", "positions of the student's forwards that are padding"),
+    "memory/peak_gib": Metric("GiB", "max", "peak of the largest rank so far: device memory, or on a CPU resident"),
+    "steps/nonfinite": Metric(
+        "steps", "sum", "steps skipped since the last log: their gradient was not finite", training_only=True
+    ),
+    "seconds/rollout": Metric("s/step", "slowest", "generation, per optimizer step, on the slowest rank"),
+    "seconds/teacher": Metric("s/step", "slowest", "teacher scoring, swaps included"),
+    "seconds/student": Metric("s/step", "slowest", "student forward, loss and backward"),
+    "seconds/optimizer": Metric("s/step", "slowest", "optimizer step", training_only=True),
+}
+
+
+POSITIONS = (0, 4, 16, 64, 256)  # first positions of the buckets of divergence by position
+QUANTILES = {"divergence/p50": 0.5, "divergence/p90": 0.9, "divergence/p99": 0.99}
+# Histogram of the divergences: logarithmic bins from LEAST to MOST nats; the outer bins include all values beyond.
+BINS, LEAST, MOST = 256, 1e-7, 1e2
+LATE = 1.5  # a rank slower than this many times the others' mean is reported as straggler
+
+
+class Meters:
+    """Accumulates values on this rank and reduces them across ranks when a log line is due.
+
+    reduce: (tensor, "sum" | "max") -> the all-reduced tensor, in place or not. enter: called with the name of each
+    phase that begins. rank, ranks: this rank and the world size. training: whether to report training_only metrics.
+    """
+
+    def __init__(
+        self,
+        reduce: Callable[[Tensor, str], Tensor],
+        device: torch.device,
+        enter: Callable[[str], None] = lambda phase: None,
+        rank: int = 0,
+        ranks: int = 1,
+        training: bool = True,
+    ):
+        self.reduce = reduce
+        self.device = device
+        self.enter = enter
+        self.rank = rank
+        self.ranks = ranks
+        self.training = training
+        self.straggler: str | None = None  # after `collect`: the rank that the others waited for, and its phase
+        self.inner_seconds = 0.0  # of phases nested in the current one
+        self.reset()
+
+    def reset(self) -> None:
+        self.since = time.perf_counter()
+        self.sums = {name: [0.0, 0.0] for name in METRICS}
+        self.extremes = {name: float("-inf") for name in METRICS}
+        self.histogram = torch.zeros(BINS, dtype=torch.float64, device=self.device)
+
+    def add(self, name: str, total: float | Tensor, count: float = 1.0) -> None:
+        """Add a value (max, min) or a sum of `count` values (mean, sum, slowest). Tensors are not synchronized."""
+        reduction = METRICS[name].reduction
+        if reduction in ("max", "min"):
+            self.extremes[name] = max(self.extremes[name], total if reduction == "max" else -total)
+        else:
+            self.sums[name][0] += total
+            self.sums[name][1] += count
+
+    def count_completions(self, rollouts: list[Rollout]) -> None:
+        """Add the completion metrics of the rollouts that count."""
+        for rollout in rollouts:
+            if rollout.counted:
+                for name in ("mean", "min", "max"):
+                    self.add(f"completions/{name}_length", len(rollout.completion.ids))
+                self.add("completions/clipped_ratio", rollout.completion.truncated)
+                self.add("completions/empty_ratio", rollout.empty)
+                self.add("tokens/per_second", len(rollout.completion.ids))
+
+    def count_positions(self, batch: MicroBatch) -> None:
+        """Add the padding share of a micro-batch."""
+        self.add("tokens/padding_share", batch.padding, batch.student.input_ids_LT.numel())
+
+    def add_divergences(self, per_token_N: Tensor, offsets_N: Tensor) -> None:
+        """Add the divergences of loss tokens. offsets_N: their positions in their completions."""
+        self.add("sdft/distillation_loss", per_token_N.sum(), len(per_token_N))
+        self.add("completions/loss_tokens", len(per_token_N))
+        bucket_N = torch.bucketize(offsets_N, torch.tensor(POSITIONS[1:], device=offsets_N.device), right=True)
+        zeros = torch.zeros(len(POSITIONS), device=per_token_N.device)
+        sums = zeros.index_add(0, bucket_N, per_token_N)
+        counts = zeros.index_add(0, bucket_N, torch.ones_like(per_token_N))
+        for i, name in enumerate(name for name in METRICS if name.startswith("divergence/position")):
+            self.add(name, sums[i], counts[i])
+        per_token_N = per_token_N.double().nan_to_num(nan=MOST)
+        share_N = (per_token_N.clamp(LEAST, MOST) / LEAST).log() / math.log(MOST / LEAST)
+        bins_N = (share_N * BINS).long().clamp(max=BINS - 1)
+        self.histogram.index_add_(0, bins_N, torch.ones_like(share_N))
+
+    def add_diagnostics(self, seen: TokenDiagnostics, old_log_probs_M: Tensor | None, clip: float | None) -> None:
+        """Add the diagnostics of student and teacher at a sample of tokens."""
+        count = len(seen)
+        for name, side in (("student", seen.student), ("teacher", seen.teacher)):
+            self.add(f"entropy/{name}", side.entropy_M.sum(), count)
+            self.add(f"topk/{name}_mass", side.mass_M.sum(), count)
+        self.add("agreement/argmax", seen.agree_M.sum(), count)
+        if old_log_probs_M is not None and clip is not None:
+            ratio_M = (seen.log_prob_M - old_log_probs_M).exp()
+            self.add("is/ratio", ratio_M.sum(), count)
+            self.add("is/clip_share", (ratio_M >= clip).sum(), count)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to `seconds/<name>`, excluding nested phases, which count for themselves.
+        Synchronizes with the device, if any. A phase that raises adds nothing."""
+        self.enter(name)
+        start, self.inner_seconds, outer = self._now(), 0.0, self.inner_seconds
+        seconds = 0.0
+        try:
+            yield
+            seconds = self._now() - start
+            self.add(f"seconds/{name}", seconds - self.inner_seconds, 0.0)
+        finally:
+            self.inner_seconds = outer + seconds
+
+    def _now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+    def collect(self, steps: int) -> dict[str, float]:
+        """The reduced values since the last call, over `steps` optimizer steps. Collective."""
+        elapsed = max(time.perf_counter() - self.since, 1e-9)
+        self.add("memory/peak_gib", _peak_bytes(self.device) / 2**30)
+        sums = torch.tensor(
+            [[float(total), float(count)] for total, count in self.sums.values()],
+            dtype=torch.float64,
+            device=self.device,
+        )
+        mine = sums[:, 0].clone()
+        slowest = self.reduce(mine.clone(), "max")
+        # The rank with the largest sum; the last one if tied.
+        slowest_rank = self.reduce(torch.where(mine == slowest, float(self.rank), -1.0), "max").tolist()
+        slowest = slowest.tolist()
+        sums = self.reduce(sums, "sum").tolist()
+        histogram = self.reduce(self.histogram, "sum")
+        extremes = self.reduce(
+            torch.tensor(list(self.extremes.values()), dtype=torch.float64, device=self.device), "max"
+        ).tolist()
+        self.reset()
+        self.straggler = None
+        values = _quantiles(histogram)
+        for i, (name, metric) in enumerate(METRICS.items()):
+            total, count = sums[i]
+            if metric.training_only and not self.training:
+                continue
+            if metric.reduction in ("max", "min"):
+                if extremes[i] > float("-inf"):
+                    values[name] = extremes[i] if metric.reduction == "max" else -extremes[i]
+            elif metric.reduction in ("mean", "norm ratio"):
+                if count:
+                    values[name] = total / count if metric.reduction == "mean" else (total / count) ** 0.5
+            elif metric.reduction == "slowest":
+                values[name] = slowest[i] / max(1, steps)
+                self._note_straggler(name, slowest[i], total, int(slowest_rank[i]), elapsed)
+            elif metric.reduction == "rate":
+                values[name] = total / elapsed
+            elif metric.reduction == "sum":
+                values[name] = total
+        return values
+
+    def _note_straggler(self, name: str, most: float, total: float, rank: int, elapsed: float) -> None:
+        """Record the first phase in which one rank takes far longer than the others' average, if that costs time: in
+        later phases the others wait."""
+        others = (total - most) / max(1, self.ranks - 1)
+        if (
+            self.straggler is None
+            and self.ranks > 1
+            and most > LATE * others
+            and most - others > max(1.0, 0.2 * elapsed)
+        ):
+            self.straggler = f"rank {rank} took {most:.3g} s in {name.removeprefix('seconds/')}, others {others:.3g} s"
+
+
+def _quantiles(histogram: Tensor) -> dict[str, float]:
+    """The quantiles in nats, each as the midpoint of its bin."""
+    cumulated = histogram.cumsum(0)
+    if not cumulated[-1]:
+        return {}
+    found = {name: int(torch.searchsorted(cumulated, share * cumulated[-1])) for name, share in QUANTILES.items()}
+    return {name: LEAST * (MOST / LEAST) ** ((bin + 0.5) / BINS) for name, bin in found.items()}
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Peak device memory so far; without a device, peak resident memory of this process."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,112 @@
+"""Skips optimizer steps with non-finite gradients, counts them, and aborts after N consecutive ones. Also warns of a
+runaway divergence or completion length, of a run that learns nothing, and of a top-k that misses much of the teacher's
+probability mass."""
+
+import math
+import warnings
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.distributed import engines
+from sdft_ds.metrics.meters import Meters
+
+# A metric runs away if it exceeds RUNAWAY times the mean of at least LINES_BEFORE earlier log lines.
+RUNAWAY, LINES_BEFORE = 5.0, 5
+WATCHED = {"sdft/distillation_loss": 0.5, "completions/mean_length": 16.0}  # and exceeds this absolute value
+MISSED = 0.02  # warn at this share of the teacher's mass outside the student's top-k, and again each time it doubles
+
+
+class TooManyNonFiniteSteps(FloatingPointError):
+    """The gradient was non-finite in max_nonfinite_steps consecutive steps."""
+
+
+class NonFiniteGuard(TrainerCallback):
+    """All ranks decide alike, because the gradient norm is global."""
+
+    def __init__(self, meters: Meters, limit: int):
+        self.meters = meters
+        self.limit = limit
+        self._start()
+
+    def _start(self) -> None:
+        self.skipped = False  # whether the last step was skipped
+        self.in_a_row = 0
+        self.learns = False  # whether any gradient so far was not exactly 0
+        self.logged = False
+        self.history: dict[str, list[float]] = {name: [] for name in WATCHED}
+        self.missed = MISSED / 2  # the largest share warned about so far
+
+    def on_train_begin(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._start()
+
+    def before_step(self, engine: nn.Module, grad_norm: float | None) -> None:
+        """Called with the norm before the optimizer step. DeepSpeed has by then made or skipped its own step."""
+        finite = grad_norm is None or math.isfinite(grad_norm)
+        self.learns |= grad_norm != 0.0
+        self.skipped = engines.step_was_skipped(engine) or not finite
+        if not finite:
+            engines.drop_gradients(engine)
+
+    def on_step_end(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.in_a_row = self.in_a_row + 1 if self.skipped else 0
+        if self.skipped:
+            self.meters.add("steps/nonfinite", 1.0 / args.world_size)
+        if self.in_a_row >= self.limit:
+            good = state.best_model_checkpoint or args.output_dir
+            raise TooManyNonFiniteSteps(
+                f"The gradient was not finite in {self.in_a_row} optimizer steps in a row, up to step "
+                f"{state.global_step}; none of them changed the weights. Lower the learning rate or look at the data, "
+                f"and resume from the last checkpoint in {good} (resume_from_checkpoint=True; on the command line "
+                "--resume_from_checkpoint true). "
+                "max_nonfinite_steps sets how many are borne."
+            )
+
+    def on_log(
+        self, args: SDFTConfig, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
+    ) -> None:
+        if "loss" in (logs or {}) and not self.logged:
+            self.logged = True
+            self._warn_of_nothing_learned(logs, state.global_step)
+        for name, least in WATCHED.items():
+            value, before = (logs or {}).get(name), self.history[name]
+            if value is None:
+                continue
+            if len(before) >= LINES_BEFORE and value > max(least, RUNAWAY * sum(before) / len(before)):
+                warnings.warn(
+                    f"{name} is {value:.3g} at step {state.global_step}, and was {sum(before) / len(before):.3g} on "
+                    "average before: it may be running away. A lower learning_rate or an ema teacher helps.",
+                    stacklevel=2,
+                )
+            before.append(value)
+        mass = (logs or {}).get("topk/teacher_mass")
+        if mass is not None and args.distillation_mode == "topk_logits" and not args.distillation_add_tail:
+            self._check_support(1.0 - mass, args.distillation_topk, state.global_step)
+
+    def _warn_of_nothing_learned(self, logs: dict[str, float], step: int) -> None:
+        """Called at the first log line."""
+        if logs.get("completions/loss_tokens") == 0:
+            warnings.warn(
+                f"Up to step {step} no token counted in the loss, and nothing was learned: completions were empty, "
+                "skipped whole (num_loss_tokens_to_skip), or cut off and masked (mask_truncated_completions).",
+                stacklevel=2,
+            )
+        elif not self.learns:
+            warnings.warn(
+                f"Up to step {step} the gradient was exactly 0, and nothing was learned: the student says what the "
+                "teacher says. Does the teacher see more? python -m sdft_ds.preview shows both prompts.",
+                stacklevel=2,
+            )
+
+    def _check_support(self, missed: float, topk: int, step: int) -> None:
+        if missed > 2 * self.missed:
+            self.missed = missed
+            warnings.warn(
+                f"topk/teacher_mass is {1 - missed:.3g} at step {step}: the student's {topk} likeliest tokens miss "
+                f"{missed:.0%} of what the teacher holds likely, and the loss does not see it. Set "
+                "distillation_add_tail=True (the others become one more bucket), raise distillation_topk, or set "
+                "distillation_mode='full_logits'.",
+                stacklevel=3,
+            )

@@ -1,0 +1,1 @@
+"""Loading, the LM head, packed inputs and the forward that computes only at completion tokens."""

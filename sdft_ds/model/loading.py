@@ -1,0 +1,367 @@
+"""A model by name or as an object -> the causal LM to train, its tokenizer, its stop tokens, its limits of prompts.
+
+What the data is checked by, tokenizer and config, is there before the weights are loaded.
+"""
+
+import copy
+import json
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.utils import find_adapter_config_file, is_flash_attn_2_available, is_flash_attn_3_available
+
+from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.data.prompts import PromptBuilder
+from sdft_ds.distributed import launch, zero
+from sdft_ds.model.completion_forward import causal_lm_of
+from sdft_ds.model.prefix_cache import longest_row
+
+
+def refuse_second_adapter(model: str | nn.Module, peft_config: PeftConfig | None, args: SDFTConfig) -> None:
+    """Raises ValueError where a fresh adapter is asked for beside one that is there."""
+    if peft_config is None:
+        return
+    if isinstance(model, PeftModel) or (isinstance(model, str) and adapter_config(model, args) is not None):
+        raise ValueError(
+            f"{model if isinstance(model, str) else 'The model'} has an adapter already, and peft_config (--use_peft) "
+            "asks for another one, beside which the first would be lost. Leave peft_config out to go on training the "
+            "adapter; or merge it first, model.merge_and_unload(), and give the merged model."
+        )
+
+
+def load_model(
+    model: str | PreTrainedModel | nn.Module, args: SDFTConfig, peft_config: PeftConfig | None = None
+) -> nn.Module:
+    """Load a model that is given by name; wrap it with a fresh adapter, if one is asked for.
+
+    The name may be an adapter's: it is loaded with its base model, and goes on being trained. Weights are loaded in
+    fp32, or in the dtype of DeepSpeed's engine, which keeps fp32 masters itself; `model_init_kwargs` may say
+    otherwise.
+    """
+    if isinstance(model, str):
+        options = {"dtype": _default_dtype(args), **_init_kwargs(args)}
+        if isinstance(options["dtype"], str) and options["dtype"] != "auto":
+            options["dtype"] = dtype_named(options["dtype"])
+        adapter = adapter_config(model, args)
+        with nullcontext() if _made_of_shards(adapter or peft_config) else launch.unsharded():
+            if adapter is None:
+                return _with_adapter(AutoModelForCausalLM.from_pretrained(model, **options), peft_config)
+            base = AutoModelForCausalLM.from_pretrained(
+                adapter["base_model_name_or_path"], **_of_the_base(options, adapter)
+            )
+            return PeftModel.from_pretrained(base, model, is_trainable=True, **_hub_options(args))
+    if args.model_init_kwargs:
+        warnings.warn("model_init_kwargs is ignored: the model is given as an object.", stacklevel=2)
+    if zero.is_sharded(model):
+        if not _made_of_shards(peft_config):
+            raise ValueError(
+                f"{peft_config.peft_type.value} computes its start from whole weights, and those of this model are "
+                "sharded by ZeRO-3: give the model by its name, or load it before the SDFTConfig is made."
+            )
+        return _with_adapter(model, peft_config)
+    with launch.unsharded():
+        return _with_adapter(model, peft_config)
+
+
+def _made_of_shards(config: PeftConfig | dict[str, Any] | None) -> bool:
+    """Whether PEFT gathers what it needs of weights that ZeRO-3 has sharded. Where it does not, it computes with empty
+    ones, with or without an error; then they are loaded whole, and sharded when the engine is made."""
+    if config is None:
+        return True
+    config = config if isinstance(config, dict) else config.to_dict()
+    return config["peft_type"] == PeftType.LORA and config.get("trainable_token_indices") is None
+
+
+def _with_adapter(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
+    """The model, or wrapped with a fresh adapter; the configuration that was given stays as it is."""
+    if not isinstance(model, PeftModel) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"This {type(model).__name__} has an adapter inside, but is no PeftModel: give the PeftModel that "
+            "get_peft_model or an earlier trainer (trainer.model) made of it, or take the adapter out with its "
+            "unload() or merge_and_unload()."
+        )
+    if peft_config is not None:
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"peft_config must be a peft.PeftConfig, not {type(peft_config).__name__}.")
+        _refuse_method(peft_config)
+        model = get_peft_model(model, copy.deepcopy(peft_config))
+    elif isinstance(model, PeftModel):
+        _refuse_method(model.active_peft_config)
+    return model
+
+
+# Methods that need more than the tokens of a row.
+NEED_MORE = {PeftType.POLY: "the task of each row", PeftType.XLORA: "other adapters"}
+
+
+def _refuse_method(config: PeftConfig) -> None:
+    name = config.peft_type.value
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise ValueError(
+            f"{name} prepends learned tokens to the prompt, which moves the completion's positions: use LoRA instead."
+        )
+    if config.peft_type in NEED_MORE:
+        raise ValueError(f"{name} needs {NEED_MORE[config.peft_type]} beside the tokens: use LoRA instead.")
+
+
+def config_of(model: str | nn.Module, args: SDFTConfig) -> PreTrainedConfig:
+    """The model's config, without loading the model. Raises ValueError, naming it, for one that is no decoder with a
+    language-model head."""
+    if isinstance(model, str):
+        config = _config_by_name(model, args)
+        name = f"{model} ({config.model_type})"
+        has_head = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        has_head = has_head or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    else:
+        causal_lm = causal_lm_of(model)
+        name, config = type(causal_lm).__name__, getattr(causal_lm, "config", None)
+        has_head = isinstance(causal_lm, PreTrainedModel) and causal_lm.get_output_embeddings() is not None
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder model, and prompts are continued here: use a causal LM.")
+    if not has_head:
+        raise ValueError(f"{name} has no language-model head: use one that AutoModelForCausalLM loads.")
+    return config
+
+
+def _config_by_name(model: str, args: SDFTConfig) -> PreTrainedConfig:
+    adapter, options = adapter_config(model, args), _hub_options(args)
+    if adapter is None:
+        return AutoConfig.from_pretrained(model, **options)
+    return AutoConfig.from_pretrained(adapter["base_model_name_or_path"], **_of_the_base(options, adapter))
+
+
+def adapter_config(model: str | None, args: SDFTConfig) -> dict[str, Any] | None:
+    """What adapter_config.json says, where this is the name or folder of an adapter; None where it is a model's."""
+    options = _hub_options(args)
+    file = find_adapter_config_file(model, **{k: v for k, v in options.items() if k != "trust_remote_code"})
+    if file is None:
+        return None
+    config = json.loads(Path(file).read_text())
+    if config.get("base_model_name_or_path") is None:
+        raise ValueError(f"{model} is an adapter that names no base model: load both, and give the PeftModel.")
+    return config
+
+
+def _of_the_base(options: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
+    """Options of from_pretrained for an adapter's base model: where the adapter lies says nothing about it."""
+    kept = {name: value for name, value in options.items() if name not in ("revision", "subfolder")}
+    return kept if adapter.get("revision") is None else {**kept, "revision": adapter["revision"]}
+
+
+def _hub_options(args: SDFTConfig) -> dict[str, Any]:
+    """Of what from_pretrained of a model is given, that which says where it lies and whom to trust."""
+    names = ("revision", "trust_remote_code", "subfolder", "cache_dir", "local_files_only")
+    return {name: value for name, value in _init_kwargs(args).items() if name in names}
+
+
+def _init_kwargs(args: SDFTConfig) -> dict[str, Any]:
+    return {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+
+
+def _default_dtype(args: SDFTConfig) -> torch.dtype:
+    return torch.float32 if args.hf_deepspeed_config is None else args.hf_deepspeed_config.dtype()
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Raises ValueError where torch has no dtype of this name."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"model_init_kwargs: there is no dtype {name!r}; take bfloat16, float16, float32 or auto.")
+    return dtype
+
+
+def name_of(model: nn.Module) -> str:
+    """The name or folder that the model was loaded from; of one that was not, its class."""
+    causal_lm = causal_lm_of(model)
+    return causal_lm.config.name_or_path or type(causal_lm).__name__
+
+
+def refuse_without_trainable(model: nn.Module) -> None:
+    """Raises ValueError for a model of which nothing would be trained."""
+    if any(param.requires_grad for param in model.parameters()):
+        return
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "The model's adapter has no trainable weights: load it with PeftModel.from_pretrained(..., "
+            "is_trainable=True), or give its name or folder."
+        )
+    raise ValueError(
+        f"{name_of(model)} has no trainable weights: call model.requires_grad_(True) to train all of them, or give a "
+        "peft_config (--use_peft) for an adapter."
+    )
+
+
+def load_tokenizer(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, model: str, args: SDFTConfig
+) -> tuple[PreTrainedTokenizerBase | ProcessorMixin, PreTrainedTokenizerBase]:
+    """(what was given, or that of the model of this name; its tokenizer, with a pad token)."""
+    if processing_class is None:
+        processing_class = AutoProcessor.from_pretrained(model, **_hub_options(args))
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"processing_class must be a tokenizer or a processor that has one, not {type(processing_class).__name__}."
+        )
+    return processing_class, with_pad_token(tokenizer)
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer; where it has no pad token a copy, of which it is the end-of-sequence token. That is safe here:
+    nothing infers padding from token ids. Raises ValueError where there is neither."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"The tokenizer {tokenizer.name_or_path!r} has neither a pad token nor an end-of-sequence token: set "
+                "tokenizer.eos_token, or eos_token in its tokenizer_config.json."
+            )
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_embedding(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    """Raises ValueError for a tokenizer with tokens that the model has no embedding of."""
+    embeddings = zero.full_shape(causal_lm_of(model).get_input_embeddings().weight)[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= embeddings:
+        raise ValueError(
+            f"The tokenizer knows token id {largest}, but the model's embedding has {embeddings} rows: call "
+            "model.resize_token_embeddings(len(tokenizer)), or use the model's own tokenizer."
+        )
+
+
+def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion: those of the model's generation config, and the tokenizer's."""
+    declared = causal_lm_of(model).generation_config.eos_token_id
+    declared = declared if isinstance(declared, list) else [declared]
+    ids = {token for token in (*declared, tokenizer.eos_token_id) if token is not None}
+    if not ids:
+        raise ValueError(
+            "Neither the model's generation_config nor the tokenizer names an end-of-sequence token: set "
+            "tokenizer.eos_token."
+        )
+    return sorted(ids)
+
+
+def prompt_builder(
+    tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, args: SDFTConfig
+) -> PromptBuilder:
+    """What makes both prompts of a row for this model. Raises ValueError for limits that exceed its context."""
+    return PromptBuilder(
+        tokenizer,
+        args.teacher_prompt_template,
+        *_prompt_limits(model_config, args),
+        args.truncation,
+        args.chat_template_kwargs,
+    )
+
+
+def _prompt_limits(model_config: PreTrainedConfig, args: SDFTConfig) -> tuple[int | None, int | None]:
+    """Most tokens of the student's and of the teacher's prompt: either fits into the model's longest row together with
+    the longest completion. None where neither the config of the model nor a setting says anything."""
+    longest, what = longest_row(model_config)
+    if longest is None:
+        return args.max_prompt_length, args.max_teacher_prompt_length
+    room = longest - args.max_completion_length
+
+    def limit(name: str) -> int:
+        value, default = getattr(args, name), SDFTConfig.__dataclass_fields__[name].default
+        if room < 1 or (value not in (None, default) and value > room):
+            raise ValueError(
+                f"{name}={value} and max_completion_length={args.max_completion_length} exceed {what}: lower one of "
+                "them."
+            )
+        return min(value or room, room)
+
+    return limit("max_prompt_length"), limit("max_teacher_prompt_length")
+
+
+FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+
+
+def check_attention(config: PreTrainedConfig, args: SDFTConfig) -> None:
+    """Raises ValueError for an attention that this machine cannot train with."""
+    name = getattr(config, "_attn_implementation", None) or _init_kwargs(args).get("attn_implementation")
+    if name in FLASH_ATTENTION and not FLASH_ATTENTION[name]():
+        raise ValueError(
+            f"attn_implementation={name!r} needs a GPU, and its package, which is not installed: see `pip install "
+            "flash-attn`. Or take attn_implementation='sdpa'."
+        )
+    if name == "flex_attention" and args.use_cpu:
+        raise ValueError(
+            "attn_implementation='flex_attention' cannot train on a CPU: take attn_implementation='sdpa'."
+        )
+
+
+def check_support(config: PreTrainedConfig, args: SDFTConfig) -> None:
+    """Raises ValueError for a top-k that is larger than the model's vocabulary."""
+    vocabulary = config.get_text_config().vocab_size
+    if args.distillation_topk is not None and args.distillation_topk > vocabulary:
+        raise ValueError(
+            f"distillation_topk={args.distillation_topk} exceeds the model's vocabulary of {vocabulary}: lower it, or "
+            "set distillation_mode='full_logits'."
+        )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: the modules, and the rates that attention layers hand to their kernel."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def keep_quantized_layout(model: nn.Module) -> None:
+    """Let no forward repack 4-bit weights: on CPUs with bf16 units bitsandbytes does so in eval mode under no_grad,
+    as rollouts and scoring run. Nothing flows back through repacked weights, and ZeRO-3 cannot shard them.
+
+    Raises ValueError, naming the module, where it has happened: the scales were rounded to bf16 by it.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"The 4-bit weights of {name} were repacked by a forward in eval mode, which rounds them and "
+                    "stops the gradient: load the model anew, and evaluate it after the trainer is built."
+                )
+
+
+def warn_of_router_loss(config: PreTrainedConfig) -> None:
+    """A mixture of experts may ask for a loss that balances its routers; distillation has none."""
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        warnings.warn(
+            "The model's config asks for output_router_logits, whose load-balancing loss is not added here: its "
+            "routers are trained by the divergence alone. Set it to false to compute no such logits.",
+            stacklevel=2,
+        )
+
+
+def warn_without_masters(model: nn.Module, args: SDFTConfig) -> None:
+    """Small updates are lost in half-precision weights that no fp32 master stands behind."""
+    halves = {
+        str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+    }
+    if halves and args.hf_deepspeed_config is None:
+        warnings.warn(
+            f"Trainable weights are {', '.join(sorted(halves))} and no fp32 master is kept: updates smaller than "
+            "their rounding are lost. Load the model in float32 (bf16 autocast computes as fast), or use DeepSpeed.",
+            stacklevel=2,
+        )

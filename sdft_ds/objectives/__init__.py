@@ -1,0 +1,1 @@
+"""Training objectives: batch collection and loss, one method per module."""

@@ -1,0 +1,126 @@
+"""Objective: the interface of a training method: batch collection, loss, and checkpoint state.
+
+The loop (loop/step.py) calls an objective at fixed points and knows nothing else about the method. A method is one
+module here with one subclass of Objective; trainer.py defines its trainer.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.data.batch import MicroBatch, Rollout, collate
+from sdft_ds.data.prompts import PromptBuilder
+from sdft_ds.data.schedule import Slot
+from sdft_ds.data.streams import Stream
+from sdft_ds.loss.normalization import LossWeights
+from sdft_ds.metrics.meters import Meters
+from sdft_ds.model.packing import Packing
+from sdft_ds.rollouts.student import StudentRollouts
+
+
+class Scored(Protocol):
+    """A micro-batch with whatever its loss needs in addition to the tokens."""
+
+    batch: MicroBatch
+
+
+@dataclass
+class GenerationBatch:
+    """Micro-batches that were collected together. number: index of the generation batch; uses: micro-batches trained
+    on so far."""
+
+    number: int
+    scored: list[Any]
+    uses: int = 0
+
+
+@dataclass(frozen=True)
+class BatchUse:
+    """How a generation batch will be used.
+
+    micro_batch_size: rows per micro-batch. outlives_step: the student's weights will have been updated before its last
+    use. batches_per_step: micro-batches among which rows may be reordered to reduce padding. keep_on: device that
+    holds tensors until they are used.
+    """
+
+    micro_batch_size: int
+    keep_on: torch.device
+    outlives_step: bool = False
+    batches_per_step: int = 1
+
+
+@dataclass
+class RunParts:
+    """The parts of a run that an objective uses.
+
+    engine: returns the current training wrapper of the model. compute_dtype: dtype of the LM head's matmul. dispatch:
+    (event, payload) calls the event on the run's callbacks with the arguments that payload() returns.
+    """
+
+    args: SDFTConfig
+    model: nn.Module
+    engine: Callable[[], nn.Module]
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptBuilder
+    rollouts: StudentRollouts
+    packing: Packing
+    compute_dtype: torch.dtype
+    dispatch: Callable[..., None]
+
+
+class Objective(ABC):
+    """One training method in one run. In distributed runs all ranks call all methods in the same order."""
+
+    name: ClassVar[str]
+
+    def __init__(self, parts: RunParts):
+        self.parts = parts
+        self.args = parts.args
+        self.callbacks: list[TrainerCallback] = []  # added by the trainer
+
+    @abstractmethod
+    def collect(
+        self, dataset: Dataset | Stream, slots: tuple[Slot, ...], key: str, meters: Meters, use: BatchUse
+    ) -> list[Any]:
+        """Scored micro-batches of the slots, from the current weights. Called before any student forward of the step.
+
+        key: identifies the generation batch in the random seeds of its rows. All ranks have equally many slots.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, scored: Any, weights: LossWeights, meters: Meters, step: int | None) -> Tensor:
+        """The scalar loss of one micro-batch, computed in the student's forward. step: the optimizer step (from 1), or
+        None in an evaluation."""
+
+    def start(self, engine: nn.Module, max_steps: int, resumed: bool) -> None:
+        """Called when the engine is ready, before the first step; resumed: after `load`."""
+
+    def after_step(self, engine: nn.Module, step: int) -> None:
+        """Called after optimizer step `step` (from 1), unless it was skipped."""
+
+    def measure(self, engine: nn.Module, meters: Meters) -> None:
+        """Add metrics that are measured once per log line."""
+
+    def reset(self) -> None:
+        """Clear the state of an earlier run before a new one begins."""
+
+    def save(self, folder: str, engine: nn.Module, pending: GenerationBatch | None) -> None:
+        """Write what a resume needs. pending: a partially used generation batch."""
+
+    def load(self, folder: str, engine: nn.Module, with_batch: bool) -> GenerationBatch | None:
+        """Load what `save` wrote. Returns the pending batch, or None if there is none or with_batch is False."""
+
+    def load_weights(self, folder: str, engine: nn.Module) -> None:
+        """Load only the weights that an evaluation needs in addition to the model's."""
+
+    def collate(self, rollouts: list[Rollout]) -> MicroBatch:
+        """Collate rollouts into a micro-batch."""
+        pad = self.parts.tokenizer.pad_token_id
+        return collate(rollouts, self.args.loss_mask, pad, self.args.device, self.parts.packing.bins_of)

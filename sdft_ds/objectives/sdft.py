@@ -1,0 +1,187 @@
+"""Self-distillation: the student completes its prompt; the teacher, the same network also shown the privileged
+context, scores each completion token; the loss is the divergence between the two distributions.
+
+    collect      prompts -> rollouts (rollouts/) -> teacher hidden states (teacher/scoring.py) -> micro-batches
+    loss         student forward, and the divergence of its loss tokens in chunks (loss/)
+    after_step   teacher update, for kinds that have one (teacher/)
+"""
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from sdft_ds import teacher
+from sdft_ds.config import validate
+from sdft_ds.data.batch import Rollout, bucket_by_length, pad_left, pad_right
+from sdft_ds.data.rows import example_from_row
+from sdft_ds.data.schedule import Slot
+from sdft_ds.data.streams import Stream
+from sdft_ds.distributed import ranks
+from sdft_ds.loss.chunked import LossTerms
+from sdft_ds.loss.normalization import LossWeights
+from sdft_ds.metrics.completions import CompletionLog
+from sdft_ds.metrics.inspector import Inspector
+from sdft_ds.metrics.meters import Meters
+from sdft_ds.model.completion_forward import DistillationLoss
+from sdft_ds.objectives import generation_batch
+from sdft_ds.objectives.protocol import BatchUse, GenerationBatch, Objective, RunParts
+from sdft_ds.teacher import state
+from sdft_ds.teacher.scoring import ScoredBatch, Scorer
+
+
+class SelfDistillation(Objective):
+    name = "sdft"
+
+    def __init__(self, parts: RunParts):
+        super().__init__(parts)
+        args = self.args
+        self.teacher = teacher.make(parts.model, args)
+        if args.save_teacher and not self.teacher.has_state:
+            raise ValueError(f"save_teacher: a {args.teacher_model_kind} teacher has no weights of its own here.")
+        if args.load_best_model_at_end and args.save_only_model and self.teacher.has_state:
+            raise ValueError(
+                f"load_best_model_at_end loads the best checkpoint's {args.teacher_model_kind} teacher, too, which "
+                "save_only_model leaves out: set save_only_model=False."
+            )
+        self.completion_log = CompletionLog(args, parts.tokenizer, ranks.rank() == 0)
+        self.inspector = Inspector(args, self.completion_log)
+        self.callbacks = [self.completion_log]
+
+    # ---- a generation batch -----------------------------------------------------------------------------------------
+
+    def collect(
+        self, dataset: Dataset | Stream, slots: tuple[Slot, ...], key: str, meters: Meters, use: BatchUse
+    ) -> list[ScoredBatch]:
+        with meters.phase("rollout"):
+            rollouts = self.roll_out(dataset, slots, key, meters)
+        with meters.phase("teacher"):
+            scorer = self._scorer(use.keep_on)
+            old = scorer.student_log_probs(rollouts) if self._needs_old_log_probs else None
+            self.parts.dispatch("on_self_distillation_batch_prepared", lambda: self._padded(rollouts, old))
+            states = scorer.score(rollouts, head_changes=use.outlives_step)
+        number = {rollout.row: i for i, rollout in enumerate(rollouts)}
+        scored = []
+        for rows in bucket_by_length(rollouts, use.micro_batch_size, use.batches_per_step):
+            at = [number[rollout.row] for rollout in rows]
+            first = [self.args.loss_mask.first_token(rollout) for rollout in rows]
+            old_N = torch.cat([old[i][start:] for i, start in zip(at, first, strict=True)]) if old else None
+            batch = self.collate(rows)
+            scored.append(ScoredBatch(batch, torch.cat([states.hidden[i] for i in at]), states.head, old_N))
+            meters.count_positions(batch)
+        return scored
+
+    def roll_out(self, dataset: Dataset | Stream, slots: tuple[Slot, ...], key: str, meters: Meters) -> list[Rollout]:
+        """One rollout per slot, from the student's prompt, or the teacher's with generate_from_teacher."""
+        prompts = self.parts.prompts
+        pairs = [prompts.build(example_from_row(dataset[slot.index], slot.index), slot.index) for slot in slots]
+        for side in ("student", "teacher"):
+            meters.add(f"prompts/{side}_cut", prompts.counts.pop(f"{side}_prompts_cut", 0))
+        chosen = [pair.teacher if self.args.generate_from_teacher else pair.student for pair in pairs]
+        self.parts.dispatch(
+            "on_generation_prompts_selected",
+            lambda: {
+                "generation_prompts": [rendered.prompt for rendered in chosen],
+                "generation_prompt_text": [rendered.text for rendered in chosen],
+            },
+        )
+        keys = [f"{key}/{slot.row}" for slot in slots]
+        completions = self.parts.rollouts.generate([rendered.ids for rendered in chosen], keys)
+        rollouts = [
+            Rollout(slot.row, pair, completion, slot.counted)
+            for slot, pair, completion in zip(slots, pairs, completions, strict=True)
+        ]
+        meters.count_completions(rollouts)
+        return rollouts
+
+    def _scorer(self, keep_on: torch.device) -> Scorer:
+        return Scorer(
+            engine=self.parts.engine(),
+            teacher=self.teacher,
+            loss_mask=self.args.loss_mask,
+            pad_token_id=self.parts.tokenizer.pad_token_id,
+            dtype=self.parts.compute_dtype,
+            keep_on=keep_on,
+            temperature=self.args.temperature,
+            tokens_per_batch=self.args.scoring_batch_tokens,
+            packing=self.parts.packing,
+        )
+
+    @property
+    def _needs_old_log_probs(self) -> bool:
+        """Whether rollouts become off-policy, so that their loss is importance-weighted."""
+        return self.args.outlives_step and not self.args.generate_from_teacher
+
+    def _padded(self, rollouts: list[Rollout], old: list[Tensor] | None) -> dict[str, Tensor | None]:
+        """The rollouts as passed to TRL's callbacks: prompts left-padded, completions right-padded."""
+        device, pad = self.args.device, self.parts.tokenizer.pad_token_id
+        completions = [rollout.completion.ids for rollout in rollouts]
+        completion_ids = pad_right(completions, pad, device)
+        completion_mask = pad_right([[1] * len(ids) for ids in completions], 0, device)
+        teacher_ids, teacher_mask = pad_left([rollout.prompts.teacher.ids for rollout in rollouts], pad, device)
+        return {
+            "prompt_ids": pad_left([rollout.prompts.student.ids for rollout in rollouts], pad, device)[0],
+            "completion_ids": completion_ids,
+            "teacher_input_ids": torch.cat([teacher_ids, completion_ids], dim=1),
+            "teacher_attention_mask": torch.cat([teacher_mask, completion_mask], dim=1),
+            "old_per_token_logps": None if old is None else nn.utils.rnn.pad_sequence(old, batch_first=True),
+        }
+
+    # ---- the loss ---------------------------------------------------------------------------------------------------
+
+    def loss(
+        self, model: nn.Module, scored: ScoredBatch, weights: LossWeights, meters: Meters, step: int | None
+    ) -> Tensor:
+        request = self.loss_request(scored, weights)
+        picked = self.inspector.pick(request, scored, step)
+        loss = model(**scored.batch.student.inputs, request=request)
+        self.inspector.record(picked, request, scored, meters)
+        return loss * self.args.distillation_weight
+
+    def loss_request(self, scored: ScoredBatch, weights: LossWeights) -> DistillationLoss:
+        """The request to the student's forward: the loss of a micro-batch, and the divergence of each token."""
+        return DistillationLoss(
+            positions_N=scored.batch.student.positions_N,
+            terms=LossTerms(
+                divergence=self.args.divergence,
+                teacher_hidden_ND=scored.teacher_hidden_ND.to(self.args.device),
+                teacher_head=scored.teacher_head,
+                tokens_N=scored.batch.tokens_N,
+                weights_N=weights.weights_N,
+                old_log_probs_N=scored.old_log_probs_N,
+                is_clip=self.args.distillation_is_clip,
+            ),
+            scale=weights.scale,
+            chunk_tokens=self.args.loss_chunk_tokens,
+        )
+
+    # ---- the teacher over a run -------------------------------------------------------------------------------------
+
+    def start(self, engine: nn.Module, max_steps: int, resumed: bool) -> None:
+        validate.warn_of_still_teacher(self.args, max_steps)
+        if not resumed:
+            self.teacher.start(engine)
+
+    def after_step(self, engine: nn.Module, step: int) -> None:
+        self.teacher.after_step(engine, step)
+
+    def measure(self, engine: nn.Module, meters: Meters) -> None:
+        drift = self.teacher.drift(engine)
+        if drift is not None:
+            meters.add("teacher/distance", *drift)
+
+    def reset(self) -> None:
+        self.completion_log.taken.clear()
+
+    def save(self, folder: str, engine: nn.Module, pending: GenerationBatch | None) -> None:
+        state.save(folder, self.teacher, engine)
+        if pending is not None:
+            generation_batch.save(folder, pending)
+
+    def load(self, folder: str, engine: nn.Module, with_batch: bool) -> GenerationBatch | None:
+        self.load_weights(folder, engine)
+        if not with_batch:
+            return None
+        return generation_batch.load(folder, self.collate, self.args.device, self.args.teacher_states_on)
+
+    def load_weights(self, folder: str, engine: nn.Module) -> None:
+        state.load(folder, self.teacher, engine)

@@ -1,0 +1,65 @@
+"""The backend `continuous`: transformers' continuous batching, whose draws depend on how it batches the rows."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+
+from sdft_ds.rollouts.draws import NonFiniteLogits
+
+
+def continuous(
+    model: PreTrainedModel, prompts: list[list[int]], keys: list[str], config: GenerationConfig, synced: bool
+) -> list[list[int]]:
+    """transformers' continuous batching: rows come and go, each with pages of its own in the cache.
+
+    Its draws are seeded with the keys, but which draw a row gets depends on the batching.
+    """
+    seed = int.from_bytes(hashlib.blake2b("\n".join(keys).encode(), digest_size=4).digest(), "little")
+    on_cpu = {}
+    if model.device.type == "cpu":
+        # Without an accelerator's memory to divide there is nothing to infer these from.
+        page, longest = 32, max(map(len, prompts)) + config.max_new_tokens
+        rows = len(prompts)
+        on_cpu = {
+            "page_size": page,
+            "num_blocks": rows * (-(-longest // page) + 1),
+            "max_batch_tokens": max(2 * longest, 256),
+            "max_requests_per_batch": rows,
+        }
+    with (
+        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
+        _finite_logits(model) as non_finite,
+    ):
+        outputs = model.generate_batch(
+            inputs=prompts,
+            generation_config=config,
+            continuous_batching_config=ContinuousBatchingConfig(seed=seed, **on_cpu),
+        )
+    if bool(non_finite):
+        raise NonFiniteLogits(list(range(len(prompts))))  # which of them is not known
+    failed = [output.error for output in outputs.values() if output.error]
+    if failed:
+        raise RuntimeError(f"Continuous batching failed: {failed[0]}")
+    return [outputs[name].generated_tokens for name in sorted(outputs, key=lambda name: int(name.rpartition("_")[2]))]
+
+
+@contextmanager
+def _finite_logits(model: PreTrainedModel) -> Iterator[Tensor]:
+    """Inside, logits that are not finite are replaced, because sampling from them ends the process on a GPU; yields
+    a flag, True where there were some."""
+    flag = torch.zeros((), dtype=torch.bool, device=model.device)
+
+    def replace(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
+        flag.logical_or_(~logits.isfinite().all())
+        return logits.nan_to_num(0.0)
+
+    hook = model.get_output_embeddings().register_forward_hook(replace)
+    try:
+        yield flag
+    finally:
+        hook.remove()

@@ -1,0 +1,106 @@
+"""The backend `generate`: rows together. A prompt is computed once for all of its completions, and a finished row
+leaves the batch.
+
+Shapes: R rows, A rows that are not finished, U different prompts, T positions of the padded prompts, V vocabulary.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from sdft_ds.data.batch import pad_left
+from sdft_ds.distributed import ranks
+from sdft_ds.model import prefix_cache
+from sdft_ds.rollouts.draws import Draws, Greedy
+
+# Processors of these two options keep something for each row, so rows must stay where they are.
+ROW_BOUND_OPTIONS = {"guidance_scale", "watermarking_config"}
+
+
+def generate(
+    model: PreTrainedModel, prompts: list[list[int]], keys: list[str], config: GenerationConfig, synced: bool
+) -> list[list[int]]:
+    """transformers' `generate`, which sets logits processors and stopping criteria up, around a loop of our own."""
+    input_ids, attention_mask = pad_left(prompts, config.pad_token_id, model.device)
+    width, room = input_ids.shape[1], config.max_new_tokens
+    choice = Draws(keys, room, model.device) if config.do_sample else Greedy(len(keys), model.device)
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        own = isinstance(kwargs.get("past_key_values"), DynamicCache) and prefix_cache.supports_prefixes(model)
+        if own and not any(getattr(generation_config, name) is not None for name in ROW_BOUND_OPTIONS):
+            return decode_rows(
+                model, input_ids, attention_mask, logits_processor, stopping_criteria, choice.choose, room, synced
+            )
+        logits_processor.append(_Chosen(choice, width))
+        generation_config.do_sample = False
+        # `generate` does not hand synced_gpus on to a custom loop.
+        return model._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced, **kwargs
+        )
+
+    output = model.generate(input_ids, attention_mask=attention_mask, generation_config=config, custom_generate=loop)
+    choice.check()
+    return output[:, width:].tolist()
+
+
+class _Chosen:
+    """As the last logits processor of a loop that takes the argmax: leaves the chosen token alone."""
+
+    def __init__(self, choice: Greedy, prompt_width: int):
+        self.choice = choice
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = torch.arange(len(scores), device=scores.device)
+        tokens = self.choice.choose(scores, rows, input_ids.shape[1] - self.prompt_width)
+        return torch.full_like(scores, float("-inf")).scatter(-1, tokens.unsqueeze(-1), 0.0)
+
+
+def decode_rows(
+    model: PreTrainedModel,
+    input_ids_RT: Tensor,
+    attention_mask_RT: Tensor,
+    processors: Callable[[Tensor, Tensor], Tensor],
+    finished: Callable[[Tensor, None], Tensor],
+    choose: Callable[[Tensor, Tensor, int], Tensor],
+    room: int,
+    synced: bool,
+) -> Tensor:
+    """Prompts and completions of at most `room` tokens, [R, T + longest]; after its end a row is undefined.
+
+    synced: all ranks make as many forwards.
+    """
+    rows, width = input_ids_RT.shape
+    sequences = torch.zeros(rows, width + room, dtype=input_ids_RT.dtype, device=input_ids_RT.device)
+    sequences[:, :width] = input_ids_RT
+    first, prompt_of_row = prefix_cache.distinct(input_ids_RT.tolist())
+    cache = prefix_cache.empty_cache(model)
+    inputs = prefix_cache.prompt_inputs(input_ids_RT[first], attention_mask_RT[first])
+    logits_UV = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    active_A = torch.tensor(prompt_of_row, device=input_ids_RT.device)
+    logits_AV = logits_UV[active_A]
+    prefix_cache.fan_out(cache, active_A, room)
+    active_A = torch.arange(rows, device=input_ids_RT.device)
+    mask_AT = attention_mask_RT
+    for position in itertools.count():  # the longest length is one of the criteria of `finished`
+        if len(active_A):
+            end = width + position + 1
+            scores_AV = processors(sequences[active_A, : end - 1], logits_AV.float())
+            tokens_A = choose(scores_AV, active_A, position)
+            sequences[active_A, end - 1] = tokens_A
+            going = (~finished(sequences[active_A, :end], None)).nonzero().squeeze(-1)
+            if len(going) < len(active_A):
+                active_A, tokens_A, mask_AT = active_A[going], tokens_A[going], mask_AT[going]
+                cache.batch_select_indices(going)
+        if not (ranks.all_reduce_max(len(active_A), active_A.device) if synced else len(active_A)):
+            break
+        if len(active_A):
+            inputs = prefix_cache.next_inputs(tokens_A.unsqueeze(-1), mask_AT, after=position)
+            logits_AV = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+        else:
+            model(input_ids=input_ids_RT[:1, :1], use_cache=False)  # only to take part in gathering the weights
+    return sequences[:, :end]

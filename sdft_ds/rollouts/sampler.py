@@ -1,0 +1,181 @@
+"""Prompts -> completions sampled from the current weights, by one of several backends, in calls that fit into memory.
+
+`generate` (decode.py), `continuous` (continuous.py), and what add_backend adds. A rollout from logits that are not
+finite ends with NonFiniteLogits, on all ranks. Patches the model's generation_config during a call.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from sdft_ds.config.rollouts import ROLLOUT_BACKENDS
+from sdft_ds.data.batch import Completion
+from sdft_ds.distributed import ranks
+from sdft_ds.model import prefix_cache
+from sdft_ds.model.modes import evaluating
+from sdft_ds.model.skinny_gemm import skinny_gemm
+from sdft_ds.rollouts.continuous import continuous
+from sdft_ds.rollouts.decode import generate
+from sdft_ds.rollouts.draws import NonFiniteLogits
+
+# What shapes a distribution to sample from; transformers warns where it is given and nothing is sampled.
+SAMPLING_OPTIONS = {"temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
+
+
+UNSUPPORTED_OPTIONS = {"num_beams", "num_return_sequences", "prompt_lookup_num_tokens", "streamer"}
+
+
+# Memory for the rows of one call on a CPU, whose rollouts do not depend on what else happens to be in memory.
+CPU_BYTES = 8 << 30
+
+
+class Sampler:
+    """Samples completions.
+
+    options: fields of GenerationConfig. Fields that are not given take transformers' global defaults, never those of
+    the model's own generation_config: a sampling setting that nobody asked for would change what is learned.
+    backend: `generate` or `continuous`. batch_tokens: most tokens, prompts, longest completions and padding, of one
+    call of `generate`; None: as memory allows.
+    """
+
+    def __init__(
+        self,
+        options: dict[str, Any],
+        eos_token_ids: list[int],
+        pad_token_id: int,
+        seed: int,
+        backend: str = "generate",
+        batch_tokens: int | None = None,
+    ):
+        if unsupported := UNSUPPORTED_OPTIONS & set(options):
+            raise ValueError(
+                f"generation_kwargs: {', '.join(sorted(unsupported))} cannot be used for rollouts, which sample one "
+                "completion for each row; see num_generations."
+            )
+        self.options = options
+        self.eos_token_ids = eos_token_ids
+        self.pad_token_id = pad_token_id
+        self.seed = seed
+        self.backend = BACKENDS[backend]
+        # Called when this rank is done and begins to wait for the others: a phase of its own for the watchdog.
+        self.on_wait: Callable[[], None] = lambda: None
+        self.batch_tokens = batch_tokens
+
+    def sample(
+        self,
+        model: PreTrainedModel,
+        prompts: list[list[int]],
+        keys: list[str],
+        weights: AbstractContextManager[bool],
+        **overrides: Any,
+    ) -> list[Completion]:
+        """One completion for each prompt.
+
+        keys: what makes a row's randomness its own, in addition to the run's seed. weights: the context in which the
+        model can generate; it says whether every rank goes on until the last is done (zero.generation_weights).
+        overrides: options for this call only. Every rank calls it. Raises NonFiniteLogits, on all ranks, and
+        RuntimeError where generation gives fewer rows than prompts.
+        """
+        options = {**self.options, **overrides}
+        if not options["do_sample"]:
+            options = {name: value for name, value in options.items() if name not in SAMPLING_OPTIONS}
+        config = GenerationConfig(
+            **options, eos_token_id=self.eos_token_ids, pad_token_id=self.pad_token_id, use_cache=True
+        )
+        tokens_of: dict[int, list[int]] = {}
+        non_finite: list[str] = []
+        with (
+            torch.no_grad(),
+            evaluating(model),
+            _own_generation_config(model),
+            weights as synced,
+            skinny_gemm(model),
+        ):
+            # A rank without rows takes part in the others' forwards with one of a single token.
+            asked, names = (prompts, keys) if prompts or not synced else ([[self.pad_token_id]], [""])
+            for rows in self._batches(model, asked, config.max_new_tokens, synced):
+                batch, seeded = [asked[row] for row in rows], [f"{self.seed}/{names[row]}" for row in rows]
+                try:
+                    outputs = self.backend(model, batch, seeded, config, synced)
+                except NonFiniteLogits as error:  # the other ranks go on to their next batch
+                    non_finite += [names[rows[i]] for i in error.rows]
+                    continue
+                if len(outputs) != len(batch):
+                    raise RuntimeError(f"Generation returned {len(outputs)} completions for {len(batch)} prompts.")
+                tokens_of |= zip(rows, outputs, strict=True)
+        self.on_wait()
+        self._refuse(non_finite, model.device)
+        return [self._completion(tokens_of[row]) for row in range(len(prompts))]
+
+    def _batches(
+        self, model: PreTrainedModel, prompts: list[list[int]], longest: int, synced: bool
+    ) -> list[list[int]]:
+        """Row numbers of each call: all at once, or as many as fit. synced: as many calls on every rank; one with
+        fewer repeats its last row."""
+        if self.backend is not generate:  # has a cache of its own
+            batches = [list(range(len(prompts)))] if prompts else []
+        elif self.batch_tokens is not None:
+            sizes = [len(prompt) + longest for prompt in prompts]
+            batches = prefix_cache.batches_within(self.batch_tokens, sizes, prompts)
+        else:
+            sizes = _bytes_of_rows(model, prompts, longest)
+            batches = prefix_cache.batches_within(_bytes_to_use(model.device), sizes, prompts)
+        batches = [sorted(batch) for batch in batches]
+        return ranks.pad_to_equal_count(batches, batches[-1][-1:], model.device) if synced else batches
+
+    def _refuse(self, keys: list[str], device: torch.device) -> None:
+        """Raises NonFiniteLogits on every rank if there are such rows on any; every rank calls it."""
+        if ranks.all_reduce_max(len(keys), device):
+            raise NonFiniteLogits([key for of_rank in ranks.all_gather_objects(keys) for key in of_rank])
+
+    def _completion(self, tokens: list[int]) -> Completion:
+        """Cut after the first end-of-sequence token, which is kept: it is part of what the student said."""
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.eos_token_ids), None)
+        return Completion(ids=tokens[:end], truncated=end is None)
+
+
+def _bytes_to_use(device: torch.device) -> int:
+    """Memory for the rows of one call: on an accelerator half of what is free, rounded down to a power of two, so that
+    a run and its resume make the same calls."""
+    if device.type == "cpu":
+        return CPU_BYTES
+    kept = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    half = (torch.accelerator.get_memory_info(device)[0] + kept) // 2
+    return 1 << (max(1, half).bit_length() - 1)
+
+
+def _bytes_of_rows(model: PreTrainedModel, prompts: list[list[int]], longest: int) -> list[int]:
+    """Estimates for each row: keys and values of all its tokens, a layer's activations at the prompt's forward, and
+    the scores from which a token is chosen, in fp32 and fp64."""
+    config = model.config.get_text_config(decoder=True)
+    widest = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    of_token = (2 * config.num_hidden_layers * prefix_cache.key_value_width(config) + widest) * model.dtype.itemsize
+    return [(len(prompt) + longest) * of_token + 24 * config.vocab_size for prompt in prompts]
+
+
+# (model, prompts, keys, config, whether all ranks go on until the last is done) -> the tokens of each completion
+Backend = Callable[[PreTrainedModel, list[list[int]], list[str], GenerationConfig, bool], list[list[int]]]
+
+
+BACKENDS: dict[str, Backend] = {"generate": generate, "continuous": continuous}
+
+
+def add_backend(name: str, backend: Backend) -> None:
+    """Let rollout_backend be `name`."""
+    BACKENDS[name] = backend
+    if name not in ROLLOUT_BACKENDS:
+        ROLLOUT_BACKENDS.append(name)
+
+
+@contextmanager
+def _own_generation_config(model: PreTrainedModel):
+    """transformers fills what a GenerationConfig leaves open from the model's own: keep that one out of the way."""
+    saved = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = saved

@@ -1,0 +1,75 @@
+"""base: the teacher is the model as it was at the start of the run.
+
+Of a PEFT model that is the network with its adapters switched off, which costs nothing, where they changed nothing at
+the start; of full fine-tuning, and of every other adapter, it is a shadow that never changes.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel, PeftType
+from torch import nn
+
+from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.distributed import zero
+from sdft_ds.model.modes import requires_grad_kept
+from sdft_ds.teacher.protocol import Teacher
+from sdft_ds.teacher.shadow import ShadowTeacher
+
+# Values of init_lora_weights that leave the weights under the adapter alone, so that a trained one can be taken off.
+# Others (pissa, olora, corda, loftq, ...) move a part of those weights into the adapter.
+SEPARATE = (True, "gaussian", "eva")
+
+
+class FrozenShadow(ShadowTeacher):
+    """The trained weights as they were given: the model object's own, or those that were loaded, never a hub id's."""
+
+
+class AdapterOff(Teacher):
+    """The base model under the adapters. An adapter that was trained before the run is not part of it."""
+
+    def __init__(self, model: nn.Module, args: SDFTConfig):
+        super().__init__(model, args)
+        self.runs = 0
+        self._warn_of_trained_adapter()
+
+    def start(self, engine: nn.Module) -> None:
+        if self.runs:
+            self._warn_of_trained_adapter()
+        self.runs += 1
+
+    def _warn_of_trained_adapter(self) -> None:
+        if _changes_something(self.model):
+            warnings.warn(
+                "The adapter of this model was trained before, and the base teacher, with adapters off, does not have "
+                "what it learned. To keep it, merge it first: model.merge_and_unload().",
+                stacklevel=2,
+            )
+
+    @contextmanager
+    def weights(self, engine: nn.Module) -> Iterator[None]:
+        # PEFT makes all of an adapter trainable when it is switched on again, also what the user has frozen.
+        with requires_grad_kept(self.model), self.model.disable_adapter():
+            yield
+
+
+def base_of_adapter(model: PeftModel, args: SDFTConfig) -> Teacher:
+    """The base teacher of a PEFT model: adapters off, or where that was not the start, a shadow."""
+    lora = model.active_peft_config
+    plain = lora.peft_type == PeftType.LORA and (not _changes_something(model) or lora.init_lora_weights in SEPARATE)
+    return (AdapterOff if plain and _all_is_switched_off(model) else FrozenShadow)(model, args)
+
+
+def _changes_something(model: PeftModel) -> bool:
+    """Of a LoRA that does not, one factor of each product is zero: B, or A where an embedding is adapted."""
+    factors = [p for name, p in model.named_parameters() if ".lora_B." in name or ".lora_embedding_A." in name]
+    return any(bool(torch.any(copy)) for copy in zero.full_copies(factors)) if factors else False
+
+
+def _all_is_switched_off(model: PeftModel) -> bool:
+    """Whether nothing that is trained is part of the model without its adapters, as biases can be: PEFT takes the
+    gradient of what it switches off."""
+    with requires_grad_kept(model), warnings.catch_warnings(action="ignore"), model.disable_adapter():
+        return not any(param.requires_grad for param in model.parameters())

@@ -1,0 +1,175 @@
+"""The no-grad pass over a generation batch, before any forward of the student's step: the teacher's hidden states.
+
+Shapes: R rows, U different prompts, C completion positions, N loss tokens, D hidden. What is kept is n x D in the
+compute dtype for the n loss tokens of each rollout, never logits; the loss projects them with the teacher's head,
+which is copied wherever its values will differ from the student's by then.
+
+The pass has batches of its own, whatever the student's are: rows of like length together, up to a budget of tokens. A
+prompt that several completions share is computed once, and its keys and values are given to each of them.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from sdft_ds.data.batch import LossMask, MicroBatch, PackedInputs, Rollout, pack_rows, pad_left, pad_right
+from sdft_ds.distributed import ranks, zero
+from sdft_ds.loss.chunked import HeadValues
+from sdft_ds.model import prefix_cache
+from sdft_ds.model.completion_forward import HiddenStates, TokenLogProbs, causal_lm_of, head_of
+from sdft_ds.model.lm_head import tensors_of as head_tensors
+from sdft_ds.model.modes import evaluating
+from sdft_ds.model.packing import Packing
+from sdft_ds.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """hidden[i]: the states at the loss tokens of rollout i, [n, D]. head: None, the student's own when it is used."""
+
+    hidden: list[Tensor]
+    head: HeadValues | None
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """A paired micro-batch and what the teacher, if there is one, and the sampler where it is needed, think of it."""
+
+    batch: MicroBatch
+    teacher_hidden_ND: Tensor | None
+    teacher_head: HeadValues | None
+    old_log_probs_N: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """dtype: the compute dtype, in which the head multiplies. keep_on: where hidden states wait for the loss.
+
+    temperature: that of the old log-probabilities. tokens_per_batch: the budget, padding included.
+    """
+
+    engine: nn.Module
+    teacher: Teacher
+    loss_mask: LossMask
+    pad_token_id: int
+    dtype: torch.dtype
+    keep_on: torch.device
+    temperature: float
+    tokens_per_batch: int
+    packing: Packing
+
+    @torch.no_grad()
+    def score(self, rollouts: list[Rollout], head_changes: bool) -> TeacherStates:
+        """The teacher's hidden states of all rollouts, in one swap of weights. Every rank calls it together.
+
+        head_changes: the batch outlives an optimizer step, so the student's head will have been updated before its
+        last use.
+        """
+        head = head_of(self.teacher.model)
+        student_head = head_tensors(head)
+        trained = any(tensor.requires_grad for tensor in student_head.present())
+        with (
+            zero.scoring_pass(self.engine) as forward,
+            evaluating(self.engine),
+            self.teacher.weights(self.engine),
+        ):
+            hidden = self._hidden_states(forward, rollouts)
+            teacher_head = head_tensors(head)
+            other = any(
+                a is not b for a, b in zip(vars(teacher_head).values(), vars(student_head).values(), strict=True)
+            )
+            values = None
+            # The loss uses the student's head where the teacher's is None, so a copy is needed wherever the two will
+            # differ by then. Copied (yes) or not, by what is trained and for how long the batch is used:
+            #
+            #     teacher              head not trained    head trained, one step    head trained, several steps
+            #     live                 no                  no                        yes: updated meanwhile
+            #     base, adapter off    no                  yes: other tensors        yes
+            #     base or ema, shadow  no                  yes: swapped values       yes
+            if other or (trained and (self.teacher.head_differs or head_changes)):
+                zero.drop_prefetched(self.engine)
+                values = teacher_head.copied(student_head)
+                if values.weight_VD is not None:
+                    bias = None if values.bias_V is None else values.bias_V.to(self.dtype)
+                    values = replace(values, weight_VD=values.weight_VD.to(self.dtype), bias_V=bias)
+        return TeacherStates(hidden, values)
+
+    @torch.no_grad()
+    def student_log_probs(self, rollouts: list[Rollout]) -> list[Tensor]:
+        """The student's log-probability as of now of every token of each completion."""
+        found: list[Tensor] = [torch.empty(0)] * len(rollouts)
+        rows = [rollout.prompts.student.ids + rollout.completion.ids for rollout in rollouts]
+        with zero.scoring_pass(self.engine) as forward, evaluating(self.engine):
+            for batch in self._batches([len(row) for row in rows], rows):
+                counts = [len(rollouts[i].completion.ids) for i in batch]
+                view = self._view([rows[i] for i in batch], counts)
+                tokens = torch.tensor([token for i in batch for token in rollouts[i].completion.ids])
+                request = TokenLogProbs(view.positions_N, tokens.to(self._device), self.temperature)
+                log_probs = forward(**view.inputs, request=request).float()
+                for i, values in zip(batch, log_probs.split(counts), strict=True):
+                    found[i] = values
+        return found
+
+    def _view(self, rows: list[list[int]], counts: list[int]) -> PackedInputs:
+        return pack_rows(rows, counts, self.packing.bins_of(list(map(len, rows))), self.pad_token_id, self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.teacher.args.device
+
+    def _hidden_states(self, forward: nn.Module, rollouts: list[Rollout]) -> list[Tensor]:
+        kept: list[Tensor] = [torch.empty(0)] * len(rollouts)
+        prompts = [rollout.prompts.teacher.ids for rollout in rollouts]
+        # Agreed upon by settings, not by what a rank's rows happen to share: all ranks make the same forwards.
+        shares = self.teacher.args.num_generations > 1 and prefix_cache.supports_prefixes(
+            causal_lm_of(self.teacher.model)
+        )
+        states_of = self._after_shared_prompts if shares else self._of_whole_rows
+        for batch in self._batches([len(r.prompts.teacher.ids) + len(r.completion.ids) for r in rollouts], prompts):
+            states = states_of(forward, [rollouts[i] for i in batch])
+            for i, states_ND in zip(batch, states, strict=True):
+                kept[i] = states_ND.to(self.dtype).to(self.keep_on)
+        return kept
+
+    def _batches(self, lengths: list[int], prompts: list[list[int]]) -> list[list[int]]:
+        """Numbers of rows, in batches within the budget; where a forward is a collective, as many on every rank: one
+        with fewer repeats its last row, the shortest. Every rank calls it before the first of its forwards."""
+        batches = prefix_cache.batches_within(self.tokens_per_batch, lengths, prompts)
+        if zero.forward_is_collective(self.engine):
+            batches = ranks.pad_to_equal_count(batches, batches[-1][-1:], self._device)
+        return batches
+
+    def _of_whole_rows(self, forward: nn.Module, rollouts: list[Rollout]) -> tuple[Tensor, ...]:
+        rows = [rollout.prompts.teacher.ids + rollout.completion.ids for rollout in rollouts]
+        counts = [self.loss_mask.count(rollout) for rollout in rollouts]
+        view = self._view(rows, counts)
+        return forward(**view.inputs, request=HiddenStates(view.positions_N)).split(counts)
+
+    def _after_shared_prompts(self, forward: nn.Module, rollouts: list[Rollout]) -> list[Tensor]:
+        """Two forwards: over the different prompts, whose last state predicts the first token, and over all but the
+        last token of each completion, with the prompts' keys and values."""
+        prompts = [rollout.prompts.teacher.ids for rollout in rollouts]
+        first, prompt_of_row = prefix_cache.distinct(prompts)
+        input_ids_UT, mask_UT = pad_left([prompts[r] for r in first], self.pad_token_id, self._device)
+        cache = prefix_cache.empty_cache(causal_lm_of(self.teacher.model))
+        width = input_ids_UT.shape[1]
+        ends_U = torch.arange(1, len(first) + 1, device=self._device) * width - 1
+        last_UD = forward(
+            **prefix_cache.prompt_inputs(input_ids_UT, mask_UT),
+            request=HiddenStates(ends_U), past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        completions = [rollout.completion.ids for rollout in rollouts]
+        ids_RC = pad_right([ids[:-1] or ids for ids in completions], self.pad_token_id, self._device)
+        rows_R = torch.tensor(prompt_of_row, device=self._device)
+        prefix_cache.fan_out(cache, rows_R, room=ids_RC.shape[1])
+        states_RCD = forward(
+            **prefix_cache.next_inputs(ids_RC, mask_UT[rows_R], after=0),
+            request=HiddenStates(torch.arange(ids_RC.numel(), device=self._device)),
+            past_key_values=cache, use_cache=True,
+        ).view(*ids_RC.shape, -1)  # fmt: skip
+        found = []
+        for r, rollout in enumerate(rollouts):
+            whole = torch.cat([last_UD[prompt_of_row[r]].unsqueeze(0), states_RCD[r, : len(completions[r]) - 1]])
+            found.append(whole[self.loss_mask.first_token(rollout) :])
+        return found

@@ -1,0 +1,152 @@
+import pytest
+
+from sdft_ds.cli.arguments import parse
+
+RECIPE = {
+    "max_steps": 250,
+    "use_peft": True,
+    "lora_target_modules": ["all-linear"],
+    "report_to": "none",
+    "bf16": False,
+}
+
+
+def test_the_recipe_applies_where_nothing_is_named_and_flags_win_over_it():
+    script, args, model = parse([], RECIPE)
+    assert args.max_steps == 250 and model.use_peft and model.peft_config().target_modules == "all-linear"
+    assert parse(["--max_steps", "3", "--use_peft", "false"], RECIPE)[1].max_steps == 3
+
+
+@pytest.mark.parametrize("named", [["--model_name_or_path", "m"], ["--dataset_path", "d"], ["--dataset_name", "d"]])
+def test_the_recipe_does_not_apply_to_a_model_or_data_of_ones_own(named):
+    script, args, model = parse(named, RECIPE)
+    assert args.max_steps == -1 and not model.use_peft and args.bf16
+
+
+def test_yaml_settings_and_the_command_line_over_them(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model_name_or_path: m\ndataset_path: d\nlearning_rate: 1.0e-4\nmax_steps: 7\nlora_target_modules: [q, v]\n"
+        "generation_kwargs: {typical_p: 0.9}\nuse_peft: true\ndistillation_topk: null\nfull_logit_distillation: true\n"
+    )
+    script, args, model = parse(["--config", str(file), "--max_steps", "9"], RECIPE)
+    assert (model.model_name_or_path, args.learning_rate, args.max_steps) == ("m", 1e-4, 9)
+    assert sorted(model.peft_config().target_modules) == ["q", "v"] and args.generation_kwargs == {"typical_p": 0.9}
+    assert args.distillation_mode == "full_logits"
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--learning_rat", "1"], "unknown setting --learning_rat; did you mean --learning_rate?"),
+        (["--max_steps", "many"], "invalid int value: 'many'"),
+        (["stray"], "unexpected value 'stray'"),
+        (["--loss_type", "mean"], "invalid choice: 'mean'"),
+        (["--lora_target_modules"], "expected at least one argument"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(capsys, argv, words):
+    with pytest.raises(SystemExit) as error:
+        parse(argv, RECIPE)
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and words in said and said.startswith("sdft_ds: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("learning_rat: 1", "did you mean --learning_rate"),
+        ("max_steps: many", "invalid int value"),
+        ("max_steps: null", "max_steps cannot be null"),
+        ("max_steps: true", "invalid int value: 'True'"),
+        ("max_steps: [1, 2]", "max_steps: one value is needed, found a list"),
+        ("max_steps: []", "max_steps: one value is needed, found a list"),
+        ("run_name: yes", "run_name: a text is needed, found True; quote it"),
+        ("output_dir: {a: 1}", "output_dir: found dict, which it cannot be"),
+        ("eval_tasks: [[a]]", "eval_tasks: found list, which it cannot be"),
+        ("use_peft: perhaps", "Truthy value expected"),
+        ("config: other.yaml", "unknown setting --config"),
+        ("help: me", "unknown setting --help"),
+        ("1: 2", "unknown setting --1"),
+    ],
+)
+def test_a_mistake_in_the_yaml_file_is_one_line(capsys, tmp_path, text, words):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit):
+        parse(["--config", str(file)], RECIPE)
+    said = capsys.readouterr().err
+    assert words in said and said.startswith("sdft_ds: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("- a\n- b", "a mapping of settings is needed, found list"),
+        ("", "found NoneType"),
+        ("max_steps: [1", "run.yaml cannot be read: while parsing"),
+        ("max_steps: 1\nmax_steps: 2", "max_steps is there twice"),
+        ("max_steps: " + "[" * 3000, "run.yaml cannot be read"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\n? *b\n: 1", "cannot be read: .*unhashable"),
+    ],
+)
+def test_a_file_that_is_no_yaml_of_settings(tmp_path, text, words):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=words) as error:
+        parse(["--config", str(file)], RECIPE)
+    assert "\n" not in str(error.value)
+
+
+def test_what_yaml_says_in_its_own_way(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "save_strategy: no\nresume_from_checkpoint: true\nuse_peft: true\nlora_target_modules: null\n"
+        'teacher_prompt_template: "--{prompt} {privileged_context}"\nreport_to: []\nmodel_revision: 2024-01-01\n'
+    )
+    script, args, model = parse(["--config", str(file)], RECIPE)
+    assert args.save_strategy == "no" and args.resume_from_checkpoint == "True" and args.report_to == []
+    assert args.teacher_prompt_template == "--{prompt} {privileged_context}" and model.model_revision == "2024-01-01"
+    assert model.lora_target_modules is None  # over the recipe's
+    assert parse(["--config", str(file), "--lora_target_modules", "q"], RECIPE)[2].lora_target_modules == ["q"]
+
+
+def test_yaml_cannot_make_objects(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("max_steps: !!python/object/apply:os.getcwd []")
+    with pytest.raises(Exception, match="could not determine a constructor"):
+        parse(["--config", str(file)], RECIPE)
+
+
+def test_numbers_can_be_none_where_they_may(capsys):
+    assert parse(["--distillation_topk", "none", "--distillation_alpha", "1"], {})[1].distillation_topk is None
+    with pytest.raises(SystemExit):
+        parse(["--max_steps", "none"], {})
+    assert "invalid int value: 'none'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag, needed", [("--lora_r=8", "use_peft"), ("--bnb_4bit_quant_type=fp4", "load_in_4bit")])
+def test_flags_of_something_that_is_not_asked_for_are_warned_about(flag, needed):
+    with pytest.warns(UserWarning, match=f"has no effect without --{needed}"):
+        parse(["--model_name_or_path", "m", flag], RECIPE)
+
+
+def test_only_the_first_rank_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as error:
+        parse(["--learning_rat", "1"], RECIPE)
+    assert error.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_help_is_readable(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"], RECIPE)
+    text = capsys.readouterr().out
+    assert "data:" in text and "model and adapter:" in text and "Train a LoRA adapter" in text
+
+
+def test_code_of_others_is_not_trusted_unless_asked():
+    _, args, model = parse([], RECIPE)
+    assert not args.trust_remote_code
+    _, args, model = parse(["--trust_remote_code"], RECIPE)
+    assert args.trust_remote_code

@@ -1,0 +1,92 @@
+"""Scripts as they are written for TRL's trl.experimental.sdft, with nothing but the import changed."""
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from sdft_ds import SDFTConfig, SDFTTrainer
+from sdft_ds.config.recipes import recipe
+from tests.helpers import tiny
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def settings(tmp_path):
+    return {
+        "output_dir": str(tmp_path / "out"), "max_steps": 1, "per_device_train_batch_size": 2, "num_generations": 2,
+        "max_completion_length": 8, "report_to": "none", "bf16": False, "save_strategy": "no", "logging_steps": 1,
+        "disable_tqdm": True,
+    }  # fmt: skip
+
+
+class Watch(TrainerCallback):
+    """Events are called with keywords only, as TRL calls them."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_generation_prompts_selected(self, **kwargs):
+        self.seen["selected"] = kwargs
+
+    def on_self_distillation_batch_prepared(self, *, args, state, teacher_input_ids, teacher_attention_mask, **kwargs):
+        assert teacher_input_ids.shape == teacher_attention_mask.shape
+        self.seen["prepared"] = kwargs
+
+    def on_generation_batch_built(self, args, state, control, generate_every=None, **kwargs):
+        self.seen["built"] = generate_every
+
+
+def test_a_script_for_1_5_1(model_folder, tmp_path):
+    args = SDFTConfig(
+        **settings(tmp_path), sync_ref_model=True, ref_model_mixup_alpha=0.1, ref_model_sync_steps=1,
+        full_logit_distillation=True, distillation_topk=None, distillation_alpha=0.0, beta=0.0, loss_type="dapo",
+        mask_truncated_completions=True, diagnostics_warning_interval=10,
+    )  # fmt: skip
+    watch = Watch()
+    trainer = SDFTTrainer(
+        model=model_folder, args=args, train_dataset=Dataset.from_list(tiny.rows()), callbacks=[watch]
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1 and watch.seen.keys() == {"selected", "prepared", "built"}
+    assert trainer.args.teacher_model_kind == "ema"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_script_for_1_16(model_folder, tmp_path, streaming):
+    """1.16 itself refuses streams; here they train."""
+    args = SDFTConfig(
+        **recipe("trl-1.16") | settings(tmp_path), trust_remote_code=False, use_teacher_server=False,
+        distillation_is_clip=2.0, generate_from_teacher=False, steps_per_generation=2,
+    )  # fmt: skip
+    dataset = Dataset.from_list(tiny.rows())
+    watch = Watch()
+    trainer = SDFTTrainer(
+        model=model_folder,
+        args=args,
+        train_dataset=dataset.to_iterable_dataset() if streaming else dataset,
+        processing_class=tiny.tokenizer(),
+        callbacks=[watch],
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
+    )
+    trainer.train()
+    trainer.save_model()
+    assert trainer.state.global_step == 1 and watch.seen["built"] == 2
+    assert trainer.args.teacher_model_kind == "base" and trainer.args.loss_type == "grpo"
+
+
+def test_what_1_16_has_and_this_does_not_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="use_teacher_server=True is not supported"):
+        SDFTConfig(**settings(tmp_path), use_teacher_server=True)
+
+
+def test_an_ema_teacher_that_is_never_updated_is_told(model_folder, tmp_path):
+    args = SDFTConfig(**settings(tmp_path), sync_ref_model=True)
+    trainer = SDFTTrainer(model=model_folder, args=args, train_dataset=Dataset.from_list(tiny.rows()))
+    with pytest.warns(UserWarning, match="will never move: .*teacher_sync_steps=512 steps, and the run has 1"):
+        trainer.train()

@@ -1,0 +1,49 @@
+"""The screen, the JSON and the exit status, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from sdft_ds.doctor import __main__
+from sdft_ds.doctor.checks import FAIL, OK, WARN
+
+ROOT = Path(__file__).parents[2]
+UNEVEN = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "3"}
+
+
+def run(*arguments, **variables):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", **variables},
+    )  # fmt: skip
+
+
+def test_json_and_exit_status(tmp_path):
+    done = run("-m", "sdft_ds.doctor", "--json", "--output_dir", tmp_path / "run")
+    said = json.loads(done.stdout)
+    assert [*said["checks"]] == [*__main__.checks(tmp_path)]
+    statuses = {line["status"] for line in said["checks"].values()}
+    assert statuses <= {OK, WARN, FAIL} and said["fit"] == (FAIL not in statuses) == (done.returncode == 0)
+    assert all(line["remedy"] for line in said["checks"].values() if line["status"] != OK)
+    assert f"free in {tmp_path}" in said["checks"]["disk"]["found"]
+
+
+def test_the_screen_says_what_fails_and_what_to_do():
+    done = run("-m", "sdft_ds.doctor", **UNEVEN)
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    [at] = [i for i, line in enumerate(lines) if line.startswith("fail  slurm")]
+    assert "job 7: 2 nodes" in lines[at] and "-> Every node needs" in lines[at + 1]
+    assert lines[-1].startswith("This machine cannot train")
+    assert max(map(len, lines)) <= 100
+
+
+def test_without_any_package_every_check_reports():
+    done = run("-S", "-m", "sdft_ds.doctor")
+    said = json.loads(done.stdout)["checks"]
+    assert done.returncode == 1 and [*said] == [*__main__.checks(Path("."))]
+    assert said["packages"]["found"].startswith("missing: ") and "torch==" in said["packages"]["remedy"]
+    assert said["accelerator"]["found"] == "ModuleNotFoundError: No module named 'torch'"
+    assert said["memory"]["found"].endswith("GiB free") and said["slurm"]["status"] == OK

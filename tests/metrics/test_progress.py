@@ -1,0 +1,82 @@
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from sdft_ds.metrics.meters import METRICS, Meters
+from sdft_ds.metrics.progress import TrainingProgress, summary, time_report
+from sdft_ds.train import _learned
+
+
+def test_a_line_says_loss_length_and_where_time_goes():
+    logs = {"loss": 0.02134, "completions/mean_length": 12.43, "seconds/rollout": 0.91, "seconds/teacher": 0.3,
+            "seconds/student": 0.62, "seconds/optimizer": 0.05}  # fmt: skip
+    assert summary(logs) == "loss 0.0213 | 12.4 tokens | s/step: rollout 0.91 teacher 0.3 student 0.62 optimizer 0.05"
+
+
+def test_the_end_says_where_time_went():
+    def log(step, rollout):
+        return {"step": step, "seconds/rollout": rollout, "seconds/teacher": 1.0, "seconds/student": 2.0,
+                "seconds/optimizer": 1.0}  # fmt: skip
+
+    # Two steps of 4 + 4 seconds and one of 12 + 4: rollouts took 20 of 32.
+    history = [log(2, 4.0), {"step": 2, "eval_loss": 1.0}, log(3, 12.0), {"step": 3, "train_loss": 1.0}]
+    assert time_report(history) == "Time: rollout 62 %, teacher 9 %, student 19 %, optimizer 9 %."
+    assert time_report([]) == ""
+
+
+def test_the_bar_of_a_resumed_run_begins_where_the_run_stands(capsys):
+    args = TrainingArguments("unused", report_to="none", use_cpu=True)
+    state = TrainerState(max_steps=10, global_step=7)
+    bar = TrainingProgress()
+    bar.on_train_begin(args, state, TrainerControl())
+    assert bar.training_bar.initial == bar.training_bar.n == 7  # tqdm's rate is that of what comes after
+    state.global_step = 8
+    bar.on_step_end(args, state, TrainerControl())
+    assert bar.training_bar.n == 8
+    bar.on_train_end(args, state, TrainerControl())
+
+
+def test_a_phase_within_a_phase_has_its_own_time(monkeypatch):
+    now = iter([0.0, 10.0, 11.0, 14.0, 16.0, 20.0, 21.0, 23.0, 30.0, 40.0])
+    meters = Meters(lambda tensor, how: tensor, torch.device("cpu"))
+    monkeypatch.setattr(meters, "_now", lambda: next(now))
+    with meters.phase("student"):  # 0 ... 14
+        with meters.phase("optimizer"):  # 10 ... 11
+            pass
+    with meters.phase("rollout"):  # 16 ... 20
+        pass
+    with meters.phase("student"):  # 21 ... 40
+        with meters.phase("optimizer"):  # 23 ... 30
+            pass
+    sums = {name: total for name, (total, _) in meters.sums.items()}
+    assert sums["seconds/optimizer"] == 1.0 + 7.0 and sums["seconds/rollout"] == 4.0
+    assert sums["seconds/student"] == 13.0 + 12.0
+
+
+def test_the_end_says_how_far_the_student_came():
+    history = [{"sdft/distillation_loss": 1.25}, {"eval_loss": 1.0}, {"sdft/distillation_loss": 0.125}]
+    assert "1.25 nats per token from the teacher's at first and 0.125 at last" in _learned(history, "sdft")
+    assert "lower logging_steps" in _learned([], "sdft")
+
+
+def test_every_metric_says_its_unit_and_is_joined_by_a_known_reduction():
+    for name, metric in METRICS.items():
+        assert metric.unit and metric.meaning, name
+        assert metric.reduction in ("mean", "norm ratio", "max", "min", "sum", "slowest", "rate", "quantile"), name
+
+
+def test_reductions_over_two_ranks():
+    """Each reduction, with a second rank that added the same to the sums and has other extremes."""
+    other = {"sum": lambda t: t * 2, "max": lambda t: torch.maximum(t, torch.full_like(t, 5.0))}
+    meters = Meters(lambda tensor, how: other[how](tensor), torch.device("cpu"))
+    for value in (2, 4):
+        meters.add("completions/mean_length", value)
+        meters.add("completions/min_length", value)
+        meters.add("completions/max_length", value)
+        meters.add("completions/loss_tokens", value)
+        meters.add("teacher/distance", value, 6.0)
+    values = meters.collect(steps=2)
+    assert values["completions/mean_length"] == 3 and values["completions/max_length"] == 5
+    assert values["completions/loss_tokens"] == 12 and values["teacher/distance"] == (6 / 12) ** 0.5
+    assert values["completions/min_length"] == -5  # the other rank's, which are kept as negatives
+    assert "sdft/distillation_loss" not in values  # nothing was counted
+    assert meters.collect(1)["completions/loss_tokens"] == 0
