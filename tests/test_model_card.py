@@ -101,7 +101,7 @@ def test_a_pickled_configuration_has_no_token():
     assert pickle.loads(pickle.dumps(args)).hub_token is None and args.hub_token == TOKEN
 
 
-@pytest.mark.parametrize("strategy", ["end", "checkpoint"])
+@pytest.mark.parametrize("strategy", [pytest.param("end", marks=pytest.mark.full), "checkpoint"])
 def test_push_to_hub_sends_the_token_and_writes_it_nowhere(model_and_data, tmp_path, monkeypatch, strategy):  # noqa: F811
     with Hub("org/mine") as hub:
         for name, value in {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}.items():

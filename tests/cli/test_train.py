@@ -81,6 +81,7 @@ def test_a_finished_run_that_is_started_again_only_writes_its_end(model_and_data
         train.main(flags)
 
 
+@pytest.mark.full
 def test_a_deepspeed_configuration_that_contradicts_the_flags(model_and_data, tmp_path):
     config = tmp_path / "ds.json"
     config.write_text('{"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 2}}')

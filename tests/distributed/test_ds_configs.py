@@ -30,7 +30,8 @@ def test_a_configuration_trains(two_ranks, without_deepspeed, name):
         torch.testing.assert_close(result["teacher_logits"], without_deepspeed[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("what", ["offload_param", pytest.param("offload_optimizer", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("what", ["offload_param", "offload_optimizer"])
 def test_nvme_is_refused(one_rank, what):
     config = json.loads((scenarios.DS_CONFIGS / "zero3_offload.json").read_text())
     config["zero_optimization"][what] = {"device": "nvme", "nvme_path": "/tmp"}

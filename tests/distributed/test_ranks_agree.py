@@ -79,7 +79,8 @@ def unlike():
     return train_on_rows_of_unlike_length(per_device_train_batch_size=8)
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.full) for stage in (None, 2)), 3])
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [None, 2, 3])
 def test_continuous_batching_on_two_ranks(two_ranks, stage):
     """ZeRO-3's weights are gathered for it; greedy, its completions are those of the other backend."""
     settings = {"generation_kwargs": {"do_sample": False}}

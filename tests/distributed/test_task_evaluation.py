@@ -46,7 +46,7 @@ def test_the_figures_of_one_process(two_ranks, alone, tmp_path, stage, settings)
     ]
 
 
-@pytest.mark.parametrize("stage, settings", WAYS)
+@pytest.mark.parametrize("stage, settings", [pytest.param(2, {}, marks=pytest.mark.full), *WAYS[1:]])
 def test_training_is_bit_by_bit_that_without_questions(two_ranks, tmp_path, stage, settings):
     asked = two_ranks.run("examined", stage, str(tmp_path / "asked"), every=1, **settings)
     plain = two_ranks.run("examined", stage, str(tmp_path / "plain"), tasks=False, **settings)

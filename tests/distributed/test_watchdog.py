@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from sdft_ds.distributed.watchdog import RankPhase, straggler_report
 from tests.faults.runs import finish, run, start
 
@@ -25,6 +27,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_others(tmp_path):
     assert "Waiting for rank 1 (host" in output and "in rollout of step 4)" in output, output
 
 
+@pytest.mark.full
 def test_a_quick_run_says_nothing(tmp_path):
     ended = run(tmp_path, 2, max_steps=2)
     assert all("Waiting for rank" not in output for _, output in ended)

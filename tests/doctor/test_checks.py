@@ -144,6 +144,7 @@ class TestOperators:
         assert (tmp_path / "begun").exists() and not [*(tmp_path / "extensions").rglob("lock")]
 
     @on_a_cpu
+    @pytest.mark.full
     def test_a_lock_that_a_killed_build_left(self, variables, tmp_path):
         (tmp_path / "cpu_adam").mkdir()
         (tmp_path / "cpu_adam" / "lock").touch()

@@ -23,7 +23,7 @@ def run(*arguments, **variables):
 def test_json_and_exit_status(tmp_path):
     done = run("-m", "sdft_ds.doctor", "--json", "--output_dir", tmp_path / "run")
     said = json.loads(done.stdout)
-    assert [*said["checks"]] == [*__main__.checks(tmp_path)]
+    assert [*said["checks"]] == [*__main__.all_checks(tmp_path)]
     statuses = {line["status"] for line in said["checks"].values()}
     assert statuses <= {OK, WARN, FAIL} and said["fit"] == (FAIL not in statuses) == (done.returncode == 0)
     assert all(line["remedy"] for line in said["checks"].values() if line["status"] != OK)
@@ -43,7 +43,7 @@ def test_the_screen_says_what_fails_and_what_to_do():
 def test_without_any_package_every_check_reports():
     done = run("-S", "-m", "sdft_ds.doctor")
     said = json.loads(done.stdout)["checks"]
-    assert done.returncode == 1 and [*said] == [*__main__.checks(Path("."))]
+    assert done.returncode == 1 and [*said] == [*__main__.all_checks(Path("."))]
     assert said["packages"]["found"].startswith("missing: ") and "torch==" in said["packages"]["remedy"]
     assert said["accelerator"]["found"] == "ModuleNotFoundError: No module named 'torch'"
     assert said["memory"]["found"].endswith("GiB free") and said["slurm"]["status"] == OK

@@ -20,7 +20,7 @@ def test_who_waits_for_a_failed_one_is_ended():
     assert time.monotonic() - start < 60
 
 
-@pytest.mark.parametrize("deaf", [False, True])
+@pytest.mark.parametrize("deaf", [pytest.param(False, marks=pytest.mark.full), True])
 def test_after_the_limit_nothing_runs(tmp_path, deaf):
     pid = tmp_path / "pid"
     ignore = "signal.signal(signal.SIGINT, signal.SIG_IGN)" if deaf else ""

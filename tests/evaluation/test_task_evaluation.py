@@ -40,6 +40,7 @@ def demo(tmp_path_factory):
     return folder, trainer.state.log_history
 
 
+@pytest.mark.full
 def test_what_the_demo_learns_and_keeps(demo):
     folder, _ = demo
     new, old = lines(folder, "new"), lines(folder, "retention")

@@ -70,6 +70,7 @@ def test_a_killed_save_costs_the_steps_since_the_last_one(tmp_path, whole, point
     assert [end(tmp_path, rank) for rank in (0, 1)] == whole(2)
 
 
+@pytest.mark.full
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
     """Files may not grow beyond 9 kB from the second save on; nothing is rotated away."""
     ended = run(tmp_path, 2, faults=[("small files", "begun", 4, 0)], save_total_limit=1)
@@ -96,9 +97,9 @@ def test_a_damaged_file_is_named_and_the_one_before_is_resumed_from(tmp_path, wh
     assert end(tmp_path) == whole(1)[0]
 
 
-@pytest.mark.parametrize("stage", [None, pytest.param(3, marks=pytest.mark.full)])
-@pytest.mark.parametrize("what", ["term", pytest.param("usr1", marks=pytest.mark.full),
-                                  pytest.param("stop file", marks=pytest.mark.full)])  # fmt: skip
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [None, 3])
+@pytest.mark.parametrize("what", ["term", "usr1", "stop file"])
 def test_a_signal_to_one_rank_saves_the_same_step_on_all(tmp_path, whole, stage, what):
     faulty = 0 if what == "stop file" else 1
     ended = run(tmp_path, 2, stage=stage, faults=[(what, "step", 3, faulty)])

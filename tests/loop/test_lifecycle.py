@@ -61,7 +61,7 @@ def test_a_second_trainer_trains_the_model_as_the_first_left_it(order):
     assert got == losses(make_second(first))
 
 
-@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("swapped", [pytest.param(False, marks=pytest.mark.full), True])
 def test_trainers_that_were_built_before_either_trained(swapped):
     def two(model):
         made = [make_trainer(model=model, config=SFTConfig), make_trainer(model=model, bf16=True)]
@@ -73,7 +73,7 @@ def test_trainers_that_were_built_before_either_trained(swapped):
     assert together[0] != together[3]
 
 
-@pytest.mark.parametrize("kind, lora", [("base", False), ("ema", True)])
+@pytest.mark.parametrize("kind, lora", [pytest.param("base", False, marks=pytest.mark.full), ("ema", True)])
 def test_a_second_run_is_the_first_of_a_new_trainer(kind, lora):
     """A new teacher, optimizer and schedule; whether it was evaluated before, between and after changes nothing."""
     settings = {"teacher_model_kind": kind, "lora": lora, "lr_scheduler_type": "linear"}

@@ -166,6 +166,7 @@ def test_a_checkpoint_of_the_other_method_is_refused(tmp_path):
         sft(**settings).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.full
 def test_from_the_command_line(tmp_path):
     tiny.llama().save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
