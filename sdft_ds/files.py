@@ -1,4 +1,4 @@
-"""Atomic writes: temporary file + rename, so that a kill leaves the old file, or none, but never a part of one."""
+"""Atomic writes: temporary file and rename, so that a kill leaves the old file or none, never a partial one."""
 
 import os
 from collections.abc import Iterator
@@ -8,8 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Where to write what takes the place of `path` when the block ends, each process in a file of its own; the folder
-    is made."""
+    """Yield a temporary path, unique to the process, that replaces `path` when the block ends; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     yield aside

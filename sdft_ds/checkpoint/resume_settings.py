@@ -16,7 +16,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdft_ds.checkpoint.storage import CannotResume
-from sdft_ds.config.fields import ANOTHER_RUN, FREE, NO_EFFECT, REFUSED, REFUSED_BY_DEEPSPEED, UNCOMPARED, OnResume
+from sdft_ds.config.fields import (
+    ANOTHER_RUN,
+    FREE,
+    NO_EFFECT,
+    NOT_COMPARED,
+    REFUSED,
+    REFUSED_BY_DEEPSPEED,
+    OnResume,
+)  # fmt: skip
 from sdft_ds.config.inherited import ON_RESUME
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.distributed import engines, ranks
@@ -37,7 +45,8 @@ HYPERPARAMETERS = ("weight_decay", "betas", "eps")
 
 def settings_of(args: SDFTConfig, rows: int | None, trained_weights: int, zero_stage: int | None) -> dict[str, Any]:
     """The settings that a resume is compared with; secrets are masked."""
-    apart = {*_names(args, ANOTHER_RUN), *_names(args, UNCOMPARED)}
+    uncompared = {f.name for f in fields(args) if on_resume(f.name).kind == NOT_COMPARED}
+    apart = {*_names(args, ANOTHER_RUN), *uncompared}
     return {
         "what makes a step": {
             "rows of an optimizer step": args.per_device_train_batch_size

@@ -4,6 +4,8 @@ A checkpoint is written to a temporary folder, fsynced, listed with sizes and ch
 place. Leftovers of a kill, a full disk or a damaged file are detected and named; the newest complete checkpoint is
 found.
 
+What goes into a checkpoint is decided in loop/resume.py (`_save_checkpoint`).
+
 The manifest also holds the id of the run that wrote the checkpoint and a sequence number within the folder. The newest
 checkpoint is the one written last, which after a resume from an earlier step need not be that of the highest step.
 """

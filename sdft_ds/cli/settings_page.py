@@ -44,7 +44,11 @@ def page() -> str:
 
 
 def _inherited() -> str:
-    said = [f"`{name}`: {done.reason or done.kind}" for name, done in ON_RESUME.items() if done is not FREE]
+    said = [
+        f"`{name}`: {': '.join(filter(None, (done.kind, done.reason)))}"
+        for name, done in ON_RESUME.items()
+        if done is not FREE
+    ]
     return (
         "# Inherited from transformers.TrainingArguments\n\nThey do what transformers says, with these exceptions.\n\n"
         f"Without effect, and warned about: {_names(IGNORED_FIELDS)}.\n\n"

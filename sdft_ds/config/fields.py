@@ -53,6 +53,7 @@ FREE = OnResume(APPLIED, "counts from the next step on")
 ANOTHER_RUN = OnResume(REFUSED, "with another value it would be another run")
 # Specifies where and how a run is launched, not what it computes; or it is compared as rows of a step.
 UNCOMPARED = OnResume(NOT_COMPARED)
+COMPARED_AS_ROWS = OnResume(NOT_COMPARED, "compared as rows of an optimizer step and of a generation batch")
 OF_THE_TRAINER = OnResume(APPLIED, "set in the Trainer's state")
 OF_ONE_PRECISION = OnResume(REFUSED_BY_DEEPSPEED, "its files are those of one precision")
 

@@ -16,6 +16,7 @@ from transformers.utils import is_liger_kernel_available
 from sdft_ds.config.fields import (
     ANOTHER_RUN,
     APPLIED,
+    COMPARED_AS_ROWS,
     FREE,
     NO_EFFECT,
     OF_ONE_PRECISION,
@@ -115,12 +116,10 @@ ON_RESUME: dict[str, OnResume] = {
     **dict.fromkeys(("optim", "optim_args", "optim_target_modules"), _OPTIMIZER),
     **dict.fromkeys(("seed", "data_seed", "dataloader_drop_last"), ANOTHER_RUN),
     "fp16": OF_ONE_PRECISION,
+    **dict.fromkeys(("gradient_accumulation_steps", "per_device_train_batch_size"), COMPARED_AS_ROWS),
     "logging_first_step": OnResume(NO_EFFECT, "the first step is over"),
     **dict.fromkeys(
-        (
-            "output_dir", "resume_from_checkpoint", "run_name", "local_rank", "deepspeed",
-            "gradient_accumulation_steps", "per_device_train_batch_size",
-        ),
+        ("output_dir", "resume_from_checkpoint", "run_name", "local_rank", "deepspeed"),
         UNCOMPARED,
     ),
     **dict.fromkeys(

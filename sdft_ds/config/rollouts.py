@@ -5,8 +5,8 @@ from typing import Any
 
 from sdft_ds.config.fields import (
     ANOTHER_RUN,
+    COMPARED_AS_ROWS,
     FREE,
-    UNCOMPARED,
     at_least,
     positive,
     setting,
@@ -33,14 +33,14 @@ class RolloutSettings:
     generation_batch_size: int | None = setting(
         None,
         "Completions of a generation batch over all ranks; another way to set steps_per_generation.",
-        resume=UNCOMPARED,
+        resume=COMPARED_AS_ROWS,
         read_by=("sdft",),
         derived=True,
     )
     steps_per_generation: int | None = setting(
         None,
         "Micro-batches of one generation batch. Unset: gradient_accumulation_steps.",
-        resume=UNCOMPARED,
+        resume=COMPARED_AS_ROWS,
         read_by=("sdft",),
     )
     num_iterations: int = setting(

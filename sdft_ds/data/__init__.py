@@ -1,1 +1,1 @@
-"""From rows of a data set to packed batches of token ids."""
+"""Data pipeline: from data set rows to packed batches of token ids."""

@@ -1,12 +1,12 @@
-"""Micro-batches: loss mask, bucketing by length, packing and collation of the student's inputs.
+"""Micro-batches: rollouts, loss mask, bucketing by length, packing and collation.
 
 Shapes: R rows, L lines, T positions, C completion positions, N loss tokens.
 
-Sequences are padded on the right, so that causal attention never sees padding and positions count from 0: no attention
-mask is needed. Short ones may share a line of the batch, told apart by positions that start anew (packed). The
-logits that predict completion token j of a row whose prompt has p tokens stand at position p + j - 1 of the row, in
-the student's view as in the teacher's. Only loss tokens are ever projected: skipped, masked and empty completions have
-none, but stay visible to attention.
+Sequences are right-padded, so causal attention never sees padding and positions count from 0: no attention mask is
+needed. Short rows may share a line of the batch (packing), separated by position ids that restart at 0. The logits
+that predict completion token j of a row with p prompt tokens are at position p + j - 1 of the row, for student and
+teacher alike. Only loss tokens are projected to logits: skipped, masked and empty completions have none, but remain
+visible to attention.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from sdft_ds.data.prompts import PromptPair
 
 @dataclass(frozen=True)
 class Completion:
-    """ids: the sampled tokens, the end-of-sequence token included; truncated: none was sampled within the limit."""
+    """ids: the sampled tokens, including EOS; truncated: no EOS was sampled within the length limit."""
 
     ids: list[int]
     truncated: bool
@@ -28,9 +28,9 @@ class Completion:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A completion with the prompts that it is scored under, and its row number within the generation batch.
+    """A completion, the prompts it is scored under, and its row number within the generation batch.
 
-    counted: False for a duplicate that only keeps the ranks in step; it adds nothing to a loss or a metric.
+    counted: False for a duplicate that only keeps the ranks in step; excluded from losses and metrics.
     """
 
     row: int
@@ -40,7 +40,7 @@ class Rollout:
 
     @property
     def empty(self) -> bool:
-        """The model ended at once: nothing was said that a teacher could correct."""
+        """EOS came first: there is nothing for the teacher to correct."""
         return len(self.completion.ids) <= 1 and not self.completion.truncated
 
 
@@ -52,7 +52,7 @@ class LossMask:
     mask_truncated: bool = False
 
     def first_token(self, rollout: Rollout) -> int:
-        """Loss tokens are those from this one to the end."""
+        """Index of the first loss token; all tokens from there to the end are loss tokens."""
         length = len(rollout.completion.ids)
         masked = not rollout.counted or rollout.empty or (self.mask_truncated and rollout.completion.truncated)
         return length if masked else min(self.skip, length)
@@ -61,7 +61,7 @@ class LossMask:
         return len(rollout.completion.ids) - self.first_token(rollout)
 
 
-Bins = list[list[int]]  # for each line of a batch, the numbers of the rows that stand on it
+Bins = list[list[int]]  # for each line of a batch, the indices of its rows
 
 
 def one_row_per_bin(lengths: list[int]) -> Bins:
@@ -70,9 +70,9 @@ def one_row_per_bin(lengths: list[int]) -> Bins:
 
 @dataclass(frozen=True)
 class PackedInputs:
-    """Prompt + completion of R rows as one side sees them, on L lines; positions of the loss tokens row by row.
+    """Prompt + completion of R rows, for student or teacher, packed into L lines; loss token positions row by row.
 
-    position_ids_LT: where rows share lines, each token's position in its own row.
+    position_ids_LT: each token's position in its own row; None unless rows share lines.
     """
 
     input_ids_LT: Tensor
@@ -88,7 +88,7 @@ class PackedInputs:
 def pack_rows(
     rows: list[list[int]], counts: list[int], lines: Bins, pad_token_id: int, device: torch.device
 ) -> PackedInputs:
-    """The view of rows on lines, padded to the longest line; the last counts[r] tokens of row r are loss tokens."""
+    """Pack rows into lines, padded to the longest line; the last counts[r] tokens of row r are loss tokens."""
     tokens = [[token for r in line for token in rows[r]] for line in lines]
     input_ids_LT = pad_right(tokens, pad_token_id, device)
     width = input_ids_LT.shape[1]
@@ -100,7 +100,7 @@ def pack_rows(
             positions[r] = range(end - 1 - counts[r], end - 1)
     position_ids_LT = None
     if any(len(line) > 1 for line in lines):
-        # Padding is a row of its own: its positions start anew as well.
+        # Padding counts as a row of its own: its positions restart as well.
         own = [[i for r in line for i in range(len(rows[r]))] for line in lines]
         position_ids_LT = torch.tensor([line + list(range(width - len(line))) for line in own], device=device)
     flat = [position for row in positions for position in row]
@@ -109,10 +109,10 @@ def pack_rows(
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """R rollouts as the student sees them. tokens_N, rows_N and offsets_N give each loss token's id, its row of this
-    batch, and its place in the completion, from 0.
+    """R rollouts with the student's prompts. tokens_N, rows_N and offsets_N: each loss token's id, its row in this
+    batch, and its 0-based index in the completion.
 
-    padding: positions that are computed for nothing.
+    padding: number of padding positions.
     """
 
     student: PackedInputs
@@ -130,7 +130,7 @@ def collate(
     device: torch.device,
     lines_of: Callable[[list[int]], Bins] = one_row_per_bin,
 ) -> MicroBatch:
-    """The batch of the given rollouts; lines_of(lengths of the rows): which rows share a line."""
+    """Collate rollouts into a micro-batch; lines_of(row lengths) returns which rows share a line."""
     rows = [rollout.prompts.student.ids + rollout.completion.ids for rollout in rollouts]
     counts = [loss_mask.count(rollout) for rollout in rollouts]
     tokens = [token for row, count in zip(rows, counts, strict=True) for token in row[len(row) - count :]]
@@ -149,8 +149,8 @@ def collate(
 
 
 def bucket_by_length(rollouts: list[Rollout], batch_size: int, batches_per_step: int) -> list[list[Rollout]]:
-    """Micro-batches of `batch_size` rows. Rows change places within their optimizer step only, so that those of like
-    length come together; with batches_per_step 1 the order stays as it is."""
+    """Micro-batches of `batch_size` rows of similar length. Rows move only within their optimizer step; with
+    batches_per_step 1 the order is unchanged."""
     ordered = []
     rows_per_step = batch_size * batches_per_step
     for start in range(0, len(rollouts), rows_per_step):
@@ -162,7 +162,7 @@ def bucket_by_length(rollouts: list[Rollout], batch_size: int, batches_per_step:
 
 
 def pad_left(rows: list[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, attention mask), both [R, longest]; what `generate` wants."""
+    """(ids, attention mask), both [R, longest], as `generate` expects."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)

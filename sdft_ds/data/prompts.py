@@ -1,9 +1,8 @@
-"""An Example -> the student's and the teacher's prompt; owns the templates and the truncation.
+"""Prompt rendering: Example -> student and teacher prompt; owns templates and truncation.
 
-The teacher sees the same question as the student, cut in the same way, and the privileged context around it. What is
-cut is always the user's text, before templating: the prompt loses its beginning, the context its end. Tokens of a chat
-template or of the teacher's template are never cut, nor are the earlier messages of a conversation. A teacher prompt
-that a row brings itself is never cut either.
+The teacher sees the student's question, truncated identically, plus the privileged context. Only the user's text is
+truncated, before templating: the prompt loses its beginning, the context its end. Tokens of the chat template or of
+the teacher's template, earlier messages of a conversation, and a row's own teacher prompt are never truncated.
 """
 
 from collections import Counter
@@ -19,7 +18,7 @@ from sdft_ds.data.rows import DataError, Example, Prompt, RowError
 
 TRUNCATIONS = ("truncate", "drop", "error")
 PLACEHOLDERS = ("prompt", "privileged_context")
-# What can be wrong with the prompts of a row that training would not stop at -> what to say of it.
+# Problems of a row's prompts that do not stop training -> the message for the warning.
 PROBLEMS = {
     "text dropped": (
         "the chat template leaves out the user's text (perhaps it takes lists of content parts only): use one that "
@@ -39,18 +38,18 @@ PROBLEMS = {
         'answers in conversations give [{"role": "user", "content": ...}], or --prompt_as user on the command line.'
     ),
 }
-MARKS = [chr(code) for code in range(0xE000, 0xF900)]  # characters without a meaning (private use)
+MARKS = [chr(code) for code in range(0xE000, 0xF900)]  # Unicode private use characters, which have no meaning
 
 
 class PromptTooLong(DataError):
-    """A prompt over its limit, under truncation='error' or 'drop', or one that no cut of the user's text can mend."""
+    """A prompt over its limit under truncation='error' or 'drop', or one that truncation cannot make fit."""
 
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """One prompt: as given to the chat template, as the text the model reads, and as token ids.
+    """One prompt: the chat template's input, the rendered text, and the token ids.
 
-    tools: what the chat template was given besides. own: a teacher prompt of the row's, not the filled template.
+    tools: the chat template's tools. own: the row's own teacher prompt, rather than the filled template.
     """
 
     prompt: Prompt
@@ -68,7 +67,7 @@ class PromptPair:
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) of a text, which came in for the placeholder `name`."""
+    """Characters [start, end) of a text, inserted for the placeholder `name`."""
 
     name: str
     start: int
@@ -78,8 +77,8 @@ class Span:
 def parse_template(template: str) -> list[tuple[str, str | None]]:
     """Split a teacher template into (literal, placeholder or None) pieces.
 
-    Parsed once, and filled by concatenation: values are inserted verbatim, whatever braces they hold. Raises
-    ValueError for a missing or unknown placeholder, or for one with an attribute, an index, a conversion or a format.
+    Parsed once and filled by concatenation, so values are inserted verbatim, including any braces. Raises ValueError
+    for a missing or unknown placeholder, or one with an attribute, an index, a conversion or a format.
     """
     where = "teacher_prompt_template"
     if not isinstance(template, str):
@@ -103,7 +102,7 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
 
 
 class PromptBuilder:
-    """Renders and tokenizes both prompts of an example within their limits; counts what it cut in `counts`."""
+    """Renders and tokenizes both prompts of an example within their limits; `counts` has the number truncated."""
 
     def __init__(
         self,
@@ -125,8 +124,8 @@ class PromptBuilder:
         self.special_tokens = sorted(special | set(tokenizer.all_special_tokens))
 
     def build(self, example: Example, index: int) -> PromptPair:
-        """Both prompts of row `index`. Raises PromptTooLong where the policy or the lengths forbid a cut, and RowError
-        for a conversation that the chat template refuses."""
+        """Both prompts of row `index`. Raises PromptTooLong where the policy or the lengths rule out truncation, and
+        RowError for a conversation that the chat template rejects."""
         try:
             student = self._fit(
                 user_text(example.prompt),
@@ -136,7 +135,7 @@ class PromptBuilder:
                 what=f"Row {index}: the student's prompt (max_prompt_length)",
                 counter="student_prompts_cut",
             )
-            # Of a teacher prompt of the row's own nothing is the context, which could be cut.
+            # A row's own teacher prompt has no separate context that could be truncated.
             teacher = self._fit(
                 "" if example.teacher_prompt is not None else example.privileged_context,
                 lambda text: self._render_for_teacher(example, student, text),
@@ -152,16 +151,16 @@ class PromptBuilder:
         return PromptPair(student, teacher)
 
     def render(self, prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> RenderedPrompt:
-        """Plain text as it is, with the tokenizer's own special tokens; a conversation through the chat template."""
+        """Render plain text unchanged, with the tokenizer's special tokens, or a conversation by the chat template."""
         text = self._text(prompt, tools)
         ids = self._encoded(prompt, text)["input_ids"]
-        # A tokenizer that closes every text with EOS would have the model answer after the end.
+        # Some tokenizers append EOS to every text; the model would have to answer after the end.
         while isinstance(prompt, str) and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
             ids = ids[:-1]
         return RenderedPrompt(prompt, text, ids, tools)
 
     def problems(self, pair: PromptPair) -> list[str]:
-        """Which of PROBLEMS the prompts of a row have."""
+        """The PROBLEMS of a row's prompts."""
         student, teacher = pair.student, pair.teacher
         found = []
         if self._is_dropped(student, user_text(student.prompt)):
@@ -178,7 +177,7 @@ class PromptBuilder:
         return found
 
     def _is_dropped(self, rendered: RenderedPrompt, part: str) -> bool:
-        """Whether a part of the user's text makes no difference to what the chat template renders."""
+        """Whether the chat template's output ignores a part of the user's text."""
         if part.strip() in rendered.text:
             return False
         mark = next(mark for mark in MARKS if mark not in rendered.text)
@@ -187,8 +186,8 @@ class PromptBuilder:
         return self._text(marked, rendered.tools) == rendered.text
 
     def generation_prompt(self, rendered: RenderedPrompt) -> str | None:
-        """What the chat template puts after the user's text. None for a prompt that is a text, and where the template
-        does more to the user's text than to strip it."""
+        """What the chat template appends after the user's text. None for a plain-text prompt, or if the template
+        changes the user's text beyond stripping it."""
         if isinstance(rendered.prompt, str):
             return None
         text = user_text(rendered.prompt)
@@ -198,24 +197,23 @@ class PromptBuilder:
         return rest.removeprefix(text.rstrip()).lstrip() if rest.startswith(text.rstrip()) else None
 
     def spans(self, pair: PromptPair) -> tuple[list[Span], list[Span]]:
-        """Where the question stands in the student's text, and question and context in the teacher's.
+        """Spans of the question in the student's text, and of question and context in the teacher's.
 
-        None in a conversation whose chat template does more to the user's text than to strip it, and in a teacher
-        prompt of the row's own.
+        Empty if the chat template changes the user's text beyond stripping it, and for a row's own teacher prompt.
         """
         question = Span("prompt", 0, len(user_text(pair.student.prompt)))
         return self._in_text(pair.student, [question]), self._in_text(pair.teacher, self._filled_in(pair))
 
     def context_left(self, pair: PromptPair) -> str:
-        """The context as far as it was not cut; none where the row has a teacher prompt of its own."""
+        """The context remaining after truncation; empty where the row has its own teacher prompt."""
         if pair.teacher.own:
             return ""
         span = next(span for span in self._filled_in(pair) if span.name == "privileged_context")
         return user_text(pair.teacher.prompt)[span.start : span.end]
 
     def offsets(self, rendered: RenderedPrompt) -> list[tuple[int, int]]:
-        """Which characters [start, end) of its text each token of a prompt stands for; (0, 0) for one that the
-        tokenizer adds. Raises ValueError for a tokenizer that cannot tell."""
+        """Character offsets [start, end) in the text of each token of a prompt; (0, 0) for tokens that the tokenizer
+        adds. Raises ValueError for a slow tokenizer, which has no offsets."""
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"{type(self.tokenizer).__name__} does not give the positions of its tokens in a text: a fast "
@@ -239,7 +237,7 @@ class PromptBuilder:
         return self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
 
     def _render_for_teacher(self, example: Example, student: RenderedPrompt, context: str) -> RenderedPrompt:
-        """The question as the student sees it, and the context; or what the row says itself."""
+        """The student's (truncated) question with the context, or the row's own teacher prompt."""
         own = example.teacher_prompt
         if own is None:
             filled = self._fill(user_text(student.prompt), context)
@@ -252,7 +250,7 @@ class PromptBuilder:
         return "".join(literal + (values[name] if name else "") for literal, name in self.template)
 
     def _filled_in(self, pair: PromptPair) -> list[Span]:
-        """Question and context in the user's text of the teacher's prompt."""
+        """Spans of question and context in the user's text of the teacher's prompt."""
         if pair.teacher.own:
             return []
         question, text = user_text(pair.student.prompt), user_text(pair.teacher.prompt)
@@ -268,14 +266,14 @@ class PromptBuilder:
         return spans
 
     def _in_text(self, rendered: RenderedPrompt, spans: list[Span]) -> list[Span]:
-        """Spans of the user's text as spans of the whole text."""
+        """Map spans of the user's text to spans of the full rendered text."""
         if isinstance(rendered.prompt, str):
             return spans
         filled, text = user_text(rendered.prompt), rendered.text
         mark = next(mark for mark in MARKS if mark not in text)
         marked = self._text(_with_user_text(rendered.prompt, f"{mark}{filled}{mark}"), rendered.tools)
         start, end = len(marked.partition(mark)[0]), len(text) - len(marked.rpartition(mark)[2])
-        stripped = filled.find(text[start:end]) if start <= end else -1  # so many characters at its beginning
+        stripped = filled.find(text[start:end]) if start <= end else -1  # characters stripped at its beginning
         if stripped < 0:
             return []
         return [Span(s.name, *(min(max(start + at - stripped, start), end) for at in (s.start, s.end))) for s in spans]
@@ -283,7 +281,7 @@ class PromptBuilder:
     def _fit(
         self, text: str, render: Callable[[str], RenderedPrompt], limit: int | None, keep: str, what: str, counter: str
     ) -> RenderedPrompt:
-        """The prompt rendered with the longest end (or start) of the text that fits into `limit` tokens."""
+        """Render with the longest suffix (keep='end') or prefix of the text that fits into `limit` tokens."""
         rendered = render(text)
         length = len(rendered.ids)
         if limit is None or length <= limit:
@@ -293,7 +291,7 @@ class PromptBuilder:
                 f"{what} has {length} tokens, over the limit of {limit}. Raise the limit, shorten the text, or choose "
                 "truncation='truncate' or 'drop'."
             )
-        # Cutting by the tokens of the text alone can leave one too many once it is rendered: cut until it fits.
+        # Tokens of the text alone and of the rendered prompt can differ in number: truncate until it fits.
         while len(rendered.ids) > limit and text:
             text = self._without_tokens(text, len(rendered.ids) - limit, keep)
             rendered = render(text)
@@ -306,7 +304,7 @@ class PromptBuilder:
         return rendered
 
     def _without_tokens(self, text: str, over: int, keep: str) -> str:
-        """The text without its first (keep='end') or last `over` tokens, and shorter by a character at least."""
+        """The text without its first (keep='end') or last `over` tokens, at least one character shorter."""
         spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         for kept in range(len(spans) - over, 0, -1):
             shorter = text[spans[-kept][0] :] if keep == "end" else text[: spans[kept - 1][1]]

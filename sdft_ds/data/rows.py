@@ -1,4 +1,4 @@
-"""A row of a data set -> a validated Example: what the student is asked, and what the teacher is told besides."""
+"""Row parsing and validation: data set row -> Example with the student's prompt and the teacher's extra context."""
 
 import json
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ OPTIONAL_COLUMNS = ("teacher_prompt", "tools")
 
 @dataclass(frozen=True)
 class Example:
-    """prompt: plain text, or a conversation that ends with the user; privileged_context: text for the teacher only.
+    """prompt: plain text, or a conversation ending with a user message; privileged_context: for the teacher only.
 
-    teacher_prompt: what the teacher sees in place of the filled template; a text takes the place of the user's last
-    turn, a conversation that of the whole prompt. tools: function schemas for the chat template, of both prompts.
+    teacher_prompt: replaces the filled template; a text replaces the last user message, a conversation the complete
+    prompt. tools: function schemas for the chat template, for both prompts.
     """
 
     prompt: Prompt
@@ -39,8 +39,7 @@ class RowError(DataError):
 
 
 def check_columns(found: list[str], stored: list[str] | None = None) -> None:
-    """Raise DataError unless the columns that are needed are there; lists what was found, or before it was mapped is
-    stored."""
+    """Raises DataError if required columns are missing; lists the columns found, or `stored`: those before mapping."""
     missing = [name for name in COLUMNS if name not in found]
     if "teacher_prompt" in found:
         missing = [name for name in missing if name == "prompt"]
@@ -72,7 +71,7 @@ def example_from_row(row: Mapping[str, Any], index: int) -> Example:
 
 
 def message_text(content: Any) -> str:
-    """The text of a message's content: a string, or the text parts of a list joined by spaces.
+    """The text of a message's content: a string, or a list's text parts joined by spaces.
 
     Raises TypeError for anything else, such as an image.
     """
@@ -90,7 +89,7 @@ def message_text(content: Any) -> str:
 
 
 def checked_prompt(value: Any, index: int, column: str = "prompt") -> Prompt:
-    """The prompt of row `index`, contents as text. Raises RowError."""
+    """The validated prompt of row `index`, message contents as text. Raises RowError."""
     if isinstance(value, str) and value.strip():
         return _clean(value, index, column)
     if _is_conversation(value):
@@ -132,7 +131,7 @@ def _context(value: Any, index: int) -> str:
 def _tools(value: Any, prompt: Prompt, index: int) -> list[dict[str, Any]] | None:
     """The tools of a row: a list of schemas, or its JSON text."""
     if isinstance(value, str) and value.strip():
-        with suppress(ValueError, RecursionError):  # what is no JSON stays a text, and is refused as one
+        with suppress(ValueError, RecursionError):  # invalid JSON stays a text, and is rejected below
             value = json.loads(value)
     if not value and (value is None or isinstance(value, str | list)):
         return None
@@ -157,8 +156,8 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _message(message: Mapping[str, Any], index: int, column: str) -> Message:
-    """The message with its content as text. Fields that are None are left out: tables fill in what only other rows
-    have."""
+    """The message with its content as text, without fields that are None: table formats add those that only other
+    rows have."""
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         content = ""
@@ -176,7 +175,7 @@ def _without_nones(value: Any) -> Any:
 
 
 def _clean(text: str, index: int, column: str) -> str:
-    """The text, unless it holds what tokenizers and files cannot."""
+    """The text; raises RowError for characters that tokenizers or files cannot hold."""
     place = text.find("\0")
     if place >= 0:
         raise RowError(index, column, f"found a NUL character at position {place}; remove it.")

@@ -1,9 +1,9 @@
-"""Which rows make up which micro-batch: the order of a run, as a function of (seed, epoch) alone.
+"""Batch schedule: which rows form which micro-batch, as a pure function of (seed, epoch).
 
-A generation batch is `steps_per_generation` micro-batches of rows, each prompt `num_generations` times in a row, and
-is passed over `num_iterations` times. Its rows are numbered over all ranks; micro-batch m of rank r holds the rows
-m x B x W + r x B and the B - 1 after it (B rows a micro-batch, W ranks), so that an optimizer step covers the same
-rows however they are spread over ranks and accumulation.
+A generation batch has `steps_per_generation` micro-batches of rows, each prompt repeated `num_generations` times, and
+is used for `num_iterations` passes. Its rows are numbered across ranks; micro-batch m of rank r holds rows
+m x B x W + r x B and the next B - 1 (B rows per micro-batch, W ranks), so an optimizer step covers the same rows
+however they are distributed over ranks and gradient accumulation.
 """
 
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ import torch
 
 @dataclass(frozen=True)
 class Slot:
-    """One completion to make: row `row` of its generation batch, for row `index` of the data set."""
+    """One completion to sample: row `row` of its generation batch, for data set row `index`."""
 
     index: int
     row: int
-    counted: bool = True  # False: only there to keep the ranks in step
+    counted: bool = True  # False: a duplicate that only keeps the ranks in step
 
 
 @dataclass(frozen=True)
 class ScheduledBatch:
     """One item of the data loader: micro-batch `number` of generation batch `generation_batch` on this rank.
 
-    slots: this rank's slots of the whole generation batch, those of one micro-batch after the other.
+    slots: this rank's slots of the full generation batch, in micro-batch order.
     """
 
     generation_batch: int
@@ -36,10 +36,10 @@ class ScheduledBatch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The shape of an epoch on one rank."""
+    """The micro-batches of an epoch on one rank."""
 
     dataset_length: int
-    batch_size: int  # rows of a micro-batch on each rank
+    batch_size: int  # rows per micro-batch and rank
     rank: int
     world_size: int
     num_generations: int
@@ -55,12 +55,12 @@ class Schedule:
 
     @property
     def generation_batches(self) -> int:
-        """In an epoch; the last one is filled up from the epoch's first rows unless drop_last is set."""
+        """Number per epoch; the last one is padded with the epoch's first rows unless drop_last is set."""
         whole, rest = divmod(self.dataset_length, self.prompts_per_generation_batch)
         return max(1, whole + (rest > 0 and not self.drop_last))
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch."""
+        """Micro-batches per epoch."""
         return self.generation_batches * self.steps_per_generation * self.num_iterations
 
     def epoch(self, epoch: int) -> Iterator[ScheduledBatch]:
@@ -85,7 +85,7 @@ class Schedule:
 
 
 def for_generation_batches(count: int, **shape: Any) -> Schedule:
-    """An epoch of `count` generation batches over rows in their order: for a stream, which has no length."""
+    """An unshuffled epoch of `count` generation batches: for a stream, which has no length."""
     prompts = Schedule(0, **shape).prompts_per_generation_batch
     return Schedule(count * prompts, shuffle=False, **shape)
 
@@ -93,9 +93,9 @@ def for_generation_batches(count: int, **shape: Any) -> Schedule:
 def evaluation_batches(
     dataset_length: int, batch_size: int, rank: int, world_size: int, num_generations: int
 ) -> list[tuple[Slot, ...]]:
-    """Every row `num_generations` times, in order, as batches of equal size and number on every rank.
+    """Every row `num_generations` times, in order, in equally many batches of equal size on every rank.
 
-    What fills the last batches up is not counted.
+    Padding rows of the last batches are not counted.
     """
     total = dataset_length * num_generations
     batches = -(-total // (batch_size * world_size))

@@ -1,7 +1,7 @@
-"""Streaming data sets (IterableDataset): read forward only, row by row, and restarted when exhausted.
+"""Streaming data sets (IterableDataset): read forward only, row by row, restarting at the end.
 
-Every rank reads all rows and uses its own, so that ranks agree on the order and no row is used twice; a resumed run
-reads on from where it was by skipping what was used.
+Every rank reads all rows and uses its own, so ranks agree on the order and no row is used twice; a resumed run
+continues by skipping the rows already used.
 """
 
 import warnings
@@ -20,7 +20,7 @@ from sdft_ds.data.validation import BadRows, RowValidator, name_of
 
 @contextmanager
 def reading(where: str) -> Iterator[None]:
-    """Name the data set in whatever its readers raise inside; for odd files they raise all kinds of errors."""
+    """Convert any error raised inside to a DataError that names the data set: readers raise many types of errors."""
     try:
         yield
     except Exception as error:
@@ -31,15 +31,15 @@ def reading(where: str) -> Iterator[None]:
 
 
 class Stream:
-    """Row `i` of the stream as `stream[i]`, for i that never decrease.
+    """Row `i` of the stream as `stream[i]`, for non-decreasing i.
 
-    Rows that are left out (see screening) are not counted; a bad one is warned about, and the limit is for each pass.
-    Raises DataError when it comes to a row that ends the run, and for a stream without a row that can be used.
+    Skipped rows (see validation.py) are not counted; bad ones are warned about, and their limit is per pass. Raises
+    DataError for a bad row under bad_rows='error', and for a stream without any valid row.
     """
 
     def __init__(self, dataset: IterableDataset, builder: PromptBuilder, bad_rows: BadRows):
         self.dataset = dataset
-        looking = copy(builder)  # what is cut counts when the row is used
+        looking = copy(builder)  # truncation is counted when the row is used, not here
         looking.counts = Counter()
         self.screen = RowValidator(name_of(dataset, "train_dataset"), looking, bad_rows)
         self.rows = self._endless()
@@ -63,7 +63,7 @@ class Stream:
                 if passes == index == 0:
                     check_columns(list(row))
                 bad = len(screen.reasons)
-                # All ranks look at all rows: what takes time only where it says which rows are left out.
+                # All ranks validate all rows: render prompts, which is slow, only where it can cause a skip.
                 first = passes == index == 0
                 if screen.accepts(row, index, lengths=screen.leaves_out or first):
                     if first:

@@ -1,7 +1,6 @@
-"""Validates every row before training; invalid rows raise or are skipped (`bad_rows`).
+"""Data set validation: validates every row before training; invalid rows raise or are skipped (`bad_rows`).
 
-A row is *bad* where its contents are not what is needed: it ends the run, or is left out (`bad_rows`). One that is
-only too long is the business of `truncation`.
+A row is *bad* if its contents are invalid. Rows that are only too long are handled by `truncation`.
 """
 
 import hashlib
@@ -22,15 +21,15 @@ from sdft_ds.data.rows import DataError, RowError, check_columns, example_from_r
 from sdft_ds.files import atomic_write
 
 BAD_ROWS = ("error", "skip")
-ROW_NUMBER = "_row"  # of a row in its source, where the data set was rearranged on its way here
+ROW_NUMBER = "_row"  # column with the row number in the source, for a data set that was rearranged after loading
 REASONS_TOLD = 5
 SHOWN_END = 60  # characters of a prompt's end in a message
-NOTHING_TO_LEARN = ("text dropped", "context dropped", "same prompts")  # where it holds for every row
+NOTHING_TO_LEARN = ("text dropped", "context dropped", "same prompts")  # errors if they affect every row
 
 
 @dataclass(frozen=True)
 class BadRows:
-    """What to do with bad rows. limit: of those that are left out."""
+    """How bad rows are handled. limit: most rows that may be skipped."""
 
     policy: str = "error"
     limit: int = 100
@@ -41,7 +40,7 @@ STRICT = BadRows()
 
 @dataclass
 class Problems:
-    """Counts what is wrong with the prompts of rows that can be used. found: problem -> (count, the first row)."""
+    """Counts problems with the prompts of valid rows. found: problem -> (count, first row)."""
 
     found: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -51,7 +50,7 @@ class Problems:
             self.found[problem] = count + 1, first
 
     def told(self, rows: int) -> dict[str, str]:
-        """Problem -> what to say of it, of so many rows."""
+        """Problem -> warning message; rows: the total number of rows."""
         return {
             problem: f"{count} of {rows} rows, the first of them row {first}: {prompts.PROBLEMS[problem]}"
             for problem, (count, first) in self.found.items()
@@ -60,9 +59,9 @@ class Problems:
 
 @dataclass
 class RowValidator:
-    """Looks at the rows of one data set.
+    """Validates the rows of one data set.
 
-    reasons: why rows were left out, one for each bad row. too_long: how many were left out as too long.
+    reasons: one message per skipped bad row. too_long: number of rows dropped as too long.
     """
 
     where: str
@@ -71,17 +70,17 @@ class RowValidator:
     reasons: list[str] = field(default_factory=list)
     too_long: int = 0
     problems: Problems = field(default_factory=Problems)
-    first: str | None = None  # what to say of the first row that was rendered; "": nothing
+    first: str | None = None  # warning about the first rendered row; "": no warning
 
     @property
     def leaves_out(self) -> bool:
-        """Whether a row may be left out, and not only end the run."""
+        """Whether invalid rows may be skipped rather than only raise."""
         return self.bad_rows.policy == "skip" or self.builder.truncation == "drop"
 
     def accepts(self, row: dict[str, Any], index: int, lengths: bool = True) -> bool:
-        """Whether row `index` can be used; it is counted where it cannot. lengths: render its prompts, too.
+        """Whether row `index` is valid; if not, it is counted. lengths: also render its prompts.
 
-        Raises DataError or PromptTooLong, as the policies say, and DataError for one bad row too many.
+        Raises DataError or PromptTooLong, depending on the policies, and DataError if bad rows exceed the limit.
         """
         try:
             example = example_from_row(row, index)
@@ -112,7 +111,7 @@ class RowValidator:
 
 
 def name_of(dataset: Dataset | IterableDataset, name: str) -> str:
-    """How messages call the data set: by the argument, and by the source and split that it knows of itself."""
+    """Name of the data set in messages: the argument, with the source and split where known."""
     source, split = dataset.info.dataset_name, dataset.split
     known = [str(source)] if source else []
     known += [f"split {split}"] if split else []
@@ -120,7 +119,7 @@ def name_of(dataset: Dataset | IterableDataset, name: str) -> str:
 
 
 def _require_dataset(dataset: Any, name: str) -> None:
-    """Raises DataError, with the remedy, for what is no data set of `datasets`."""
+    """Raises DataError, with the remedy, for anything but a Dataset or IterableDataset."""
     if isinstance(dataset, Dataset | IterableDataset):
         return
     if isinstance(dataset, dict):
@@ -134,10 +133,10 @@ def _require_dataset(dataset: Any, name: str) -> None:
 
 
 def validate_dataset(dataset: Dataset, name: str, builder: PromptBuilder, bad_rows: BadRows = STRICT) -> Dataset:
-    """Look at every row before the first step; those that are left out are counted and warned about.
+    """Validate every row before the first step and return the valid ones; warns with the number of skipped rows.
 
-    What was found about a data set on disk is remembered in the cache of `datasets`. Raises DataError naming data set,
-    split, row and column.
+    Results for a data set on disk are stored in the cache of `datasets`. Raises DataError naming data set, split, row
+    and column.
     """
     _require_dataset(dataset, name)
     where = name_of(dataset, name)
@@ -162,7 +161,7 @@ def validate_dataset(dataset: Dataset, name: str, builder: PromptBuilder, bad_ro
 
 
 def _generation_prompts(pair: PromptPair, index: int, builder: PromptBuilder) -> str:
-    """What to say where student and teacher begin their answers in different states."""
+    """The warning if student and teacher have different generation prompts; "" if not."""
     student, teacher = map(builder.generation_prompt, (pair.student, pair.teacher))
     if student == teacher or None in (student, teacher):
         return ""
@@ -191,8 +190,7 @@ def _tell(
     where: str, count: int, left_out: list[int], reasons: list[str], too_long: int, cut: dict[str, int],
     problems: dict[str, tuple[int, int]], first: str | None,
 ) -> None:  # fmt: skip
-    """Warn of what is left out, cut and wrong with some rows; raises DataError where nothing is left, or nothing that
-    could be learned."""
+    """Warn about skipped rows, truncation and problems; raises DataError if no row is left, or nothing to learn."""
     if len(left_out) == count:
         why = f" Of the first bad one: {reasons[0]}" if reasons else ""
         raise DataError(
@@ -223,8 +221,8 @@ def _tell(
 
 
 def _cache_file(dataset: Dataset, builder: PromptBuilder, bad_rows: BadRows) -> Path | None:
-    """Where what is found is kept: a name for these rows, this way to render them, and this code. None for rows in
-    memory, which are not worth it, and for tokenizers that cannot say what they are."""
+    """Cache file of the results, keyed by the rows, how they are rendered, and this code. None for rows in memory,
+    which are not worth caching, and for slow tokenizers, which cannot be serialized into the key."""
     if not dataset.cache_files or not datasets.is_caching_enabled() or not builder.tokenizer.is_fast:
         return None
     code = [Path(file).read_text() for file in (rows.__file__, prompts.__file__, __file__)]
@@ -246,6 +244,6 @@ def _cache_file(dataset: Dataset, builder: PromptBuilder, bad_rows: BadRows) -> 
 
 
 def _remember(file: Path, found: dict[str, Any]) -> None:
-    """As several ranks may; a disk that takes no files costs only the next look."""
+    """Write the cache file, atomically as several ranks may; if the disk is not writable, validation just reruns."""
     with suppress(OSError), atomic_write(file) as aside:
         aside.write_text(json.dumps(found))

@@ -1,1 +1,1 @@
-"""Everything that knows about ranks, collectives and DeepSpeed."""
+"""Ranks, collectives, process startup and shutdown, and all that depends on DeepSpeed."""

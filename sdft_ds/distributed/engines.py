@@ -1,8 +1,7 @@
-"""A DeepSpeed engine from outside: its life, its optimizer step, what it writes and reads. Patches its `step` and
-`destroy`.
+"""DeepSpeed engines: lifetime, optimizer step, universal checkpoints. Patches an engine's `step` and `destroy`.
 
-An *engine* is whatever wraps the model for training: a DeepSpeedEngine, DDP, or the model itself; to those that are
-not DeepSpeed's nothing happens here.
+An *engine* is whatever wraps the model for training: a DeepSpeedEngine, DDP, or the model itself. Functions here are
+no-ops for engines that are not DeepSpeed's.
 """
 
 import subprocess
@@ -16,21 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Files of a checkpoint with the name of the folder that holds the ranks' shards, or their universal form.
+# Checkpoint files that contain the name of the folder with the ranks' shards, or with their universal form.
 LATEST, UNIVERSAL = "latest", "latest_universal"
 
-# model -> the DeepSpeed engine around it; weakly, for one that is gone has taken its hooks away.
+# model -> its DeepSpeed engine; weak, because an engine that was collected has removed its hooks.
 _ENGINES: weakref.WeakKeyDictionary[nn.Module, weakref.ref] = weakref.WeakKeyDictionary()
 
 
 def hold(model: nn.Module, engine: nn.Module) -> None:
-    """Remember the DeepSpeed engine, if it is one, that has put its hooks on this model."""
+    """Register the engine, if it is DeepSpeed's, as the one that has its hooks on this model."""
     if hasattr(engine, "zero_optimization_stage") and not was_released(engine):
         _ENGINES[model] = weakref.ref(engine)
 
 
 def release(model: nn.Module) -> None:
-    """Take the hooks of a DeepSpeed engine that was made around this model away, so that another can be made."""
+    """Destroy the DeepSpeed engine registered for this model and remove its hooks, so that another can be created."""
     engine = _ENGINES.pop(model, lambda: None)()
     if engine is None:
         return
@@ -39,7 +38,7 @@ def release(model: nn.Module) -> None:
     engine.destroy()
     for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
         hook.remove()
-    # It does the same again when it is collected, and would undo what the next engine has set on the parameters.
+    # The engine calls destroy again when it is collected, which would undo what the next one sets on the parameters.
     engine.destroy = lambda: None
     engine.sdft_released = True
 
@@ -54,7 +53,7 @@ def stage(engine: nn.Module) -> int:
 
 
 def is_replicated(engine: nn.Module) -> bool:
-    """Whether every rank holds all weights and all of the optimizer's state."""
+    """Whether every rank holds all weights and the full optimizer state."""
     return stage(engine) == 0
 
 
@@ -66,7 +65,7 @@ def model_in(engine: nn.Module) -> nn.Module:
 
 @contextmanager
 def gathered_on_save(engine: nn.Module) -> Iterator[None]:
-    """Inside, the whole weights are gathered where the model is saved; ZeRO-3's configuration may leave that out."""
+    """Inside, saving the model gathers the full weights, even if ZeRO-3's configuration disables it."""
     if stage(engine) < 3:
         yield
         return
@@ -79,7 +78,7 @@ def gathered_on_save(engine: nn.Module) -> Iterator[None]:
 
 
 def engine_precision(accelerator: Any, model: nn.Module) -> AbstractContextManager[None]:
-    """In place of an engine, which would hold the weights in half precision: autocast, where they are in fp32."""
+    """Without an engine, which would hold the weights in half precision: autocast, if they are in fp32."""
     dtype, param = accelerator.state.deepspeed_plugin.hf_ds_config.dtype(), next(model.parameters())
     if dtype == torch.float32 or param.dtype != torch.float32:
         return nullcontext()
@@ -87,7 +86,7 @@ def engine_precision(accelerator: Any, model: nn.Module) -> AbstractContextManag
 
 
 def read_universal(engine: nn.Module, universal: bool) -> None:
-    """Let the engine that stands read its next checkpoint in the universal form, or as it was saved."""
+    """Set whether the existing engine loads its next checkpoint in the universal form, or as saved."""
     engine._config.load_universal_checkpoint = universal
 
 
@@ -101,21 +100,21 @@ def fix_universal_checkpoint(engine: nn.Module, folder: str) -> None:
         if isinstance(state.get("step"), Tensor):
             state["step"] = state["step"].clone()
     shards = Path(folder, Path(folder, UNIVERSAL).read_text().strip())
-    # DeepSpeed's own file, a pickle as its others are.
+    # DeepSpeed's own file, a pickle like its others.
     saved = torch.load(shards / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False)
     for group, values in zip(optimizer.param_groups, saved["optimizer_state_dict"]["param_groups"], strict=True):
         group.update({name: value for name, value in values.items() if name != "params"})
 
 
 def set_learning_rate(scheduler: Any) -> None:
-    """Let a schedule of DeepSpeed's own set the rate of the step where it stands; to another's nothing happens."""
+    """Make a DeepSpeed scheduler set the learning rate of its current step; a no-op for other schedulers."""
     if hasattr(scheduler, "last_batch_iteration"):
         scheduler.step(scheduler.last_batch_iteration)
 
 
 def wrap_optimizer_step(engine: nn.Module, context: Callable[[], AbstractContextManager[None]]) -> None:
-    """Run every optimizer step inside a context. DeepSpeed's is a part of its backward; other engines leave it to
-    their caller."""
+    """Run every optimizer step inside a context. DeepSpeed only, where the step is part of backward; with other
+    engines the caller does it."""
     if not hasattr(engine, "zero_optimization_stage"):
         return
     plain = engine.step
@@ -128,8 +127,8 @@ def wrap_optimizer_step(engine: nn.Module, context: Callable[[], AbstractContext
 
 
 def skip_nonfinite_steps(engine: nn.Module) -> None:
-    """Let the engine skip each optimizer step whose gradient is not finite. DeepSpeed does so by itself, except at
-    stage 0 in fp32."""
+    """Make the engine skip optimizer steps with non-finite gradients. DeepSpeed does so itself, except at stage 0 in
+    fp32."""
     if not hasattr(engine, "zero_optimization_stage"):
         return
     if stage(engine) == 0 and not (engine.bfloat16_enabled() or engine.fp16_enabled()):
@@ -138,7 +137,7 @@ def skip_nonfinite_steps(engine: nn.Module) -> None:
 
 @contextmanager
 def _skipping_if_nonfinite(engine: nn.Module) -> Iterator[None]:
-    """Inside, the engine's optimizer does nothing where the gradient is not finite, and says so in `overflow`."""
+    """Inside, the engine's optimizer skips its step if the gradient is not finite, and sets `overflow`."""
     optimizer = engine.optimizer
     grads = [param.grad for param in engine.parameters() if param.grad is not None]
     boundary = engine.is_gradient_accumulation_boundary()
@@ -153,29 +152,29 @@ def _skipping_if_nonfinite(engine: nn.Module) -> Iterator[None]:
 
 
 def step_was_skipped(engine: nn.Module) -> bool:
-    """Whether DeepSpeed left the last optimizer step out, because its gradient was not finite."""
+    """Whether DeepSpeed skipped the last optimizer step because of a non-finite gradient."""
     return bool(getattr(getattr(engine, "optimizer", None), "overflow", False))
 
 
 def drop_gradients(engine: nn.Module) -> None:
-    """Leave no gradients, so that an optimizer step that follows changes nothing, momentum and decay included."""
+    """Clear all gradients, so that a following optimizer step changes nothing, including momentum and weight decay."""
     for param in engine.parameters():
         param.grad = None
 
 
 def as_loss(loss: Tensor) -> Tensor:
-    """The loss as an engine's backward may be given it: at ZeRO stage 0 DeepSpeed divides the gradient of what its
-    forward returned, if exactly that tensor is given to its backward, by the accumulation steps once more."""
+    """A new tensor with the loss, to pass to the engine's backward: at ZeRO stage 0 DeepSpeed divides the gradient by
+    the accumulation steps a second time if backward gets the very tensor that forward returned."""
     return loss * 1.0
 
 
 def convert_to_universal(shards: Path, universal: Path) -> None:
-    """Write DeepSpeed's universal form of the folder of shards. Raises CalledProcessError."""
+    """Convert a folder of DeepSpeed shards to a universal checkpoint. Raises CalledProcessError."""
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(shards), "--output_folder", str(universal)]
     subprocess.run(command, check=True)
 
 
 def parameter_offload(engine: nn.Module) -> Any:
-    """What holds ZeRO-3's coordinator: a part of the optimizer, or all there is in an engine for inference."""
+    """The object that holds ZeRO-3's coordinator: part of the optimizer, or in its place in an inference engine."""
     return getattr(engine.optimizer, "parameter_offload", engine.optimizer)

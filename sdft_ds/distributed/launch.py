@@ -1,4 +1,4 @@
-"""How the process is started: process group, accelerate's and transformers' global state, DeepSpeed's configuration.
+"""Process startup: process group, accelerate's and transformers' global state, DeepSpeed's configuration.
 
 Patches torch.distributed's default timeouts and DeepSpeed's list of compatible operators.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d
 
-# What a launcher says, and accelerate for the rest of the process once a configuration has said it.
+# Set by launchers, and by accelerate for the rest of the process once a DeepSpeed configuration was used.
 _USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 
 
@@ -24,19 +24,19 @@ _LAUNCHED_WITH_DEEPSPEED = _USE_DEEPSPEED in os.environ
 
 
 def no_accelerator() -> bool:
-    """True on a machine where only the CPU can train."""
+    """Whether this machine has no accelerator, so that only the CPU can train."""
     return not torch.accelerator.is_available()
 
 
 def start_process_group(deepspeed_config: Any, use_cpu: bool, timeout_seconds: int) -> None:
-    """Start DeepSpeed's process group where accelerate would not do it right, which it does without a configuration.
+    """Start DeepSpeed's process group where accelerate would do it wrong; without DeepSpeed, accelerate does it right.
 
     On a CPU it has to exist before TrainingArguments builds accelerate's state: that starts torch's group but not
-    deepspeed.comm, after which zero.Init believes that the world has one rank. Plain `python` becomes rank 0 of 1.
+    deepspeed.comm, after which zero.Init assumes a world size of 1. Plain `python` becomes rank 0 of 1.
     """
     if use_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # also where DeepSpeed would find something else
-    # Also for the groups that DeepSpeed makes itself, without saying how long they may wait.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # even if DeepSpeed would detect an accelerator
+    # Patched to reach the groups that DeepSpeed creates itself without a timeout.
     timeout = timedelta(seconds=timeout_seconds)
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     if not deepspeed_config and not _LAUNCHED_WITH_DEEPSPEED:  # left by an earlier configuration
@@ -58,32 +58,32 @@ def start_process_group(deepspeed_config: Any, use_cpu: bool, timeout_seconds: i
     if use_cpu:
         import deepspeed
 
-        # A way of reducing that training never takes. It needs a compiler, and where a rank dies while it is set up
-        # the others wait for its shared memory without end.
+        # An all-reduce that training never uses. It needs a compiler, and if a rank dies during its setup, the others
+        # wait forever for its shared memory.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo", verbose=False, timeout=timeout)
 
 
 def own_settings(args: Any) -> Any:
-    """A trainer's copy of its settings, into which transformers, accelerate and we write; the caller's stay as they
-    are. DeepSpeed's configuration, whose `auto` is filled in from the model, is a part of it.
+    """A trainer's copy of its settings, which transformers, accelerate and we modify; the caller's are not modified.
+    Includes DeepSpeed's configuration, whose `auto` values are filled in from the model.
 
-    accelerate and transformers hold one state for the process, that of the settings that were made last: it becomes
-    that of these.
+    accelerate and transformers have one global state per process, set by the settings built last; this sets it to that
+    of the copy.
     """
-    own = object.__new__(type(args))  # not by copy, which leaves out what is not to be pickled
+    own = object.__new__(type(args))  # not copy.copy, which omits what is not to be pickled
     vars(own).update(vars(args))
     shared = [name for name in ("accelerator_config", "hf_deepspeed_config", "deepspeed_plugin") if name in vars(args)]
-    # Together, for the plugin holds the configuration.
+    # In one deepcopy, because the plugin references the configuration.
     vars(own).update(copy.deepcopy({name: vars(args)[name] for name in shared}))
     vars(own).pop("_setup_devices", None)
-    own._setup_devices  # noqa: B018  transformers' way of making the process's state
+    own._setup_devices  # noqa: B018  makes transformers set up the process state
     _set_hf_config(own)
     return own
 
 
 def _set_hf_config(args: Any) -> None:
-    """What transformers asks whether to load a model sharded."""
+    """Set the global configuration by which transformers decides whether to load a model sharded."""
     from transformers.integrations import deepspeed as integration
 
     if args.deepspeed:
@@ -95,8 +95,8 @@ def _set_hf_config(args: Any) -> None:
 
 
 class ProcessState:
-    """accelerate's and transformers' state of this process as it is when this is made, to be entered later, whatever
-    other trainers and settings were made meanwhile."""
+    """Snapshot of this process's accelerate and transformers state, to be restored temporarily later, after other
+    trainers and settings were built."""
 
     def __init__(self, args: Any, accelerator: Any):
         self.args = args
@@ -122,7 +122,7 @@ class ProcessState:
 
 @contextmanager
 def unsharded() -> Iterator[None]:
-    """Inside, transformers and PEFT make whole weights, also under a configuration of ZeRO-3."""
+    """Inside, transformers and PEFT create unsharded weights, even under a ZeRO-3 configuration."""
     from transformers.integrations import deepspeed as integration
 
     config = integration._hf_deepspeed_config_weak_ref
@@ -135,7 +135,7 @@ def unsharded() -> Iterator[None]:
 
 @contextmanager
 def config_kept(accelerator: Any) -> Iterator[None]:
-    """Afterwards DeepSpeed's configuration is as it was: transformers takes out of it what inference does not need."""
+    """Restores DeepSpeed's configuration on exit: transformers removes from it what inference does not need."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
         yield
@@ -150,17 +150,18 @@ def config_kept(accelerator: Any) -> Iterator[None]:
 
 
 def complete_configuration(given: Any) -> dict[str, Any] | None:
-    """DeepSpeed's configuration, of which a file, a dict or its JSON is given, with what it leaves out taken from the
-    arguments: batch sizes, clipping, precision, and the hyperparameters of a plain optimizer or scheduler of its own.
+    """DeepSpeed's configuration (given as a file, a dict or JSON), with missing values set to `auto`, which takes them
+    from the arguments: batch sizes, clipping, precision, and hyperparameters of DeepSpeed's plain optimizers and
+    schedulers.
 
-    Raises ValueError for what cannot be read.
+    Raises ValueError if it cannot be read.
     """
     if not given:
         return None
     from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
     try:
-        config = HfDeepSpeedConfig(given).config  # of a dict it makes a copy
+        config = HfDeepSpeedConfig(given).config  # copies a dict
     except (ValueError, OSError, AttributeError) as error:
         raise ValueError(f"deepspeed: a file, or a dict, with DeepSpeed's configuration is needed: {error}") from None
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
@@ -192,7 +193,7 @@ def configuration_in_effect(args: Any) -> Any:
         return plugin and plugin.hf_ds_config
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-    # What transformers does as well, but not before there is a trainer.
+    # transformers does the same, but not before a trainer is built.
     config = HfTrainerDeepSpeedConfig(plugin.hf_ds_config.config)
     config.trainer_config_process(args)
     plugin.hf_ds_config, plugin.deepspeed_config = config, config.config
@@ -201,7 +202,7 @@ def configuration_in_effect(args: Any) -> Any:
 
 @contextmanager
 def naming_the_port() -> Iterator[None]:
-    """Raises ValueError, with the remedy, where the port of a process group that is made inside is taken."""
+    """Raises ValueError, with the remedy, if the port of a process group created inside is taken."""
     try:
         yield
     except torch.distributed.DistNetworkError as error:
@@ -214,13 +215,13 @@ def naming_the_port() -> Iterator[None]:
 
 
 def _own_programs_first() -> None:
-    """JIT operators are built with ninja from the environment of this interpreter, activated or not."""
+    """Put this interpreter's environment first in PATH, even if not activated: JIT operators are built with ninja."""
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
 
 
 def build_operator() -> str:
-    """Build the operator that offloaded optimizers need, or load it where it is built; its name. Raises what
-    DeepSpeed and torch raise where it cannot be built.
+    """Build the operator for offloaded optimizers, or load it if it is built; returns its name. Raises whatever
+    DeepSpeed and torch raise if the build fails.
     """
     _own_programs_first()
     if no_accelerator():
@@ -233,31 +234,31 @@ def build_operator() -> str:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on at the moment."""
+    """A port of this machine that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def configured_stage(accelerator: Any) -> int | None:
-    """The stage of the engine that is going to be made; None without DeepSpeed."""
+    """The ZeRO stage of the engine to be created; None without DeepSpeed."""
     plugin = accelerator.state.deepspeed_plugin
     return None if plugin is None else plugin.zero_stage
 
 
 def is_configured(accelerator: Any) -> bool:
-    """Whether the engine that is going to be made is DeepSpeed's."""
+    """Whether the engine to be created is DeepSpeed's."""
     return configured_stage(accelerator) is not None
 
 
 def shards_weights(accelerator: Any) -> bool:
-    """Whether that engine will hold a shard of the weights on each rank."""
+    """Whether the engine to be created will shard the weights across ranks."""
     return configured_stage(accelerator) == 3
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How an optimizer's state is spread over ranks. stage: None without DeepSpeed."""
+    """How optimizer state is sharded across ranks. stage: None without DeepSpeed."""
 
     stage: int | None
     ranks: int
@@ -266,16 +267,16 @@ class Sharding:
         return "without DeepSpeed" if self.stage is None else f"at ZeRO stage {self.stage}"
 
     def can_read(self, saved: "Sharding") -> bool:
-        """Whether a run with this sharding can take over the optimizer's state of another one in any form."""
+        """Whether a run with this sharding can load optimizer state saved with another one, in any form."""
         return saved.stage == self.stage or {saved.stage, self.stage} == {1, 2}
 
     def differs_from(self, saved: "Sharding") -> bool:
-        """Whether it has to be resharded, by the universal form. At stage 0 every rank has all of it."""
+        """Whether saved state must be resharded, via a universal checkpoint. At stage 0 every rank has all of it."""
         return saved.stage != self.stage or bool(self.stage and saved.ranks != self.ranks)
 
 
 def configure_accumulation(accelerator: Any, steps: int) -> None:
-    """Let the engine that is going to be made accumulate `steps` micro-batches. Without DeepSpeed the loop does."""
+    """Make the engine to be created accumulate `steps` micro-batches. Without DeepSpeed the training loop does."""
     if configured_stage(accelerator) is None:
         return
     config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -284,6 +285,6 @@ def configure_accumulation(accelerator: Any, steps: int) -> None:
 
 
 def load_universal(accelerator: Any) -> None:
-    """Let the engine that is going to be made read a universal checkpoint."""
+    """Make the engine to be created load a universal checkpoint."""
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     config.setdefault("checkpoint", {})["load_universal"] = True

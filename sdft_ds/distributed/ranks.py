@@ -1,5 +1,4 @@
-"""Rank, world size and collectives. Every function is collective; a single process gets its own
-value."""
+"""Rank, world size and collectives. Collectives are called by all ranks; without a process group, world size is 1."""
 
 from typing import Any
 
@@ -20,7 +19,7 @@ def world_size() -> int:
 
 
 def store() -> distributed.Store:
-    """What the ranks met in; only where they were started together."""
+    """The rendezvous store; only with a process group."""
     return distributed.distributed_c10d._get_default_store()
 
 
@@ -30,7 +29,7 @@ def barrier() -> None:
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, on every rank; a value is anything that pickles."""
+    """All-gather a picklable value from every rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -39,21 +38,21 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def all_reduce(tensor: Tensor, how: str) -> Tensor:
-    """The tensor joined over the ranks, in place; how: sum or max."""
+    """All-reduce the tensor in place; how: sum or max."""
     if world_size() > 1:
         distributed.all_reduce(tensor, {"sum": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX}[how])
     return tensor
 
 
 def all_reduce_max(value: float, device: torch.device) -> float:
-    """The largest value of any rank."""
+    """The maximum over all ranks."""
     return all_reduce(torch.tensor(float(value), device=device), "max").item()
 
 
 def pad_to_equal_count(items: list[Any], filler: Any, device: torch.device) -> list[Any]:
-    """The items, and then the filler as often as it takes to have as many on every rank.
+    """The items, padded with the filler to the same number on every rank.
 
-    For work that is a collective itself: the ranks agree on how often to do it before the first of them begins. A
-    list, not a generator, whose reduction would run in the middle of the work.
+    For work that is itself collective: the ranks agree on the number of calls before the first one. A list, not a
+    generator, whose reduction would run in the middle of the work.
     """
     return items + [filler] * (int(all_reduce_max(len(items), device)) - len(items))

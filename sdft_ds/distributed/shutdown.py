@@ -1,7 +1,7 @@
-"""How a command of several ranks ends: all together after success, at once after an error.
+"""Shutdown of a multi-rank command: ranks exit together after success, immediately after an error.
 
-Ranks that leave a process group one by one, each while the others still use it, abort after all work is done; the
-launcher then reports a failure, and may kill the first rank while it still writes.
+Ranks that leave a process group one by one, while others still use it, abort after all work is done; the launcher then
+reports a failure, and may kill rank 0 while it is still writing.
 """
 
 import os
@@ -21,13 +21,13 @@ POLL = 0.1  # seconds
 
 
 class Preempted(SystemExit):
-    """Leaves the program with the exit code of preemption; what was trained is saved."""
+    """Exits the program with the preemption exit code; a checkpoint was saved."""
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Around all that a command does. After success, and where all ranks agreed to leave, they wait for each other and
-    close the process group. A rank that fails waits for nobody: it says why and ends with its status, or with 1."""
+    """Wraps a complete command. After success or preemption, which all ranks agreed on, ranks wait for each other and
+    close the process group. A rank that fails does not wait: it prints the error and exits with its status, or 1."""
     left = None
     try:
         try:
@@ -45,29 +45,29 @@ def together() -> Iterator[None]:
 
 
 def close() -> None:
-    """Wait until every rank is here, however long the first one writes or uploads, and close the process group.
+    """Wait for all ranks, however long rank 0 writes or uploads, and close the process group.
 
-    Every rank calls it. Raises RuntimeError where another one has failed.
+    Called by every rank. Raises RuntimeError if another one has failed.
     """
     if not ranks.started():
         return
     if ranks.world_size() > 1:
         store = ranks.store()
         store.add(DONE, 1)
-        # A barrier would end with an error after ddp_timeout. The others have nothing to do that takes long.
+        # A barrier would raise after ddp_timeout. Rank 0 applies that limit: the others have nothing slow left to do.
         patience = distributed.distributed_c10d.default_pg_timeout.total_seconds()
         deadline = time.monotonic() + patience if ranks.rank() == 0 else float("inf")
         while store.add(DONE, 0) < ranks.world_size():
             if store.check([FAILED]) or time.monotonic() > deadline:
                 raise RuntimeError("Another rank has failed, or has not come to the end.")
             time.sleep(POLL)
-        ranks.barrier()  # none asks the store any more, which ends with the first rank
+        ranks.barrier()  # until no rank polls the store any more, which ends with rank 0
     distributed.destroy_process_group()
 
 
 def _fail(error: BaseException) -> NoReturn:
-    """Raise it where this rank is alone. Else say it, let the others know, and end the process here: they may still
-    wait inside the group, and to close it would be to wait for them."""
+    """Raise the error if there is one rank. Else print it, notify the others, and end the process here: they may still
+    wait inside the process group, and closing it would wait for them."""
     if ranks.world_size() == 1:
         raise error
     status = 1
@@ -77,7 +77,7 @@ def _fail(error: BaseException) -> NoReturn:
         status = error.code
     else:
         print(error.code, file=sys.stderr)
-    with suppress(RuntimeError):  # the store is gone with the rank that held it
+    with suppress(RuntimeError):  # the store is gone if its rank is
         ranks.store().set(FAILED, str(ranks.rank()))
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,8 +1,7 @@
-"""Straggler watchdog: each rank publishes its current phase to the rendezvous store; rank 0 reports which rank the
-others wait for.
+"""Straggler watchdog: each rank publishes its current phase; rank 0 reports which rank the others wait for.
 
-The store is not a collective, so a rank that hangs in one, or is dead, can be named while the others still wait for
-it, before ddp_timeout ends them.
+Phases are published to the rendezvous store, not by a collective, so that a rank that is dead or hangs in a collective
+can be named while the others still wait for it, before ddp_timeout ends them.
 """
 
 import json
@@ -21,7 +20,7 @@ PATIENCE = 60.0  # seconds; an assumption: longer than most phases, and far belo
 
 @dataclass(frozen=True)
 class RankPhase:
-    """Where a rank is. entered: how many phases it has entered, the same number on all ranks in the same place."""
+    """Current phase of a rank. entered: number of phases entered so far, equal for ranks at the same point."""
 
     entered: int
     phase: str
@@ -33,7 +32,7 @@ class RankPhase:
 
 
 class StragglerWatchdog:
-    """Says so once where ranks have waited for others for longer than `patience` seconds, while it is entered."""
+    """Context manager: prints one report when ranks have waited for others for more than `patience` seconds."""
 
     def __init__(self, ddp_timeout: float):
         self.patience = min(PATIENCE, ddp_timeout / 4)
@@ -60,7 +59,7 @@ class StragglerWatchdog:
         self.store, self.thread = None, None
 
     def enter(self, phase: str, step: int) -> None:
-        """This rank goes on to a phase."""
+        """Publish that this rank enters a phase."""
         if self.store is not None:
             self.entered += 1
             place = RankPhase(self.entered, phase, step, self.host)
@@ -83,8 +82,8 @@ class StragglerWatchdog:
 
 
 def straggler_report(places: list[RankPhase]) -> str | None:
-    """`Waiting for rank 3 (host n2, in rollout of step 5); the others are in teacher of step 5`; None where all are
-    equally far."""
+    """`Waiting for rank 3 (host n2, in rollout of step 5); the furthest is in teacher of step 5`; None if no rank is
+    behind."""
     furthest = max(place.entered for place in places)
     late = [rank for rank, place in enumerate(places) if place.entered < furthest]
     if not late:

@@ -1,7 +1,6 @@
-"""Weights under ZeRO: gathering them, forwards outside of the training step, and each rank's shards. Patches the
-coordinator of ZeRO-3.
+"""Weights under ZeRO: gathering, forwards outside the training step, local shards. Patches ZeRO-3's coordinator.
 
-deepspeed is imported where it is used: it is slow to import, and nobody needs it who trains without it.
+deepspeed is imported where it is used: it is slow to import, and not needed without DeepSpeed.
 """
 
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def refuse_sharded(model: nn.Module, accelerator: Any) -> None:
-    """Raises ValueError for a model whose weights ZeRO-3 has sharded, where this run has no ZeRO-3."""
+    """Raises ValueError for a model with ZeRO-3 sharded weights in a run without ZeRO-3."""
     if launch.configured_stage(accelerator) != 3 and is_sharded(model):
         raise ValueError(
             "The model's weights are sharded by ZeRO-3, of another trainer or of the configuration that it was loaded "
@@ -29,13 +28,13 @@ def refuse_sharded(model: nn.Module, accelerator: Any) -> None:
 
 
 def full_shape(param: Tensor) -> torch.Size:
-    """The shape of the whole parameter, of which a rank may hold a shard."""
+    """The shape of the unsharded parameter."""
     return getattr(param, "ds_shape", param.shape)
 
 
 @torch.no_grad()
 def full_copies(params: list[Tensor]) -> list[Tensor]:
-    """Copies of whole parameters on this rank. Every rank must call it."""
+    """Unsharded copies of parameters on this rank. Must be called by every rank."""
     with _gathered(params):
         return [param.detach().clone() for param in params]
 
@@ -53,7 +52,7 @@ def _gathered(params: list[Tensor]) -> Iterator[None]:
 
 
 class _Resident:
-    """Stands in for ZeRO-3's parameter coordinator while all weights are gathered: there is nothing to fetch."""
+    """No-op replacement of ZeRO-3's parameter coordinator while all weights are gathered: nothing to fetch."""
 
     def reset_step(self) -> None: ...
 
@@ -69,7 +68,7 @@ class _Resident:
 
 @contextmanager
 def _coordinator(engine: nn.Module, coordinator: Any) -> Iterator[None]:
-    """ZeRO-3 fetches through the given coordinator inside, and through its own again afterwards, whatever happens."""
+    """Replace ZeRO-3's parameter coordinator inside; its own is restored on exit, also after an exception."""
     offload = engines.parameter_offload(engine)
     own, offload.param_coordinator = offload.param_coordinator, coordinator
     try:
@@ -80,10 +79,11 @@ def _coordinator(engine: nn.Module, coordinator: Any) -> Iterator[None]:
 
 @contextmanager
 def generation_weights(engine: nn.Module, gather: bool) -> Iterator[bool]:
-    """The model inside the engine can generate within; yields whether every rank must go on until the last is done.
+    """Context in which the engine's model can generate; yields whether all ranks must continue until the last is done.
 
-    ZeRO-3 with `gather`: all weights are gathered once and its hooks idle, so ranks may differ in the number and the
-    length of their calls. Without: each layer is gathered for each token, and all ranks go on until the last is done.
+    ZeRO-3 with `gather`: all weights are gathered once and its hooks idle, so ranks may differ in the number and
+    length of their calls. Without: each layer is gathered for each token, and all ranks continue until the last is
+    done.
     """
     if engines.stage(engine) < 3:
         yield False
@@ -101,8 +101,8 @@ def generation_weights(engine: nn.Module, gather: bool) -> Iterator[bool]:
 
 @contextmanager
 def _recovering(engine: nn.Module, release: bool = True) -> Iterator[None]:
-    """After an exception in one of ZeRO-3's forwards inside, no module is in a forward any more. release: and the
-    weights that it gathered, or had begun to gather, are let go."""
+    """After an exception in a ZeRO-3 forward inside, reset its record of modules in a forward. release: also free the
+    weights that were gathered or being gathered."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
     depth = len(FWD_MODULE_STACK)
@@ -112,7 +112,7 @@ def _recovering(engine: nn.Module, release: bool = True) -> Iterator[None]:
         del FWD_MODULE_STACK[depth:]
         for module in engine.module.modules():
             if hasattr(module._parameters, "_in_forward"):
-                module._parameters._in_forward = False  # or it gathers each parameter that is looked at
+                module._parameters._in_forward = False  # or any access to a parameter gathers it
         if release:
             engines.parameter_offload(engine).empty_partition_cache()
         raise
@@ -120,11 +120,11 @@ def _recovering(engine: nn.Module, release: bool = True) -> Iterator[None]:
 
 @contextmanager
 def scoring_pass(engine: nn.Module) -> Iterator[nn.Module]:
-    """Forwards that no backward follows, of the module that is yielded.
+    """Yields the module to call for forwards without a backward.
 
-    DDP is left out: it would exchange buffers with the other ranks in each forward. ZeRO-3 must not mix them up with
-    the order of a training step: its coordinator learns the order of modules over one forward and backward, and
-    prefetches by it. A second coordinator, with the same settings, learns the order of these forwards.
+    DDP is bypassed: it would synchronize buffers across ranks in each forward. ZeRO-3 must not mix these forwards up
+    with a training step: its coordinator records the order of modules over one forward and backward, and prefetches by
+    it. A second coordinator, with the same settings, records the order of these forwards.
     """
     if engines.stage(engine) < 3:
         yield engine.module if isinstance(engine, nn.parallel.DistributedDataParallel) else engine
@@ -135,23 +135,23 @@ def scoring_pass(engine: nn.Module) -> Iterator[nn.Module]:
             yield engine
             drop_prefetched(engine)
         except BaseException:
-            del offload.sdft_scoring_coordinator  # it holds half an order; the next one learns the whole
+            del offload.sdft_scoring_coordinator  # its trace is incomplete; a new one is recorded
             raise
 
 
 def drop_prefetched(engine: nn.Module) -> None:
-    """Let go of what ZeRO-3 has begun to gather for a forward that does not come; it could not be gathered by hand."""
+    """Drop ZeRO-3's in-flight prefetches for a forward that will not run; these could not be gathered explicitly."""
     if engines.stage(engine) == 3:
         engines.parameter_offload(engine).param_coordinator._clean_inflight_param_registry()
 
 
 def forward_is_collective(engine: nn.Module) -> bool:
-    """Whether each forward gathers weights from the other ranks, so that all ranks have to make as many."""
+    """Whether each forward gathers weights from other ranks, so that all ranks must run equally many."""
     return engines.stage(engine) == 3 and ranks.world_size() > 1
 
 
 def register_external_params(module: nn.Module, params: list[Tensor]) -> None:
-    """Let the module's own forward compute with parameters of modules inside it: ZeRO-3 gathers them for it."""
+    """Make ZeRO-3 gather parameters of submodules for the module's own forward, which uses them directly."""
     inside = {id(param) for param in module.parameters(recurse=False)}
     for param in params:
         if hasattr(param, "ds_id") and id(param) not in inside:
@@ -182,10 +182,10 @@ def _scoring_coordinator(offload: Any) -> Any:
 
 @dataclass(frozen=True)
 class LocalShard:
-    """This rank's part of one trainable parameter, flat: elements offset ... offset + len(weights) of the whole.
+    """This rank's shard of a trainable parameter, flat: elements [offset, offset + len(weights)) of the full one.
 
-    weights: what the forward computes with, once `rewritten` has shown it to the other ranks. master: the fp32 values
-    that the optimizer trains; None where the weights themselves are those.
+    weights: used by the forward, on all ranks once `publish_shards` has exited. master: the fp32 values that the
+    optimizer updates; None if it updates the weights themselves.
     """
 
     name: str
@@ -199,7 +199,7 @@ class LocalShard:
 
 
 def local_shards(engine: nn.Module, trainable: list[tuple[str, nn.Parameter]]) -> list[LocalShard]:
-    """This rank's pieces of the given parameters, as of now: views into the engine, not to be kept over a step."""
+    """This rank's shards of the given parameters: views into the engine, not to be kept across steps."""
     if engines.stage(engine) == 3:
         found = [_stage3_piece(engine, name, param) for name, param in trainable]
     elif engines.stage(engine) > 0:
@@ -220,8 +220,8 @@ def _stage3_piece(engine: nn.Module, name: str, param: nn.Parameter) -> LocalSha
     from deepspeed.utils import safe_get_local_fp32_param
 
     shard = param.ds_tensor
-    trains = hasattr(engine.optimizer, "parameter_offload")  # an engine for inference has no masters
-    offset = shard.ds_numel * param.ds_zero_partition_rank  # among those that share it, which may be few of all ranks
+    trains = hasattr(engine.optimizer, "parameter_offload")  # an inference engine has no masters
+    offset = shard.ds_numel * param.ds_zero_partition_rank  # rank in the sharding group, which may be smaller
     return LocalShard(name, offset, shard.data, safe_get_local_fp32_param(param) if trains else None)
 
 
@@ -231,7 +231,7 @@ def _fragment_piece(name: str, param: nn.Parameter) -> LocalShard:
 
 
 def _masters_by_param(engine: nn.Module) -> dict[int, Tensor]:
-    """Stage 0 in half precision: whole fp32 masters, one for each parameter or flat for a group of them."""
+    """Stage 0 in half precision: unsharded fp32 masters by parameter id, stored per parameter or flat per group."""
     optimizer = getattr(engine, "optimizer", None)
     masters = {}
     for g, params in enumerate(getattr(optimizer, "fp16_groups", [])):
@@ -249,12 +249,11 @@ def _masters_by_param(engine: nn.Module) -> dict[int, Tensor]:
 
 @contextmanager
 def publish_shards(engine: nn.Module) -> Iterator[None]:
-    """Write to the weights of pieces inside; afterwards every forward on every rank sees them.
+    """Context for writing to the weights of shards; on exit all forwards on all ranks see the new values.
 
-    At stage 3 whole parameters may be cached, and hpZ keeps a copy of every shard in the node; both would be computed
-    with as they were, so the cache is emptied first and the copies are dropped afterwards. At stages 1 and 2 each
-    rank's partition is gathered into the others' whole weights. After an exception as well: what was written until
-    then is the same on every rank.
+    At stage 3 gathered parameters may be cached, and hpZ keeps a copy of every shard in the node; both would be stale,
+    so the cache is emptied first and the copies are dropped on exit. At stages 1 and 2 each rank's partition is
+    all-gathered into the full weights. Also after an exception: what was written until then is the same on every rank.
     """
     if engines.stage(engine) == 3:
         engines.parameter_offload(engine).empty_partition_cache()
@@ -265,7 +264,7 @@ def publish_shards(engine: nn.Module) -> Iterator[None]:
 
 
 def _publish(engine: nn.Module) -> None:
-    """Let every forward on every rank see what was written to the weights of pieces."""
+    """Make values written to the weights of shards visible to all forwards on all ranks."""
     optimizer = getattr(engine, "optimizer", None)
     if engines.stage(engine) == 3 and hasattr(optimizer, "invalidate_secondary_tensor"):
         optimizer.invalidate_secondary_tensor()
@@ -279,6 +278,6 @@ def _publish(engine: nn.Module) -> None:
             start_alignment_factor=optimizer.nccl_start_alignment_factor,
             allgather_bucket_size=optimizer.allgather_bucket_size,
         )
-    # ZeRO-3 gathers on a stream of its own, which does not wait for what this one has written.
+    # ZeRO-3 gathers on its own stream, which does not wait for writes on this one.
     if torch.accelerator.is_available():
         torch.accelerator.current_stream().synchronize()

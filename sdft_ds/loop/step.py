@@ -6,10 +6,10 @@ Order of calls in a step of A micro-batches:
     get_batch_samples      objective.collect for each generation batch that is due, before any student forward;
                            then loss weights, normalized over all ranks and micro-batches of the step
     training_step     x A  objective.loss inside the student's forward (compute_loss), and backward
-    _get_grad_norm         drop non-finite gradients (metrics/nonfinite.py)
-    optimizer.step         under DeepSpeed part of the last backward
-    on_step_end            objective.after_step, unless the step was skipped; then a checkpoint, if one is due
-    log                    metrics, reduced across ranks
+                           with DeepSpeed the last backward makes the optimizer step (distributed/engines.py)
+    _get_grad_norm         without DeepSpeed: drop non-finite gradients (metrics/nonfinite.py); then optimizer.step
+    on_step_end            agree whether to leave (loop/resume.py); objective.after_step, unless the step was skipped
+    log, evaluate, save    where due: metrics reduced across ranks; loop/evaluation.py; loop/resume.py
 """
 
 from collections.abc import Callable, Iterator

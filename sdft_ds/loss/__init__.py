@@ -1,1 +1,1 @@
-"""The divergence between student and teacher, in chunks, normalized over all ranks."""
+"""Distillation loss: chunked divergence between student and teacher, normalized across ranks."""

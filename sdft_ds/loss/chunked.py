@@ -1,18 +1,18 @@
-"""The language-model head and the divergence, one chunk of tokens at a time: [N, V] logits are never in memory.
+"""Chunked loss: LM head and divergence, one chunk of tokens at a time, so that [N, V] logits are never materialized.
 
-Shapes: N loss tokens, C tokens of a chunk, V vocabulary, D hidden, K support (top-k), Q rank of an adapter.
+Shapes: N loss tokens, C tokens per chunk, V vocabulary, D hidden, K support (top-k), Q adapter rank.
 
-Memory, beyond the hidden states and the head's own gradient: O(C x V). Each chunk is projected, compared, and its
-gradient taken at once, so the backward pass only scales what the forward pass found. Inside, the sum of
-weight x loss is kept unscaled: the scale (1 / loss tokens of the whole optimizer step) is applied in fp32 at the end,
-where it cannot push a half-precision gradient below its smallest number.
+Memory in addition to the hidden states and the head's gradient: O(C x V). The forward computes each chunk's logits,
+loss and gradient; the backward only scales the gradients. The sum of weight x loss is kept unscaled: the scale
+(1 / loss tokens of the optimizer step) is applied at the end in fp32, where it cannot make half-precision gradients
+underflow.
 
-On a top-k support without a tail only K logits of the teacher and K gradients of each token exist: the teacher's side
-and the gradients are computed with those K rows of the head, in place of three products with all V.
+With top-k support and no tail, only K teacher logits and K gradients per token are needed: they are computed with
+those K rows of the head, instead of three products with all V.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from sdft_ds.loss.divergence import (
 
 LogitsTransform = Callable[[Tensor], Tensor] | None
 
-# Elements of one chunk's logits; 8 Mi fp32 elements are 32 MB, and a full-vocabulary loss holds about seven such.
+# Elements of one chunk's logits; 8 Mi fp32 elements are 32 MB, and a full-vocabulary loss holds about seven of them.
 CHUNK_ELEMENTS = 1 << 23
 
 
@@ -43,9 +43,9 @@ class Adapter:
 
 @dataclass(frozen=True)
 class HeadValues:
-    """The values of a language-model head at one moment: weight [V, D], bias [V] or None, adapter or None.
+    """Snapshot of an LM head's values: weight [V, D], bias [V] or None, adapter or None.
 
-    A weight of None, for a teacher's head: weight and bias are the student's own, which do not change.
+    Of a teacher's head, a weight or bias of None is the student's, which does not change.
     """
 
     weight_VD: Tensor | None
@@ -53,18 +53,22 @@ class HeadValues:
     adapter: Adapter | None = None
 
     def beside(self, student: "HeadValues") -> "HeadValues":
-        """With the student's weight and bias in the place of a weight of None."""
-        return self if self.weight_VD is not None else replace(student, adapter=self.adapter)
+        """This head, with the student's weight and bias in place of those that are None."""
+        return HeadValues(
+            student.weight_VD if self.weight_VD is None else self.weight_VD,
+            student.bias_V if self.bias_V is None else self.bias_V,
+            self.adapter,
+        )
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What the loss of N completion tokens needs beside the student's hidden states and head.
+    """Inputs of the loss of N completion tokens, in addition to the student's hidden states and head.
 
-    teacher_hidden_ND: the teacher's last hidden states at the same tokens; None for a cross entropy.
-    teacher_head: the teacher's head; None where it is the student's own.
-    tokens_N: the completion tokens; weights_N: each token's share in the sum, 0 where it is not part of the loss.
-    old_log_probs_N: the sampler's log-probabilities (None: no importance weight), clipped at `is_clip`.
+    teacher_hidden_ND: the teacher's last hidden states at the same tokens; None for cross entropy.
+    teacher_head: the teacher's head; None if it is the student's.
+    tokens_N: the completion tokens; weights_N: loss weight of each token, 0 if excluded from the loss.
+    old_log_probs_N: the sampler's log-probabilities (None: no importance weight); is_clip: maximum importance weight.
     """
 
     divergence: Divergence | CrossEntropy
@@ -76,14 +80,14 @@ class LossTerms:
     is_clip: float | None = None
 
     def per_token(self, student_logits_CV: Tensor, teacher_logits_CV: Tensor, chunk: slice) -> Tensor:
-        """Divergence of each token of the chunk, importance weight included, [C]."""
+        """Divergence of each token of the chunk, including the importance weight, [C]."""
         loss_C = self.divergence.per_token(student_logits_CV, teacher_logits_CV, self.tokens_N[chunk])
         return self._weighted(loss_C, student_logits_CV, chunk)
 
     def per_token_on_support(
         self, student_CK: Tensor, teacher_CK: Tensor, student_logits_CV: Tensor, chunk: slice
     ) -> Tensor:
-        """The same from the logits on a top-k support, [C]; the student's others are for the importance weight."""
+        """`per_token` from the logits on a top-k support, [C]; student_logits_CV: for the importance weight."""
         return self._weighted(self.divergence.on_support(student_CK, teacher_CK), student_logits_CV, chunk)
 
     @property
@@ -99,12 +103,12 @@ class LossTerms:
     def full_with_gradient(
         self, student_logits_CV: Tensor, teacher_logits_CV: Tensor, chunk: slice
     ) -> tuple[Tensor, Tensor]:
-        """`per_token` over the whole vocabulary [C], and the gradient of the sum of weight x loss in the student's
-        logits [C, V]. Both sides' logits are overwritten."""
+        """`per_token` over the full vocabulary [C], and the gradient of the sum of weight x loss w.r.t. the student's
+        logits [C, V]. Overwrites both logits."""
         temperature = self.divergence.temperature
         for logits_CV in (student_logits_CV, teacher_logits_CV):
             logits_CV.div_(temperature)
-            logits_CV.sub_(logits_CV.amax(-1, keepdim=True))  # first, or large logits cost the last digits
+            logits_CV.sub_(logits_CV.amax(-1, keepdim=True))  # first, or large logits lose precision
             logits_CV.sub_(logits_CV.logsumexp(-1, keepdim=True))
         factor_C = torch.ones_like(self.weights_N[chunk])
         if self._importance_counts:
@@ -125,10 +129,10 @@ def chunked_distillation_loss(
     finish: LogitsTransform,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(scale x sum of weight x divergence, attached to the graph also when N is 0; the divergence of each token [N]).
+    """(scale x sum of weight x divergence, attached to the graph even if N is 0; the divergence of each token [N]).
 
-    finish: what the model does to its logits after the head (scale, softcap); None: nothing.
-    chunk_tokens: tokens per chunk; by default as many as CHUNK_ELEMENTS logits hold.
+    finish: the model's logits transform after the head (scale, softcap); None: identity.
+    chunk_tokens: tokens per chunk; by default as many as fit into CHUNK_ELEMENTS logits.
     """
     adapter = (None, None, 0.0) if head.adapter is None else tuple(vars(head.adapter).values())
     return _ChunkedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, *adapter, terms, scale, finish, chunk_tokens)
@@ -137,7 +141,7 @@ def chunked_distillation_loss(
 def reference_distillation_loss(
     hidden_ND: Tensor, head: HeadValues, terms: LossTerms, scale: Tensor, finish: LogitsTransform
 ) -> tuple[Tensor, Tensor]:
-    """The same, written plainly with whole [N, V] logits and autograd: what the chunked loss is tested against."""
+    """Reference implementation with full [N, V] logits and autograd, which the chunked loss is tested against."""
     finish = finish or identity
     student_NV = finish(_plain_logits(hidden_ND, head))
     with torch.no_grad():
@@ -167,7 +171,7 @@ def chunked_token_log_probs(
     finish: LogitsTransform,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Log-probability of each token at the given temperature, [N] fp32, without a gradient."""
+    """Log-probability of each token at the given temperature, [N] fp32, without grad."""
     projection = _Projection(head, hidden_ND, finish)
     log_probs_N = torch.empty(len(tokens_N), dtype=torch.float32, device=hidden_ND.device)
     for chunk in chunks_of(len(tokens_N), head.weight_VD.shape[0], chunk_tokens):
@@ -176,18 +180,18 @@ def chunked_token_log_probs(
 
 
 def whole_logits(hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -> Tensor:
-    """The logits themselves, [N, V] fp32, as the loss computes them, without a gradient: for a few tokens."""
+    """Full [N, V] fp32 logits, computed as in the loss, without grad: for a few tokens."""
     return _Projection(head, hidden_ND, finish).logits(hidden_ND)
 
 
 def chunks_of(n: int, elements_per_token: int, chunk_tokens: int | None = None) -> list[slice]:
-    """Slices of n tokens, as many in each as CHUNK_ELEMENTS holds, or chunk_tokens."""
+    """Slices of n tokens, each of chunk_tokens, or of as many as fit into CHUNK_ELEMENTS."""
     size = chunk_tokens or max(1, CHUNK_ELEMENTS // elements_per_token)
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 class _Projection:
-    """A head in the dtype in which it multiplies: autocast's, where that is on, else its own; logits come as fp32."""
+    """An LM head in its compute dtype: autocast's if enabled, else its own; returns fp32 logits."""
 
     def __init__(self, head: HeadValues, hidden_ND: Tensor, finish: LogitsTransform):
         self.device_type = hidden_ND.device.type
@@ -198,7 +202,7 @@ class _Projection:
         self.adapter = head.adapter
         if self.adapter is not None:
             factors = (self.adapter.down_QD, self.adapter.up_VQ)
-            # As PEFT multiplies: in autocast's dtype, else in that of the adapter.
+            # As in PEFT: in autocast's dtype, else in the adapter's.
             down_QD, up_VQ = (f.detach().to(self.dtype) if autocast else f.detach() for f in factors)
             self.adapter = Adapter(down_QD, up_VQ, self.adapter.scale)
         self.finish = finish or identity
@@ -217,7 +221,7 @@ class _Projection:
         return self.finish(self.raw_logits(hidden_CD))
 
     def logits_at(self, hidden_CD: Tensor, indices_CK: Tensor) -> Tensor:
-        """The logits of K tokens for each position, [C, K]; without an adapter only."""
+        """Logits of K vocabulary entries per position, [C, K]; only without an adapter."""
         with torch.autocast(self.device_type, enabled=False):
             rows_CKD = self.weight_VD[indices_CK]
             raw_CK = torch.bmm(rows_CKD, hidden_CD.to(self.dtype).unsqueeze(-1)).squeeze(-1)
@@ -225,7 +229,7 @@ class _Projection:
 
 
 class _Gradients:
-    """Sums of gradients over chunks: fp32 whatever the weights are kept in; None where none is wanted."""
+    """Gradients accumulated over chunks: in fp32 for weights of any dtype; None where not required."""
 
     def __init__(self, hidden_ND: Tensor, head: HeadValues, projection: _Projection, needed: tuple[bool, ...]):
         self.hidden_ND, self.projection = hidden_ND, projection
@@ -236,7 +240,7 @@ class _Gradients:
         )
 
     def add(self, grad_CV: Tensor, chunk: slice) -> None:
-        """From the gradient of the raw logits of a chunk."""
+        """Accumulate from the gradient w.r.t. a chunk's raw logits."""
         head, hidden_CD = self.projection, self.hidden_ND[chunk]
         if self.bias is not None:
             self.bias += grad_CV.sum(0)
@@ -260,7 +264,8 @@ class _Gradients:
                 self.weight += grad_CV.T @ hidden_CD.to(head.dtype)
 
     def add_at(self, grad_CK: Tensor, indices_CK: Tensor, chunk: slice) -> None:
-        """From the gradient of the raw logits of K tokens for each position; without an adapter only."""
+        """Accumulate from the gradient w.r.t. the raw logits of K vocabulary entries per position; only without an
+        adapter."""
         head, hidden_CD = self.projection, self.hidden_ND[chunk]
         flat = indices_CK.flatten()
         if self.bias is not None:
@@ -275,7 +280,7 @@ class _Gradients:
 
 
 def _full_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> Tensor:
-    """The whole vocabulary, with the gradient in closed form."""
+    """Full vocabulary, with a closed-form gradient."""
     raw_CV = student.raw_logits(hidden_CD)
     teacher_CV = teacher.logits(terms.teacher_hidden_ND[chunk])
     if student.finish is identity:
@@ -285,13 +290,13 @@ def _full_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradi
             finished_CV = student.finish(raw_CV.requires_grad_())
         loss_C, grad_CV = terms.full_with_gradient(finished_CV.detach().clone(), teacher_CV, chunk)
         (grad_CV,) = torch.autograd.grad(finished_CV, raw_CV, grad_CV)
-    del raw_CV, teacher_CV  # before the products need room
+    del raw_CV, teacher_CV  # free the memory before the matrix products
     gradients.add(grad_CV, chunk)
     return loss_C
 
 
 def _sparse_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> Tensor:
-    """A top-k support without a tail: K logits of the teacher and K gradients for each token."""
+    """Top-k support without a tail: K teacher logits and K gradients per token."""
     raw_CV = student.raw_logits(hidden_CD)
     finished_CV = student.finish(raw_CV)
     indices_CK = finished_CV.topk(terms.divergence.topk, dim=-1).indices
@@ -306,7 +311,7 @@ def _sparse_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gra
 
 
 def _other_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> Tensor:
-    """Any divergence, with the gradient by autograd."""
+    """Any other divergence, with the gradient from autograd."""
     teacher_CV = None if terms.teacher_hidden_ND is None else teacher.logits(terms.teacher_hidden_ND[chunk])
     raw_CV = student.raw_logits(hidden_CD).requires_grad_()
     with torch.enable_grad(), torch.autocast(student.device_type, enabled=False):
@@ -355,6 +360,6 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, _grad_per_token):
         *grads, scale = ctx.saved_tensors
         factor = grad_loss * scale
-        # In place: they are this function's own, and a second backward is not possible anyhow.
+        # In place: the gradients are private to this function, and a second backward is not possible anyway.
         scaled = [None if g is None else g.mul_(factor).to(t) for g, t in zip(grads, ctx.dtypes, strict=True)]
         return *scaled, None, None, None, None, None

@@ -1,6 +1,7 @@
-"""Entropy, top-5 and top-k mass of student and teacher at a sample of completion tokens.
+"""Token diagnostics: entropy, top-5 and top-k mass of student and teacher at a sample of loss tokens.
 
-Shapes: M tokens that are looked at, N loss tokens, C of a chunk, V vocabulary, D hidden, K support.
+Used by metrics and displays of completions. Shapes: M sampled tokens, N loss tokens, C tokens per chunk, V vocabulary,
+D hidden, K support.
 """
 
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ LIKELIEST = 5
 
 @dataclass(frozen=True)
 class DistributionStats:
-    """One side's distribution at each token, at the loss's temperature; fp32.
+    """The student's or teacher's distribution at each token, at the loss temperature; fp32.
 
-    entropy_M: nats. likeliest_M5, probabilities_M5: the five most likely tokens. mass_M: its probability of the
-    student's K likeliest tokens; 1 where the loss has the whole vocabulary.
+    entropy_M: nats. likeliest_M5, probabilities_M5: top-5 tokens. mass_M: total probability of the student's top-K
+    tokens; 1 if the loss is over the full vocabulary.
     """
 
     entropy_M: Tensor
@@ -46,12 +47,12 @@ class TokenDiagnostics:
 
     @property
     def agree_M(self) -> Tensor:
-        """Where both hold the same token likeliest."""
+        """Whether student and teacher have the same top-1 token."""
         return self.student.likeliest_M5[:, 0] == self.teacher.likeliest_M5[:, 0]
 
 
 def evenly_spaced(n: int, most: int, device: torch.device) -> Tensor:
-    """Numbers of at most `most` of n tokens."""
+    """At most `most` evenly spaced indices into n tokens."""
     if n <= most:
         return torch.arange(n, device=device)
     return torch.linspace(0, n - 1, most, device=device).round().long()
@@ -61,7 +62,7 @@ def evenly_spaced(n: int, most: int, device: torch.device) -> Tensor:
 def token_diagnostics(
     hidden_ND: Tensor, head: HeadValues, terms: LossTerms, finish: LogitsTransform, at_M: Tensor
 ) -> TokenDiagnostics:
-    """Both sides at the loss tokens with the numbers at_M, projected as the loss projects them."""
+    """Diagnostics of student and teacher at the loss tokens with indices at_M, with logits computed as in the loss."""
     teacher_head = head if terms.teacher_head is None else terms.teacher_head.beside(head)
     vocabulary = head.weight_VD.shape[0]
     parts = []

@@ -1,8 +1,8 @@
-"""Pure per-token divergences between a student and a teacher distribution.
+"""Per-token divergences between student and teacher distributions, as pure functions.
 
-Shapes: N tokens, V vocabulary, K support. Everything is in nats and in the dtype that comes in (give fp32).
-Source of the formulas: the SDFT paper (arXiv 2601.19897) and, between the end points, the generalised
-Jensen-Shannon divergence of arXiv 2306.13649 (GKD).
+Shapes: N tokens, V vocabulary, K support. Everything is in nats and in the input dtype (use fp32).
+Formulas: the SDFT paper (arXiv 2601.19897) and, between the end points, the generalised Jensen-Shannon divergence of
+arXiv 2306.13649 (GKD).
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Divergence:
-    """Which divergence is the loss of a token.
+    """The divergence used as the loss of a token.
 
-    mode: `full_logits` (whole vocabulary), `topk_logits` (the student's `topk` largest logits) or `sampled_token`.
-    alpha: 0 is KL(teacher||student), 1 is KL(student||teacher), between is the generalised JSD.
+    mode: `full_logits` (full vocabulary), `topk_logits` (the student's `topk` largest logits) or `sampled_token`.
+    alpha: 0 is KL(teacher||student), 1 is KL(student||teacher), in between the generalised JSD.
     add_tail: with top-k, keep the remaining mass as one more bucket instead of renormalising.
-    temperature: divides both sides' logits.
+    temperature: divides the logits of student and teacher.
     """
 
     mode: str = "full_logits"
@@ -29,7 +29,7 @@ class Divergence:
     temperature: float = 1.0
 
     def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
-        """Loss of each token, [N]. The gradient flows to the student's logits; give the teacher's without one."""
+        """Loss of each token, [N], differentiable w.r.t. the student's logits; pass the teacher's detached."""
         student_logits_NV = student_logits_NV / self.temperature
         teacher_logits_NV = teacher_logits_NV / self.temperature
         if self.mode == "sampled_token":
@@ -43,27 +43,27 @@ class Divergence:
         return interpolated_divergence(student, teacher, self.alpha)
 
     def has_support(self, vocabulary: int) -> bool:
-        """Whether the loss of a token looks at a part of the vocabulary."""
+        """Whether the loss of a token is restricted to the top-k of a larger vocabulary."""
         return self.mode == "topk_logits" and self.topk < vocabulary
 
     def is_full(self, vocabulary: int) -> bool:
-        """Whether the loss of a token compares the whole distributions."""
+        """Whether the loss of a token is over the full vocabulary."""
         return self.mode == "full_logits" or (self.mode == "topk_logits" and self.topk >= vocabulary)
 
     def on_support(self, student_logits_NK: Tensor, teacher_logits_NK: Tensor) -> Tensor:
-        """Loss of each token from both sides' logits on the student's top-k alone, [N]; without a tail only."""
+        """Loss of each token from both logits on the student's top-k alone, [N]; only without a tail."""
         student = (student_logits_NK / self.temperature).log_softmax(-1)
         teacher = (teacher_logits_NK / self.temperature).log_softmax(-1)
         return interpolated_divergence(student, teacher, self.alpha)
 
 
-# distillation_mode -> what computes it. Another one is a subclass of Divergence with a `per_token` of its own.
+# distillation_mode -> class that computes it. Custom modes subclass Divergence and override `per_token`.
 MODES: dict[str, type[Divergence]] = dict.fromkeys(("topk_logits", "full_logits", "sampled_token"), Divergence)
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """In the place of a divergence: -log of the student's probability of a given token. It asks no teacher."""
+    """Cross entropy in place of a divergence: -log of the student's probability of a given token; no teacher."""
 
     temperature: float = 1.0
 
@@ -79,16 +79,16 @@ class CrossEntropy:
 
 
 def kl(p_log: Tensor, q_log: Tensor) -> Tensor:
-    """KL(p||q) over the last dimension from log-probabilities; where p is 0 the term is 0, whatever q is."""
+    """KL(p||q) over the last dimension, from log-probabilities; terms with p = 0 are 0 for any q."""
     p = p_log.exp()
     return torch.where(p > 0, p * (p_log - q_log), 0.0).sum(-1)
 
 
 def interpolated_divergence(student_NK: Tensor, teacher_NK: Tensor, alpha: float) -> Tensor:
-    """[N]: alpha 0 KL(t||s), alpha 1 KL(s||t), between (1-alpha) KL(s||m) + alpha KL(t||m).
+    """alpha 0: KL(t||s), alpha 1: KL(s||t), in between: (1-alpha) KL(s||m) + alpha KL(t||m); [N].
 
-    m = (1-alpha) s + alpha t, in probabilities. The end points are special cases, not limits: the formula between
-    them tends to 0 there.
+    m = (1-alpha) s + alpha t, in probabilities. The end points are special cases, not limits: the formula in between
+    tends to 0 there.
     """
     if alpha == 0.0:
         return kl(teacher_NK, student_NK)
@@ -103,11 +103,11 @@ def interpolated_divergence(student_NK: Tensor, teacher_NK: Tensor, alpha: float
 def interpolated_divergence_and_gradient(
     student_NV: Tensor, teacher_NV: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor]:
-    """`interpolated_divergence` [N], and its gradient in the student's logits [N, V], from log-probabilities.
+    """`interpolated_divergence` [N], and its gradient w.r.t. the student's logits [N, V], from log-probabilities.
 
-    In closed form, which takes half of the memory that autograd keeps for it. With m the mixture (the teacher at alpha
-    1): s (log s - log m - KL(s||m)), times (1 - alpha) between the end points; s - t at alpha 0. The teacher's
-    log-probabilities are overwritten.
+    The closed form takes half of autograd's memory. With m the mixture (the teacher at alpha 1), the gradient is
+    s (log s - log m - KL(s||m)), times (1 - alpha) between the end points; s - t at alpha 0. Overwrites the teacher's
+    log-probabilities.
     """
     if alpha == 0.0:
         teacher = teacher_NV.exp()
@@ -131,10 +131,11 @@ def interpolated_divergence_and_gradient(
 
 
 def topk_log_probs(student_NV: Tensor, teacher_NV: Tensor, k: int, add_tail: bool) -> tuple[Tensor, Tensor]:
-    """Both sides on the student's k largest logits: renormalised [N, k], or with the rest as one bucket [N, k + 1].
+    """Student's and teacher's log-probabilities on the student's top-k: renormalised [N, k], or with the rest as one
+    bucket [N, k + 1].
 
-    k must be smaller than V. The bucket is summed from the remaining logits themselves, not as 1 - sum(top-k), which
-    loses all digits when the k tokens hold nearly all of the mass.
+    k must be smaller than V. The bucket is summed from the remaining logits, not as 1 - sum(top-k), which loses all
+    precision when the top-k holds nearly all of the mass.
     """
     indices_NK = student_NV.detach().topk(k, dim=-1).indices
 
@@ -154,10 +155,10 @@ def token_log_probs(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
 
 
 def sampled_token_surrogate(student_N: Tensor, teacher_N: Tensor) -> Tensor:
-    """A signed surrogate whose expected gradient over the student's own samples is that of KL(student||teacher)."""
+    """Signed surrogate whose expected gradient over the student's samples is that of KL(student||teacher)."""
     return (student_N - teacher_N).detach() * student_N
 
 
 def importance_weight(student_N: Tensor, old_N: Tensor, clip: float) -> Tensor:
-    """min(exp(log s - log s_old), clip), detached, [N]: corrects for rollouts that are older than the weights."""
+    """min(exp(log s - log s_old), clip), detached, [N]: corrects for off-policy rollouts, older than the weights."""
     return (student_N - old_N).detach().exp().clamp(max=clip)

@@ -1,9 +1,11 @@
-"""How the losses of tokens add up to the loss of an optimizer step.
+"""Loss normalization: per-token loss weights of an optimizer step, across ranks and gradient accumulation.
 
-Shapes: N loss tokens of a micro-batch. With x the loss of a token, every aggregation is scale x sum of weight x; only
-the weights and the scale differ. Counts are those of the whole optimizer step, over ranks and micro-batches, known
-before its first backward: summed over micro-batches and averaged over ranks, as gradients are, the result does not
-depend on how rows are spread over them (except bnpo, which is defined by micro-batches).
+The weights are multiplied in in chunked.py.
+
+Shapes: N loss tokens of a micro-batch. With x the loss of a token, every loss_type is scale x sum of weight x; only
+the weights and the scale differ. Counts are those of the full optimizer step, over ranks and micro-batches, and are
+known before its first backward: summed over micro-batches and averaged over ranks, as gradients are, the result does
+not depend on how rows are distributed over them (except bnpo, which is defined per micro-batch).
 
     dapo      sum x / loss tokens
     grpo      mean over completions of (sum x / loss tokens of the completion); one without loss tokens counts as 0
@@ -22,7 +24,7 @@ from sdft_ds.data.batch import MicroBatch
 
 @dataclass(frozen=True)
 class LossWeights:
-    """weights_N of a micro-batch's loss tokens, and the scale of their sum."""
+    """weights_N of a micro-batch's loss tokens, and the scale of the weighted sum."""
 
     weights_N: Tensor
     scale: Tensor
@@ -35,12 +37,12 @@ def loss_weights(
     world_size: int,
     all_reduce_sum: Callable[[Tensor], Tensor],
 ) -> list[LossWeights]:
-    """The shares of the micro-batches of one optimizer step. Every rank calls it with as many micro-batches."""
+    """Loss weights of an optimizer step's micro-batches. Called by all ranks, with equally many micro-batches."""
     device = batches[0].tokens_N.device
     tokens = [len(batch.tokens_N) for batch in batches]
     completions = sum(rollout.counted for batch in batches for rollout in batch.rollouts)
     totals = all_reduce_sum(torch.tensor([*tokens, completions], dtype=torch.float64, device=device))
-    # No loss token anywhere: a sum of nothing, so any finite scale will do.
+    # Without any loss token the sum is empty, so any finite scale will do.
     tokens_by_batch, completions = totals[:-1].clamp(min=1.0), totals[-1].clamp(min=1.0)
     step_tokens = totals[:-1].sum().clamp(min=1.0)
     scale_of = {
@@ -61,6 +63,6 @@ def loss_weights(
 
 
 def _per_completion(batch: MicroBatch) -> Tensor:
-    """1 / (loss tokens of the token's own completion), [N]."""
+    """1 / (loss tokens of the token's completion), [N]."""
     counts_R = torch.bincount(batch.rows_N, minlength=len(batch.rollouts))
     return 1.0 / counts_R[batch.rows_N].float()

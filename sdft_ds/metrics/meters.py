@@ -28,7 +28,7 @@ class Metric:
 
 
 METRICS = {
-    "sdft/distillation_loss": Metric("nats/token", "mean", "divergence of a loss token, before any weighting"),
+    "sdft/distillation_loss": Metric("nats/token", "mean", "divergence of a loss token, importance weight included"),
     **{
         f"divergence/{name}": Metric("nats/token", "mean", f"that of completion tokens {first} to {last}")
         for name, first, last in (

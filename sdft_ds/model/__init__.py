@@ -1,1 +1,1 @@
-"""Loading, the LM head, packed inputs and the forward that computes only at completion tokens."""
+"""Model: loading, LM head, packing, KV cache, and a forward that computes only at completion tokens."""

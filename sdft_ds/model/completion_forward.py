@@ -1,11 +1,11 @@
-"""Patches a causal LM's forward to answer a request about its completion tokens.
+"""Patches a causal LM's forward to return hidden states, log-probabilities or the loss at requested positions.
 
-Shapes: R rows, T positions of a row, N completion tokens asked for, V vocabulary, D hidden.
+Shapes: R rows, T positions per row, N requested completion tokens, V vocabulary, D hidden.
 
-Inside `RequestForward(model)` the model's forward has one more keyword, `request`. With it the decoder runs as always,
-but only the N positions asked for go on to the head, and the head computes the answer (log-probabilities, loss)
-instead of logits. It happens inside the forward of the wrapped model because that is where DDP sees the gradient and
-where ZeRO-3 gathers the head: the head module is called once, with all chunks inside.
+Inside `RequestForward(model)` the model's forward takes another keyword, `request`. Given one, the decoder runs as
+usual, but only the N requested positions are passed to the head, which computes the answer (log-probabilities, loss)
+instead of logits. This happens inside the wrapped model's forward because that is where DDP sees the gradient and
+ZeRO-3 gathers the head: the head module is called once, with all chunks inside.
 """
 
 import functools
@@ -31,7 +31,7 @@ from sdft_ds.model.lm_head import tensors_of as head_tensors
 from sdft_ds.model.modes import evaluating
 from sdft_ds.model.skinny_gemm import PLAIN_FORWARD
 
-# Config attribute -> what the model does to its logits after the head. `check` refuses whatever is missing here.
+# Config attribute -> logits transform after the head. `check` rejects models with any other transform.
 LOGITS_TRANSFORMS = {
     "logits_scaling": lambda value: lambda logits: logits / value,  # Granite
     "logit_scale": lambda value: lambda logits: logits * value,  # Cohere
@@ -41,14 +41,14 @@ LOGITS_TRANSFORMS = {
 
 @dataclass
 class HiddenStates:
-    """Ask for the last hidden states at flat positions (row x T + position) of the batch: [N, D]."""
+    """Request the last hidden states at flat positions (row x T + position) of the batch: [N, D]."""
 
     positions_N: Tensor
 
 
 @dataclass
 class TokenLogProbs:
-    """Ask for the log-probability of each token: [N] fp32, no gradient."""
+    """Request the log-probability of each token: [N] fp32, without grad."""
 
     positions_N: Tensor
     tokens_N: Tensor
@@ -60,9 +60,9 @@ class TokenLogProbs:
 
 @dataclass
 class DistillationLoss:
-    """Ask for the loss: a scalar, scale x sum of weight x divergence; `per_token_N` holds the terms afterwards.
+    """Request the loss: a scalar, scale x sum of weight x divergence; sets `per_token_N` to the divergences.
 
-    inspect_M: numbers of loss tokens at which `seen` says afterwards what both sides think.
+    inspect_M: indices of the loss tokens for which `seen` is set to diagnostics of student and teacher.
     """
 
     positions_N: Tensor
@@ -74,7 +74,7 @@ class DistillationLoss:
     seen: TokenDiagnostics | None = None
 
     def answer(self, hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -> Tensor:
-        # The terms are left on the request: every output of a module is a tensor that DDP and ZeRO-3 hook.
+        # Stored on the request, not returned: DDP and ZeRO-3 hook every tensor that a module outputs.
         loss, self.per_token_N = chunked_distillation_loss(
             hidden_ND, head, self.terms, self.scale, finish, self.chunk_tokens
         )
@@ -85,7 +85,7 @@ class DistillationLoss:
 
 @dataclass
 class Logits:
-    """Ask for the logits themselves; only `check` does."""
+    """Request the logits; used by `check` only."""
 
     positions_N: Tensor
 
@@ -99,25 +99,25 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
 
 
 def head_of(model: nn.Module) -> nn.Module:
-    """The module that is the language-model head; raises ValueError where the loss cannot compute with it."""
+    """The LM head module; raises ValueError if the loss does not support it."""
     head = causal_lm_of(model).get_output_embeddings()
     head_tensors(head)
     return head
 
 
 class RequestForward:
-    """A context manager: the forward of one model has the keyword `request` inside; without it nothing changes there.
+    """Context manager: inside, a model's forward takes the keyword `request`; calls without it behave as before.
 
-    Outside, the model is as its owner left it, to be copied, pickled, merged, or trained by somebody else. What others
-    put around the forward inside (accelerate: autocast) is taken away with it, and stands there again at the next
-    entry, until `renew`. Entered where the same model has been entered already, it changes nothing.
+    Outside, the model is as its owner left it, and can be copied, pickled, merged or trained by other code. Wrappers
+    that others put around the forward inside (accelerate: autocast) are removed on exit and restored on the next
+    entry, until `renew`. Reentrant: a nested entry changes nothing.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.depth = 0
-        self.outside: _Attributes = {}  # as the owner has them
-        self.inside: _Attributes = {}  # as they were when it was left last
+        self.outside: _Attributes = {}  # the owner's
+        self.inside: _Attributes = {}  # as of the last exit
 
     def __enter__(self) -> None:
         self.depth += 1
@@ -126,7 +126,7 @@ class RequestForward:
         causal_lm, head = causal_lm_of(self.model), head_of(self.model)
         modules = list(dict.fromkeys((self.model, causal_lm, head)))
         self.outside = _attributes(modules)
-        if PLAIN_FORWARD in vars(causal_lm):  # another one's
+        if PLAIN_FORWARD in vars(causal_lm):  # patched by another RequestForward
             self.inside = {}
         elif list(self.inside) == modules:
             _set_attributes(self.inside)
@@ -140,14 +140,14 @@ class RequestForward:
             _set_attributes(self.outside)
 
     def renew(self) -> None:
-        """Called inside: drop what others have put around the forward, which they do anew."""
+        """Called inside: drop wrappers that others have put around the forward, which they will apply again."""
         causal_lm, head = causal_lm_of(self.model), head_of(self.model)
         _set_attributes(self.outside)
         if PLAIN_FORWARD not in vars(causal_lm):
             _install(causal_lm, head)
 
 
-# What is set on the modules on the way to the head, here and by accelerate, which does not take its own away.
+# Attributes set on model and head, here and by accelerate, which does not remove its own.
 _SET_ON_MODULES = ("forward", PLAIN_FORWARD, "_original_forward", "_is_accelerate_prepared")
 _Attributes = dict[nn.Module, dict[str, Any]]
 
@@ -168,8 +168,8 @@ def _set_attributes(attributes: _Attributes) -> None:
 def _install(causal_lm: PreTrainedModel, head: nn.Module) -> None:
     for module, forward in ((causal_lm, _model_forward), (head, _head_forward)):
         setattr(module, PLAIN_FORWARD, module.forward)
-        # A bound method, not a closure over the module: a deep copy of the model gets its own. The signature stays
-        # the model's, for transformers reads it to know which inputs there are.
+        # A bound method, not a closure over the module, so that a deep copy of the model gets its own. The signature
+        # stays the model's, because transformers inspects it for the accepted inputs.
         module.forward = types.MethodType(_with_signature_of(type(module).forward, forward), module)
 
 
@@ -198,7 +198,7 @@ def _head_forward(head: nn.Module, hidden, request=None, finish=None):
 
 
 def _logits_transform(config) -> LogitsTransform:
-    """The composition of what this model's config says happens after its head."""
+    """The composed logits transforms in the model's config; None if there are none."""
     text_config = config.get_text_config()
     steps = [
         make(getattr(text_config, name))
@@ -219,11 +219,11 @@ def _logits_transform(config) -> LogitsTransform:
 
 @torch.no_grad()
 def check(model: nn.Module, engine: nn.Module, device: torch.device) -> None:
-    """Compare the model's own logits with ours on a few tokens; raise ValueError, naming the model, if they differ or
-    if a token changes what comes before it.
+    """Compare the model's own logits with ours on a few tokens. Raises ValueError, naming the model, if they differ
+    or if the model is not causal.
 
-    It is what lets an unknown architecture in: a model that does something after its head that LOGITS_TRANSFORMS does
-    not know is refused before the first step. Every rank runs the same two forwards.
+    This makes unknown architectures safe to accept: a model with a logits transform missing from LOGITS_TRANSFORMS is
+    rejected before the first step. Every rank runs the same two forwards.
     """
     causal_lm = causal_lm_of(model)
     name, vocabulary = type(causal_lm).__name__, causal_lm.config.get_text_config().vocab_size
@@ -234,7 +234,7 @@ def check(model: nn.Module, engine: nn.Module, device: torch.device) -> None:
     with evaluating(engine):
         own_RTV = engine(input_ids=ids_RT, attention_mask=mask, use_cache=False).logits.float()
         ours_NV = engine(input_ids=ids_RT, attention_mask=mask, request=Logits(positions_N)).float()
-    # bf16 keeps 8 bits, and the two products differ in shape, hence in their order of summation.
+    # bf16 has 8 bits of precision, and the two products differ in shape, hence in summation order.
     tolerance = 3e-2 * own_RTV.abs().max().clamp(min=1.0)
     if (own_RTV[0, :-1] - own_RTV[1, :-1]).abs().max() > tolerance:
         raise ValueError(f"{name} is not causal: its tokens see those after them. Is `is_decoder` missing?")

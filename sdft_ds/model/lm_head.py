@@ -1,5 +1,5 @@
-"""Which tensors make up a language-model head: a linear layer's, also in 4 bits, with a LoRA adapter beside it, or of
-the trained copy that PEFT's modules_to_save keeps beside the original."""
+"""LM head tensors: of a linear layer, plain or 4-bit, with or without LoRA, or of the trained copy that PEFT's
+modules_to_save adds."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,7 @@ from sdft_ds.loss.chunked import Adapter, HeadValues
 
 @dataclass(frozen=True)
 class HeadTensors:
-    """The head that a forward would use now; under ZeRO-3 its tensors may be sharded. down, up: of the adapter."""
+    """The head that a forward would use now; under ZeRO-3 its tensors may be sharded. down, up: LoRA's A and B."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -26,21 +26,19 @@ class HeadTensors:
         return [tensor for tensor in (self.weight, self.bias, self.down, self.up) if tensor is not None]
 
     def values(self) -> HeadValues:
-        """To compute with, where the tensors are whole; the weight in full precision if it is kept in 4 bits."""
+        """The values to compute with, where the tensors are unsharded; a 4-bit weight is dequantized."""
         adapter = None if self.down is None else Adapter(self.down, self.up, self.scale)
         return HeadValues(_dequantized(self.weight), self.bias, adapter)
 
     def copied(self, student: "HeadTensors") -> HeadValues:
-        """Copies of what can differ from the student's head by the time of the loss; the rest, if it is the student's
-        own and not trained, is left to it (None). Every rank calls it."""
+        """Copies of the tensors that can differ from the student's head by the time of the loss; None for tensors
+        shared with the student and not trained. Called by every rank."""
         wanted = {
             name: getattr(self, name)
             for name in ("weight", "bias", "down", "up")
             if getattr(self, name) is not None
             and (getattr(self, name) is not getattr(student, name) or getattr(student, name).requires_grad)
         }
-        if "weight" not in wanted:
-            wanted.pop("bias", None)
         copies = dict(zip(wanted, zero.full_copies(list(wanted.values())), strict=True))
         adapter = None if self.down is None else Adapter(copies["down"], copies["up"], self.scale)
         return HeadValues(copies.get("weight"), copies.get("bias"), adapter)
@@ -56,7 +54,7 @@ def _dequantized(weight: Tensor) -> Tensor:
 
 
 def tensors_of(head: nn.Module) -> HeadTensors:
-    """Raises ValueError, naming what the head is, where the loss cannot do as it does."""
+    """The tensors of the active head. Raises ValueError, naming the head's type, if the loss does not support it."""
     if isinstance(head, ModulesToSaveWrapper):
         active = head.active_adapters[0]
         return tensors_of(head.original_module if head.disable_adapters else head.modules_to_save[active])

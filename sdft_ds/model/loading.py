@@ -1,6 +1,6 @@
-"""A model by name or as an object -> the causal LM to train, its tokenizer, its stop tokens, its limits of prompts.
+"""Model loading: model name or object -> the causal LM to train, its tokenizer, stop tokens and prompt length limits.
 
-What the data is checked by, tokenizer and config, is there before the weights are loaded.
+Tokenizer and config, which data validation needs, are available before the weights are loaded.
 """
 
 import copy
@@ -34,7 +34,7 @@ from sdft_ds.model.prefix_cache import longest_row
 
 
 def refuse_second_adapter(model: str | nn.Module, peft_config: PeftConfig | None, args: SDFTConfig) -> None:
-    """Raises ValueError where a fresh adapter is asked for beside one that is there."""
+    """Raises ValueError if a new adapter is requested for a model that already has one."""
     if peft_config is None:
         return
     if isinstance(model, PeftModel) or (isinstance(model, str) and adapter_config(model, args) is not None):
@@ -48,11 +48,11 @@ def refuse_second_adapter(model: str | nn.Module, peft_config: PeftConfig | None
 def load_model(
     model: str | PreTrainedModel | nn.Module, args: SDFTConfig, peft_config: PeftConfig | None = None
 ) -> nn.Module:
-    """Load a model that is given by name; wrap it with a fresh adapter, if one is asked for.
+    """Load a model given by name; wrap it with a new adapter if peft_config is given.
 
-    The name may be an adapter's: it is loaded with its base model, and goes on being trained. Weights are loaded in
-    fp32, or in the dtype of DeepSpeed's engine, which keeps fp32 masters itself; `model_init_kwargs` may say
-    otherwise.
+    The name may be an adapter's: it is loaded with its base model, and its training continues. Weights are loaded in
+    fp32, or in the dtype of DeepSpeed's engine, which keeps fp32 masters itself, unless `model_init_kwargs` overrides
+    it.
     """
     if isinstance(model, str):
         options = {"dtype": _default_dtype(args), **_init_kwargs(args)}
@@ -80,8 +80,9 @@ def load_model(
 
 
 def _made_of_shards(config: PeftConfig | dict[str, Any] | None) -> bool:
-    """Whether PEFT gathers what it needs of weights that ZeRO-3 has sharded. Where it does not, it computes with empty
-    ones, with or without an error; then they are loaded whole, and sharded when the engine is made."""
+    """Whether PEFT gathers the ZeRO-3 sharded weights that it needs to build this adapter. Where it does not, it
+    computes with empty ones, with or without an error; then weights are loaded unsharded, and sharded when the engine
+    is created."""
     if config is None:
         return True
     config = config if isinstance(config, dict) else config.to_dict()
@@ -89,7 +90,7 @@ def _made_of_shards(config: PeftConfig | dict[str, Any] | None) -> bool:
 
 
 def _with_adapter(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
-    """The model, or wrapped with a fresh adapter; the configuration that was given stays as it is."""
+    """The model, wrapped with a new adapter if one is given; peft_config is not modified."""
     if not isinstance(model, PeftModel) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             f"This {type(model).__name__} has an adapter inside, but is no PeftModel: give the PeftModel that "
@@ -106,7 +107,7 @@ def _with_adapter(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module
     return model
 
 
-# Methods that need more than the tokens of a row.
+# PEFT methods with inputs other than a row's tokens -> those inputs.
 NEED_MORE = {PeftType.POLY: "the task of each row", PeftType.XLORA: "other adapters"}
 
 
@@ -121,8 +122,8 @@ def _refuse_method(config: PeftConfig) -> None:
 
 
 def config_of(model: str | nn.Module, args: SDFTConfig) -> PreTrainedConfig:
-    """The model's config, without loading the model. Raises ValueError, naming it, for one that is no decoder with a
-    language-model head."""
+    """The model's config, without loading the model. Raises ValueError, naming the model, if it is not a decoder with
+    an LM head."""
     if isinstance(model, str):
         config = _config_by_name(model, args)
         name = f"{model} ({config.model_type})"
@@ -147,7 +148,7 @@ def _config_by_name(model: str, args: SDFTConfig) -> PreTrainedConfig:
 
 
 def adapter_config(model: str | None, args: SDFTConfig) -> dict[str, Any] | None:
-    """What adapter_config.json says, where this is the name or folder of an adapter; None where it is a model's."""
+    """The contents of adapter_config.json if `model` is the name or folder of an adapter, else None."""
     options = _hub_options(args)
     file = find_adapter_config_file(model, **{k: v for k, v in options.items() if k != "trust_remote_code"})
     if file is None:
@@ -159,13 +160,13 @@ def adapter_config(model: str | None, args: SDFTConfig) -> dict[str, Any] | None
 
 
 def _of_the_base(options: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
-    """Options of from_pretrained for an adapter's base model: where the adapter lies says nothing about it."""
+    """Options of from_pretrained for an adapter's base model: revision and subfolder of the adapter do not apply."""
     kept = {name: value for name, value in options.items() if name not in ("revision", "subfolder")}
     return kept if adapter.get("revision") is None else {**kept, "revision": adapter["revision"]}
 
 
 def _hub_options(args: SDFTConfig) -> dict[str, Any]:
-    """Of what from_pretrained of a model is given, that which says where it lies and whom to trust."""
+    """The from_pretrained options that select the location and trust_remote_code."""
     names = ("revision", "trust_remote_code", "subfolder", "cache_dir", "local_files_only")
     return {name: value for name, value in _init_kwargs(args).items() if name in names}
 
@@ -179,7 +180,7 @@ def _default_dtype(args: SDFTConfig) -> torch.dtype:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """Raises ValueError where torch has no dtype of this name."""
+    """The torch dtype of this name; raises ValueError if there is none."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"model_init_kwargs: there is no dtype {name!r}; take bfloat16, float16, float32 or auto.")
@@ -187,13 +188,13 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def name_of(model: nn.Module) -> str:
-    """The name or folder that the model was loaded from; of one that was not, its class."""
+    """The name or folder that the model was loaded from, else its class."""
     causal_lm = causal_lm_of(model)
     return causal_lm.config.name_or_path or type(causal_lm).__name__
 
 
 def refuse_without_trainable(model: nn.Module) -> None:
-    """Raises ValueError for a model of which nothing would be trained."""
+    """Raises ValueError for a model without trainable parameters."""
     if any(param.requires_grad for param in model.parameters()):
         return
     if isinstance(model, PeftModel):
@@ -210,7 +211,7 @@ def refuse_without_trainable(model: nn.Module) -> None:
 def load_tokenizer(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, model: str, args: SDFTConfig
 ) -> tuple[PreTrainedTokenizerBase | ProcessorMixin, PreTrainedTokenizerBase]:
-    """(what was given, or that of the model of this name; its tokenizer, with a pad token)."""
+    """(processing_class as given, or the model's; its tokenizer, with a pad token)."""
     if processing_class is None:
         processing_class = AutoProcessor.from_pretrained(model, **_hub_options(args))
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -222,8 +223,8 @@ def load_tokenizer(
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer; where it has no pad token a copy, of which it is the end-of-sequence token. That is safe here:
-    nothing infers padding from token ids. Raises ValueError where there is neither."""
+    """The tokenizer; if it has no pad token, a copy with EOS as the pad token, which is safe because nothing infers
+    padding from token ids. Raises ValueError if it has neither."""
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -236,7 +237,7 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 
 
 def check_embedding(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
-    """Raises ValueError for a tokenizer with tokens that the model has no embedding of."""
+    """Raises ValueError if the tokenizer has token ids outside the model's embedding."""
     embeddings = zero.full_shape(causal_lm_of(model).get_input_embeddings().weight)[0]
     largest = max(tokenizer.get_vocab().values())
     if largest >= embeddings:
@@ -247,7 +248,7 @@ def check_embedding(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Non
 
 
 def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: those of the model's generation config, and the tokenizer's."""
+    """All EOS token ids: those of the model's generation config and the tokenizer's."""
     declared = causal_lm_of(model).generation_config.eos_token_id
     declared = declared if isinstance(declared, list) else [declared]
     ids = {token for token in (*declared, tokenizer.eos_token_id) if token is not None}
@@ -262,7 +263,7 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
 def prompt_builder(
     tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, args: SDFTConfig
 ) -> PromptBuilder:
-    """What makes both prompts of a row for this model. Raises ValueError for limits that exceed its context."""
+    """The PromptBuilder for this model. Raises ValueError for length limits that exceed its context."""
     return PromptBuilder(
         tokenizer,
         args.teacher_prompt_template,
@@ -273,8 +274,8 @@ def prompt_builder(
 
 
 def _prompt_limits(model_config: PreTrainedConfig, args: SDFTConfig) -> tuple[int | None, int | None]:
-    """Most tokens of the student's and of the teacher's prompt: either fits into the model's longest row together with
-    the longest completion. None where neither the config of the model nor a setting says anything."""
+    """Maximum tokens of the student's and the teacher's prompt, such that each fits into the model's longest row
+    together with the longest completion. None if neither the model's config nor a setting limits them."""
     longest, what = longest_row(model_config)
     if longest is None:
         return args.max_prompt_length, args.max_teacher_prompt_length
@@ -296,7 +297,7 @@ FLASH_ATTENTION = {"flash_attention_2": is_flash_attn_2_available, "flash_attent
 
 
 def check_attention(config: PreTrainedConfig, args: SDFTConfig) -> None:
-    """Raises ValueError for an attention that this machine cannot train with."""
+    """Raises ValueError for an attention implementation that this machine cannot train with."""
     name = getattr(config, "_attn_implementation", None) or _init_kwargs(args).get("attn_implementation")
     if name in FLASH_ATTENTION and not FLASH_ATTENTION[name]():
         raise ValueError(
@@ -310,7 +311,7 @@ def check_attention(config: PreTrainedConfig, args: SDFTConfig) -> None:
 
 
 def check_support(config: PreTrainedConfig, args: SDFTConfig) -> None:
-    """Raises ValueError for a top-k that is larger than the model's vocabulary."""
+    """Raises ValueError if distillation_topk exceeds the model's vocabulary."""
     vocabulary = config.get_text_config().vocab_size
     if args.distillation_topk is not None and args.distillation_topk > vocabulary:
         raise ValueError(
@@ -320,7 +321,7 @@ def check_support(config: PreTrainedConfig, args: SDFTConfig) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: the modules, and the rates that attention layers hand to their kernel."""
+    """Set every dropout rate to 0: of dropout modules, and of attention layers, which pass it to their kernel."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -329,10 +330,10 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def keep_quantized_layout(model: nn.Module) -> None:
-    """Let no forward repack 4-bit weights: on CPUs with bf16 units bitsandbytes does so in eval mode under no_grad,
-    as rollouts and scoring run. Nothing flows back through repacked weights, and ZeRO-3 cannot shard them.
+    """Keep forwards from repacking 4-bit weights: on CPUs with bf16 units bitsandbytes does so in eval mode under
+    no_grad, as in rollouts and scoring. Repacked weights pass no gradient, and ZeRO-3 cannot shard them.
 
-    Raises ValueError, naming the module, where it has happened: the scales were rounded to bf16 by it.
+    Raises ValueError, naming the module, if it has already happened: it rounded the scales to bf16.
     """
     for name, module in model.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -345,7 +346,7 @@ def keep_quantized_layout(model: nn.Module) -> None:
 
 
 def warn_of_router_loss(config: PreTrainedConfig) -> None:
-    """A mixture of experts may ask for a loss that balances its routers; distillation has none."""
+    """Warn if a mixture-of-experts config requests the load-balancing loss, which distillation does not add."""
     if getattr(config.get_text_config(), "output_router_logits", False):
         warnings.warn(
             "The model's config asks for output_router_logits, whose load-balancing loss is not added here: its "
@@ -355,7 +356,7 @@ def warn_of_router_loss(config: PreTrainedConfig) -> None:
 
 
 def warn_without_masters(model: nn.Module, args: SDFTConfig) -> None:
-    """Small updates are lost in half-precision weights that no fp32 master stands behind."""
+    """Warn about trainable half-precision weights without fp32 masters, in which small updates are lost."""
     halves = {
         str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
     }

@@ -1,11 +1,11 @@
-"""Context managers that restore a model's mode, dropout, activation checkpointing and requires_grad exactly."""
+"""Module modes, changed temporarily and restored: train/eval, dropout, activation checkpointing, requires_grad."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-# Attributes of modules that training sets; dropout is a module's `p`, or the rate that attention gives to its kernel.
+# Module attributes set for training; dropout is a module's `p`, or the rate that attention passes to its kernel.
 SETTINGS = (
     "training", "p", "attention_dropout", "gradient_checkpointing", "_gradient_checkpointing_func",
     "_require_grads_hooks", "_require_grads_hook",
@@ -14,7 +14,7 @@ SETTINGS = (
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule's own mode as it was, also after an exception."""
+    """Eval mode inside; restores every submodule's own mode, also after an exception."""
     training = [submodule for submodule in module.modules() if submodule.training]
     module.eval()
     try:
@@ -26,8 +26,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def settings_kept(module: nn.Module) -> Iterator[None]:
-    """Afterwards SETTINGS of every submodule are as they were, also after an exception; hooks that are new in them are
-    removed."""
+    """Restores SETTINGS of every submodule on exit, also after an exception; removes hooks added meanwhile."""
     before = [
         (submodule, {name: vars(submodule)[name] for name in SETTINGS if name in vars(submodule)})
         for submodule in module.modules()
@@ -47,7 +46,7 @@ def settings_kept(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def requires_grad_kept(module: nn.Module) -> Iterator[None]:
-    """Afterwards the same parameters require a gradient as before, also after an exception."""
+    """Restores requires_grad of every parameter on exit, also after an exception."""
     before = [(param, param.requires_grad) for param in module.parameters()]
     try:
         yield

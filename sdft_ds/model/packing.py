@@ -1,8 +1,8 @@
-"""Which rows of a batch share a line, so that the shorter ones are not padded to the longest.
+"""Packing: which rows of a batch share a line, so that shorter ones are not padded to the longest.
 
-transformers tells packed rows apart by their positions. Flash attention then computes each row by itself, however many
-are on the one line. Other implementations mask what lies between rows of a line, which is computed all the same: there
-lines are as long as the longest row, and rows share them only where that costs less than padding.
+transformers separates packed rows by their position ids. Flash attention then computes each row by itself, with all
+rows on one line. Other implementations compute and then mask attention between rows of a line: there, lines are as
+long as the longest row, and rows share them only where that costs less than padding.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from sdft_ds.model.prefix_cache import supports_prefixes
 class Packing:
     """on: always, never, or (None) where it costs less.
 
-    linear: operations for each token outside attention; quadratic: those for each pair of tokens; varlen: attention
-    computes only what lies within a row.
+    linear: FLOPs per token outside attention; quadratic: FLOPs per pair of tokens; varlen: attention computes only
+    within rows.
     """
 
     on: bool | None
@@ -28,19 +28,19 @@ class Packing:
     varlen: bool = False
 
     def bins_of(self, lengths: list[int]) -> Bins:
-        """Lines for rows of these lengths, prompt and completion together."""
+        """Lines for rows of these lengths (prompt + completion)."""
         if self.on is False:
             return one_row_per_bin(lengths)
         if self.varlen:
             return [list(range(len(lengths)))]
         width, lines = max(lengths), first_fit(lengths)
         masked = len(lines) * (self.linear + width * self.quadratic)
-        causal = len(lengths) * (self.linear + width * self.quadratic / 2)  # its kernels skip what lies ahead
+        causal = len(lengths) * (self.linear + width * self.quadratic / 2)  # causal kernels skip future tokens
         return lines if self.on or masked < causal else one_row_per_bin(lengths)
 
 
 def first_fit(lengths: list[int]) -> Bins:
-    """Rows on lines as long as the longest row: the longest first, each on the first line that has room."""
+    """First-fit decreasing bin packing of rows into lines as long as the longest row."""
     width, lines, room = max(lengths), [], []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         number = next((i for i, left in enumerate(room) if left >= lengths[row]), len(lines))
@@ -53,7 +53,7 @@ def first_fit(lengths: list[int]) -> Bins:
 
 
 def packing_for(model: PreTrainedModel, on: bool | None) -> Packing:
-    """The choice for this model. Raises ValueError where packing is asked for and would mix rows up."""
+    """Packing for this model. Raises ValueError if packing is requested but rows would affect each other."""
     if not supports_prefixes(model):
         if on:
             raise ValueError(

@@ -1,7 +1,7 @@
-"""A prompt that several completions share is computed once: its keys and values are copied to each completion's row.
+"""Prefix KV cache: a prompt shared by several completions is computed once, its KV cache copied to each row.
 
-Shapes: U different prompts, R rows, T positions. Prompts are padded on the left, so that what follows them stands at
-the same columns in every row and at the right distance for sliding windows.
+Shapes: U unique prompts, R rows, C tokens after the prompts, T positions. Prompts are left-padded, so that the tokens
+after them are in the same columns of every row and at the right distance for sliding windows.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 def supports_prefixes(model: PreTrainedModel) -> bool:
-    """Whether all that the model remembers of a prompt is keys and values; not so with recurrent layers."""
+    """Whether keys and values are the model's only state of a prompt; False with recurrent layers."""
     accepted = inspect.signature(type(model).forward).parameters
     return (
         not model._is_stateful
@@ -25,23 +25,23 @@ def supports_prefixes(model: PreTrainedModel) -> bool:
 
 
 def key_value_width(config: PreTrainedConfig) -> int:
-    """Elements of a token's keys in one layer, and of its values."""
+    """Elements of a token's keys in one layer; its values have as many."""
     heads = getattr(config, "num_attention_heads", None) or 1
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return (getattr(config, "num_key_value_heads", None) or heads) * head_width
 
 
 def longest_row(model_config: PreTrainedConfig) -> tuple[int | None, str]:
-    """(the most tokens of a prompt and its completion together, None where nothing limits them; what sets the limit).
+    """(maximum tokens of prompt + completion, None if unlimited; what sets the limit).
 
-    It is the model's context, or where its rotary factors change at a length (longrope), that length: beyond it cached
-    keys, and a row beside a longer one in its batch, would be rotated otherwise than in a forward of the row alone.
-    Dynamic factors change beyond the context only.
+    The limit is the model's context, or, if its rotary factors change at some length (longrope), that length: beyond
+    it, cached keys, and rows batched with a longer one, would be rotated differently than in a forward of the row
+    alone. Dynamic factors change only beyond the context.
     """
     config = model_config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None)
     rotary = getattr(config, "rope_parameters", None) or {}
-    for factors in [rotary, *(each for each in rotary.values() if isinstance(each, dict))]:  # by type of layer
+    for factors in [rotary, *(each for each in rotary.values() if isinstance(each, dict))]:  # per layer type
         if factors.get("rope_type") == "longrope" and any(
             factors.get(f"short_{name}") != factors.get(f"long_{name}") for name in ("factor", "mscale")
         ):
@@ -59,7 +59,7 @@ def empty_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-    """(the first row of each different prompt, [U]; for each row the number of its prompt among those, [R])."""
+    """(first row of each unique prompt, [U]; for each row the index of its prompt among those, [R])."""
     number: dict[tuple[int, ...], int] = {}
     first, rows = [], []
     for r, prompt in enumerate(map(tuple, prompts)):
@@ -71,9 +71,9 @@ def distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
 
 
 def batches_within(budget: int, sizes: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Numbers of rows in batches, the largest first. A batch takes as many rows as the budget has room for if each
-    were as large as its largest; a row that is larger than the budget is alone. Rows with one prompt stay together
-    where a batch can hold them all."""
+    """Row indices in batches, largest rows first. A batch takes as many rows as fit into the budget if each were as
+    large as its largest; a row larger than the budget is alone. Rows with the same prompt stay together where one
+    batch can hold them all."""
     rows_of: dict[int, list[int]] = {}
     for row, prompt in enumerate(distinct(prompts)[1]):
         rows_of.setdefault(prompt, []).append(row)
@@ -92,7 +92,7 @@ def batches_within(budget: int, sizes: Sequence[int], prompts: Sequence[Sequence
 
 
 def prompt_inputs(input_ids_UT: Tensor, attention_mask_UT: Tensor) -> dict[str, Any]:
-    """Inputs of the forward over left-padded prompts; without padding the mask is left out, which is faster."""
+    """Inputs of the forward over left-padded prompts; without padding the mask is omitted, which is faster."""
     if bool(attention_mask_UT.all()):
         return {"input_ids": input_ids_UT}
     positions_UT = (attention_mask_UT.cumsum(-1) - 1).clamp(min=0)
@@ -100,7 +100,7 @@ def prompt_inputs(input_ids_UT: Tensor, attention_mask_UT: Tensor) -> dict[str, 
 
 
 def next_inputs(ids_RC: Tensor, prompt_mask_RT: Tensor, after: int) -> dict[str, Any]:
-    """Inputs of the forward over C tokens that follow prompts and `after` more tokens, all of which are cached."""
+    """Inputs of the forward over C tokens after the prompts and `after` more tokens, all of which are cached."""
     if bool(prompt_mask_RT.all()):
         return {"input_ids": ids_RC}
     rows, width = ids_RC.shape
@@ -113,7 +113,7 @@ def next_inputs(ids_RC: Tensor, prompt_mask_RT: Tensor, after: int) -> dict[str,
 
 
 def fan_out(cache: DynamicCache, rows_R: Tensor, room: int) -> None:
-    """Give each of R rows a copy of its prompt's keys and values, and room for as many tokens more."""
+    """Expand the cache from U prompts to R rows, each with a copy of its prompt's KV and space for `room` tokens."""
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = RoomyLayer(layer, rows_R, room)
@@ -122,7 +122,7 @@ def fan_out(cache: DynamicCache, rows_R: Tensor, room: int) -> None:
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values with room at the end: a new token is written there, where DynamicLayer copies all it has."""
+    """Preallocated KV cache layer: new tokens are written in place, where DynamicLayer would copy the full cache."""
 
     def __init__(self, filled: DynamicLayer, rows_R: Tensor, room: int):
         super().__init__()

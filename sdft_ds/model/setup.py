@@ -1,4 +1,4 @@
-"""What a trainer starts from: model, tokenizer, prompts and validated rows, checked in the order of what they cost."""
+"""Trainer setup: loads and validates model, tokenizer, prompts and data sets, cheapest checks first."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ EvalDatasets = Dataset | dict[str, Dataset] | None
 
 @dataclass(frozen=True)
 class Setup:
-    """processing_class: the tokenizer, or the processor that has it, as it is saved with the model."""
+    """processing_class: the tokenizer, or the processor that contains it, as saved with the model."""
 
     model: nn.Module
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
@@ -37,9 +37,9 @@ def prepare(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     peft_config: PeftConfig | None,
 ) -> Setup:
-    """Load and check all that a trainer is given. Raises ValueError, naming field or row, before the weights are
-    loaded where it can."""
-    # Before anything random: weights that no file holds, the adapter.
+    """Load and validate all inputs of a trainer. Raises ValueError, naming field or row, before the weights are loaded
+    where possible."""
+    # Seed before anything random: weights missing from the files, the adapter.
     set_seed(args.seed)
     loading.refuse_second_adapter(model, peft_config, args)
     config = loading.config_of(model, args)

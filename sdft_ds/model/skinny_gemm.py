@@ -1,7 +1,7 @@
 """Skinny-GEMM workaround for MKL, patched into linear layers on a CPU: computes W x^T instead of x W^T for few rows.
 
-A decode step multiplies so many rows with every weight. In fp32 on two cores of an AMD EPYC that is faster this way,
-on one core no slower; with one row both are the same product. Nothing changes for other devices and dtypes.
+A decode step multiplies 2 to 16 rows with every weight. In fp32 this order is faster on two cores of an AMD EPYC and
+no slower on one; with one row both are the same product. Other devices and dtypes are not affected.
 """
 
 import types
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = range(2, 17)
-# Where completion_head keeps the forward of a head that has another one meanwhile, which calls it.
+# Attribute in which completion_forward keeps the original forward of a patched module, which the patch calls.
 PLAIN_FORWARD = "sdft_plain_forward"
 
 
@@ -29,7 +29,7 @@ def _forward(linear: nn.Linear, x: Tensor) -> Tensor:
 
 @contextmanager
 def skinny_gemm(model: nn.Module) -> Iterator[None]:
-    """Inside, the plain linear layers of a model on a CPU are fast at few rows."""
+    """Patch the plain linear layers of a model on a CPU inside."""
     changed: list[tuple[nn.Linear, str, Any]] = []
     if next(model.parameters()).device.type == "cpu":
         for module in model.modules():

@@ -1,1 +1,1 @@
-"""Completions sampled from the model in training."""
+"""Rollouts: completions sampled from the model being trained."""

@@ -1,4 +1,4 @@
-"""The backend `continuous`: transformers' continuous batching, whose draws depend on how it batches the rows."""
+"""Rollout backend `continuous`: transformers' continuous batching; samples depend on how it batches the rows."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from sdft_ds.rollouts.draws import NonFiniteLogits
 def continuous(
     model: PreTrainedModel, prompts: list[list[int]], keys: list[str], config: GenerationConfig, synced: bool
 ) -> list[list[int]]:
-    """transformers' continuous batching: rows come and go, each with pages of its own in the cache.
+    """Sample with transformers' continuous batching: rows join and leave the batch; the KV cache is paged.
 
-    Its draws are seeded with the keys, but which draw a row gets depends on the batching.
+    Sampling is seeded with the keys, but which random number a row gets depends on the batching.
     """
     seed = int.from_bytes(hashlib.blake2b("\n".join(keys).encode(), digest_size=4).digest(), "little")
     on_cpu = {}
     if model.device.type == "cpu":
-        # Without an accelerator's memory to divide there is nothing to infer these from.
+        # transformers infers these from accelerator memory, which a CPU does not have.
         page, longest = 32, max(map(len, prompts)) + config.max_new_tokens
         rows = len(prompts)
         on_cpu = {
@@ -41,7 +41,7 @@ def continuous(
             continuous_batching_config=ContinuousBatchingConfig(seed=seed, **on_cpu),
         )
     if bool(non_finite):
-        raise NonFiniteLogits(list(range(len(prompts))))  # which of them is not known
+        raise NonFiniteLogits(list(range(len(prompts))))  # which of them are affected is unknown
     failed = [output.error for output in outputs.values() if output.error]
     if failed:
         raise RuntimeError(f"Continuous batching failed: {failed[0]}")
@@ -50,8 +50,8 @@ def continuous(
 
 @contextmanager
 def _finite_logits(model: PreTrainedModel) -> Iterator[Tensor]:
-    """Inside, logits that are not finite are replaced, because sampling from them ends the process on a GPU; yields
-    a flag, True where there were some."""
+    """Replace non-finite logits inside, because sampling from them aborts the process on a GPU; yields a flag that is
+    set to True if there were any."""
     flag = torch.zeros((), dtype=torch.bool, device=model.device)
 
     def replace(module: nn.Module, args: Any, logits: Tensor) -> Tensor:

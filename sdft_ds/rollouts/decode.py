@@ -1,7 +1,6 @@
-"""The backend `generate`: rows together. A prompt is computed once for all of its completions, and a finished row
-leaves the batch.
+"""Rollout backend `generate`: batched decode loop with shared prompt prefill, in which finished rows leave the batch.
 
-Shapes: R rows, A rows that are not finished, U different prompts, T positions of the padded prompts, V vocabulary.
+Shapes: R rows, A active (unfinished) rows, U unique prompts, T positions of the padded prompts, V vocabulary.
 """
 
 import itertools
@@ -17,14 +16,14 @@ from sdft_ds.distributed import ranks
 from sdft_ds.model import prefix_cache
 from sdft_ds.rollouts.draws import Draws, Greedy
 
-# Processors of these two options keep something for each row, so rows must stay where they are.
+# Logits processors of these options keep per-row state, so rows must not leave the batch.
 ROW_BOUND_OPTIONS = {"guidance_scale", "watermarking_config"}
 
 
 def generate(
     model: PreTrainedModel, prompts: list[list[int]], keys: list[str], config: GenerationConfig, synced: bool
 ) -> list[list[int]]:
-    """transformers' `generate`, which sets logits processors and stopping criteria up, around a loop of our own."""
+    """transformers' `generate`, which sets up logits processors and stopping criteria, with a custom decode loop."""
     input_ids, attention_mask = pad_left(prompts, config.pad_token_id, model.device)
     width, room = input_ids.shape[1], config.max_new_tokens
     choice = Draws(keys, room, model.device) if config.do_sample else Greedy(len(keys), model.device)
@@ -37,7 +36,7 @@ def generate(
             )
         logits_processor.append(_Chosen(choice, width))
         generation_config.do_sample = False
-        # `generate` does not hand synced_gpus on to a custom loop.
+        # `generate` does not pass synced_gpus to a custom loop.
         return model._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=synced, **kwargs
         )
@@ -48,7 +47,7 @@ def generate(
 
 
 class _Chosen:
-    """As the last logits processor of a loop that takes the argmax: leaves the chosen token alone."""
+    """Last logits processor of a greedy loop: masks all but the chosen token, so that the argmax is that token."""
 
     def __init__(self, choice: Greedy, prompt_width: int):
         self.choice = choice
@@ -70,9 +69,9 @@ def decode_rows(
     room: int,
     synced: bool,
 ) -> Tensor:
-    """Prompts and completions of at most `room` tokens, [R, T + longest]; after its end a row is undefined.
+    """Prompts and completions of at most `room` tokens, [R, T + longest]; values after the end of a row are undefined.
 
-    synced: all ranks make as many forwards.
+    synced: all ranks run equally many forwards.
     """
     rows, width = input_ids_RT.shape
     sequences = torch.zeros(rows, width + room, dtype=input_ids_RT.dtype, device=input_ids_RT.device)
@@ -86,7 +85,7 @@ def decode_rows(
     prefix_cache.fan_out(cache, active_A, room)
     active_A = torch.arange(rows, device=input_ids_RT.device)
     mask_AT = attention_mask_RT
-    for position in itertools.count():  # the longest length is one of the criteria of `finished`
+    for position in itertools.count():  # the maximum length is one of the stopping criteria in `finished`
         if len(active_A):
             end = width + position + 1
             scores_AV = processors(sequences[active_A, : end - 1], logits_AV.float())
@@ -102,5 +101,5 @@ def decode_rows(
             inputs = prefix_cache.next_inputs(tokens_A.unsqueeze(-1), mask_AT, after=position)
             logits_AV = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
         else:
-            model(input_ids=input_ids_RT[:1, :1], use_cache=False)  # only to take part in gathering the weights
+            model(input_ids=input_ids_RT[:1, :1], use_cache=False)  # only to take part in the weight all-gathers
     return sequences[:, :end]

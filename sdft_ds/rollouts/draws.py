@@ -1,8 +1,8 @@
-"""How the next token of each row is chosen: greedily, or by draws that are a function of its key and the position.
+"""Next-token selection: greedy, or stateless sampling as a pure function of (row key, position).
 
-Nothing is drawn from a shared generator, so ranks, batch sizes and resumes do not change what is sampled.
+No shared generator is used, so ranks, batch sizes and resumes do not change what is sampled.
 
-Shapes: A rows that are not finished, V vocabulary.
+Shapes: A active (unfinished) rows, C completion positions, R rows, V vocabulary.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ import numpy
 import torch
 from torch import Tensor
 
-NAMED_ROWS = 16  # in an error
+NAMED_ROWS = 16  # rows named in an error message
 
 
 class NonFiniteLogits(FloatingPointError):
-    """Some rows had logits that are NaN or infinite. rows: a backend raises it with the numbers of the prompts, and
-    Sampler with the keys of all ranks' rows."""
+    """Some rows had NaN or infinite logits. rows: prompt indices when raised by a backend, the keys of all ranks' rows
+    when raised by Sampler."""
 
     def __init__(self, rows: list[Any]):
         self.rows = rows
@@ -35,7 +35,7 @@ class NonFiniteLogits(FloatingPointError):
 
 
 class Greedy:
-    """The likeliest token. non_finite_R: rows whose scores were NaN or infinite; nobody waits for it meanwhile."""
+    """Top-1 token. non_finite_R: rows with NaN or infinite scores, kept on the device to avoid a sync per token."""
 
     def __init__(self, rows: int, device: torch.device):
         self.non_finite_R = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -49,13 +49,13 @@ class Greedy:
         self.non_finite_R[rows_A] |= ~values_A.isfinite()
 
     def check(self) -> None:
-        """Raises NonFiniteLogits; the one place that waits for the device."""
+        """Raises NonFiniteLogits if any row had them; the only device sync."""
         if rows := self.non_finite_R.nonzero().flatten().tolist():
             raise NonFiniteLogits(rows)
 
 
 class Draws(Greedy):
-    """A uniform number in [0, 1) for each row and token position; a row's depend on its key alone."""
+    """Samples with one uniform number in [0, 1) per row and position; a row's numbers depend on its key alone."""
 
     def __init__(self, keys: list[str], positions: int, device: torch.device):
         super().__init__(len(keys), device)
@@ -63,13 +63,13 @@ class Draws(Greedy):
         self.table_RC = torch.from_numpy(numpy.stack(table)).to(device)
 
     def choose(self, scores_AV: Tensor, rows_A: Tensor, position: int) -> Tensor:
-        """A sample of softmax(scores) for each row, [A]: the token at which the cumulated probability passes the
-        row's number. In fp64, where the sum of a large vocabulary loses nothing."""
+        """Sample from softmax(scores) for each row by inverse transform: the token at which the cumulative probability
+        exceeds the row's number, [A]. In fp64, so that summing over a large vocabulary is accurate."""
         cumulated_AV = scores_AV.softmax(-1).cumsum(-1, dtype=torch.float64)
         self._note(cumulated_AV[:, -1], rows_A)
         thresholds_A1 = self.table_RC[rows_A, position].unsqueeze(-1) * cumulated_AV[:, -1:]
         tokens_A = torch.searchsorted(cumulated_AV, thresholds_A1, right=True).squeeze(-1)
-        return tokens_A.clamp_(max=scores_AV.shape[-1] - 1)  # among NaN none is found
+        return tokens_A.clamp_(max=scores_AV.shape[-1] - 1)  # for NaN rows searchsorted returns V
 
 
 def _uniforms(key: str, count: int) -> numpy.ndarray:

@@ -1,7 +1,7 @@
-"""Prompts -> completions sampled from the current weights, by one of several backends, in calls that fit into memory.
+"""Sampler: prompts -> completions from the current weights, in batches that fit into memory; registry of backends.
 
-`generate` (decode.py), `continuous` (continuous.py), and what add_backend adds. A rollout from logits that are not
-finite ends with NonFiniteLogits, on all ranks. Patches the model's generation_config during a call.
+Backends: `generate` (decode.py), `continuous` (continuous.py), and those registered with add_backend. Non-finite
+logits raise NonFiniteLogits on all ranks. Patches the model's generation_config during a call.
 """
 
 from collections.abc import Callable
@@ -21,24 +21,24 @@ from sdft_ds.rollouts.continuous import continuous
 from sdft_ds.rollouts.decode import generate
 from sdft_ds.rollouts.draws import NonFiniteLogits
 
-# What shapes a distribution to sample from; transformers warns where it is given and nothing is sampled.
+# Options that only affect sampling; transformers warns about them under greedy decoding.
 SAMPLING_OPTIONS = {"temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
 
 
 UNSUPPORTED_OPTIONS = {"num_beams", "num_return_sequences", "prompt_lookup_num_tokens", "streamer"}
 
 
-# Memory for the rows of one call on a CPU, whose rollouts do not depend on what else happens to be in memory.
+# Memory budget for the rows of one call on a CPU: a constant, so that rollouts do not depend on free memory.
 CPU_BYTES = 8 << 30
 
 
 class Sampler:
     """Samples completions.
 
-    options: fields of GenerationConfig. Fields that are not given take transformers' global defaults, never those of
-    the model's own generation_config: a sampling setting that nobody asked for would change what is learned.
-    backend: `generate` or `continuous`. batch_tokens: most tokens, prompts, longest completions and padding, of one
-    call of `generate`; None: as memory allows.
+    options: GenerationConfig fields. Unset fields take transformers' global defaults, never those of the model's own
+    generation_config: a sampling setting that the user did not choose would change what is learned.
+    backend: a key of BACKENDS. batch_tokens: maximum tokens of one `generate` call, counting prompts, maximum
+    completion lengths and padding; None: as memory allows.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Sampler:
         self.pad_token_id = pad_token_id
         self.seed = seed
         self.backend = BACKENDS[backend]
-        # Called when this rank is done and begins to wait for the others: a phase of its own for the watchdog.
+        # Callback for when this rank is done and starts to wait for the others: a separate phase for the watchdog.
         self.on_wait: Callable[[], None] = lambda: None
         self.batch_tokens = batch_tokens
 
@@ -74,10 +74,10 @@ class Sampler:
     ) -> list[Completion]:
         """One completion for each prompt.
 
-        keys: what makes a row's randomness its own, in addition to the run's seed. weights: the context in which the
-        model can generate; it says whether every rank goes on until the last is done (zero.generation_weights).
-        overrides: options for this call only. Every rank calls it. Raises NonFiniteLogits, on all ranks, and
-        RuntimeError where generation gives fewer rows than prompts.
+        keys: seed each row's randomness, together with the run's seed. weights: context in which the model can
+        generate; yields whether every rank must continue until the last one is done (zero.generation_weights).
+        overrides: options for this call only. Called by every rank. Raises NonFiniteLogits on all ranks, and
+        RuntimeError if the number of completions differs from that of prompts.
         """
         options = {**self.options, **overrides}
         if not options["do_sample"]:
@@ -94,13 +94,13 @@ class Sampler:
             weights as synced,
             skinny_gemm(model),
         ):
-            # A rank without rows takes part in the others' forwards with one of a single token.
+            # A rank without rows takes part in the others' forwards with a one-token prompt.
             asked, names = (prompts, keys) if prompts or not synced else ([[self.pad_token_id]], [""])
             for rows in self._batches(model, asked, config.max_new_tokens, synced):
                 batch, seeded = [asked[row] for row in rows], [f"{self.seed}/{names[row]}" for row in rows]
                 try:
                     outputs = self.backend(model, batch, seeded, config, synced)
-                except NonFiniteLogits as error:  # the other ranks go on to their next batch
+                except NonFiniteLogits as error:  # continue, as the other ranks do: raised on all of them below
                     non_finite += [names[rows[i]] for i in error.rows]
                     continue
                 if len(outputs) != len(batch):
@@ -113,9 +113,9 @@ class Sampler:
     def _batches(
         self, model: PreTrainedModel, prompts: list[list[int]], longest: int, synced: bool
     ) -> list[list[int]]:
-        """Row numbers of each call: all at once, or as many as fit. synced: as many calls on every rank; one with
-        fewer repeats its last row."""
-        if self.backend is not generate:  # has a cache of its own
+        """Row indices of each call: all at once, or as many as fit. synced: equally many calls on every rank; a rank
+        with fewer repeats its last row."""
+        if self.backend is not generate:  # other backends manage their own cache
             batches = [list(range(len(prompts)))] if prompts else []
         elif self.batch_tokens is not None:
             sizes = [len(prompt) + longest for prompt in prompts]
@@ -127,19 +127,19 @@ class Sampler:
         return ranks.pad_to_equal_count(batches, batches[-1][-1:], model.device) if synced else batches
 
     def _refuse(self, keys: list[str], device: torch.device) -> None:
-        """Raises NonFiniteLogits on every rank if there are such rows on any; every rank calls it."""
+        """Raises NonFiniteLogits on every rank if any rank has such rows; called by every rank."""
         if ranks.all_reduce_max(len(keys), device):
             raise NonFiniteLogits([key for of_rank in ranks.all_gather_objects(keys) for key in of_rank])
 
     def _completion(self, tokens: list[int]) -> Completion:
-        """Cut after the first end-of-sequence token, which is kept: it is part of what the student said."""
+        """Truncate after the first EOS token, which is kept: it is part of the completion."""
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.eos_token_ids), None)
         return Completion(ids=tokens[:end], truncated=end is None)
 
 
 def _bytes_to_use(device: torch.device) -> int:
-    """Memory for the rows of one call: on an accelerator half of what is free, rounded down to a power of two, so that
-    a run and its resume make the same calls."""
+    """Memory budget for the rows of one call: on an accelerator half of the free memory, rounded down to a power of
+    two so that a run and its resume make the same calls."""
     if device.type == "cpu":
         return CPU_BYTES
     kept = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
@@ -148,15 +148,15 @@ def _bytes_to_use(device: torch.device) -> int:
 
 
 def _bytes_of_rows(model: PreTrainedModel, prompts: list[list[int]], longest: int) -> list[int]:
-    """Estimates for each row: keys and values of all its tokens, a layer's activations at the prompt's forward, and
-    the scores from which a token is chosen, in fp32 and fp64."""
+    """Estimated bytes of each row: KV cache of all tokens, one layer's activations in prefill, and the next-token
+    scores in fp32 and fp64."""
     config = model.config.get_text_config(decoder=True)
     widest = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     of_token = (2 * config.num_hidden_layers * prefix_cache.key_value_width(config) + widest) * model.dtype.itemsize
     return [(len(prompt) + longest) * of_token + 24 * config.vocab_size for prompt in prompts]
 
 
-# (model, prompts, keys, config, whether all ranks go on until the last is done) -> the tokens of each completion
+# (model, prompts, keys, config, synced: all ranks continue until the last is done) -> the tokens of each completion
 Backend = Callable[[PreTrainedModel, list[list[int]], list[str], GenerationConfig, bool], list[list[int]]]
 
 
@@ -164,7 +164,7 @@ BACKENDS: dict[str, Backend] = {"generate": generate, "continuous": continuous}
 
 
 def add_backend(name: str, backend: Backend) -> None:
-    """Let rollout_backend be `name`."""
+    """Register a backend, selected by rollout_backend=name."""
     BACKENDS[name] = backend
     if name not in ROLLOUT_BACKENDS:
         ROLLOUT_BACKENDS.append(name)
@@ -172,7 +172,7 @@ def add_backend(name: str, backend: Backend) -> None:
 
 @contextmanager
 def _own_generation_config(model: PreTrainedModel):
-    """transformers fills what a GenerationConfig leaves open from the model's own: keep that one out of the way."""
+    """Hide the model's generation_config: transformers would fill unset fields of a GenerationConfig from it."""
     saved = model.generation_config
     model.generation_config = GenerationConfig()
     try:

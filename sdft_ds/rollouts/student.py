@@ -1,4 +1,4 @@
-"""Completions of the model in training, from its current weights, under every ZeRO stage."""
+"""Student rollouts: completions from the current weights of the model being trained, under every ZeRO stage."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from sdft_ds.rollouts.sampler import Sampler
 
 @dataclass
 class StudentRollouts:
-    """engine: returns what wraps the model for training at the moment. gather: see ds3_gather_for_generation."""
+    """engine: returns the current training wrapper of the model. gather: see ds3_gather_for_generation."""
 
     sampler: Sampler
     model: nn.Module
@@ -24,10 +24,10 @@ class StudentRollouts:
     gather: bool
 
     def generate(self, prompts: list[list[int]], keys: list[str], **options: Any) -> list[Completion]:
-        """A completion of each prompt (token ids) from the student's current weights.
+        """One completion per prompt (token ids) from the student's current weights.
 
-        keys: one for each prompt; the same key draws the same numbers, whatever the batch and the rank. The run's
-        sampling settings apply; options override them, do_sample=False for example. Every rank calls it.
+        keys: one per prompt; the same key gives the same random numbers in any batch and on any rank. options override
+        the run's sampling settings, do_sample=False for example. Called by every rank.
         """
         weights = zero.generation_weights(self.engine(), self.gather)
         with self.accelerator.autocast():

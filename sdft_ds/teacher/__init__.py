@@ -1,4 +1,4 @@
-"""The kinds of teacher: the same network with other values in its trainable parameters, one kind in each file."""
+"""Teacher kinds and their registry: the student's network with other values of its trained weights, one file each."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from sdft_ds.teacher.frozen import FrozenShadow, base_of_adapter
 from sdft_ds.teacher.live import Live
 from sdft_ds.teacher.protocol import Teacher
 
-# (model, settings) -> a teacher of one kind
+# (model, settings) -> Teacher
 Maker = Callable[[nn.Module, SDFTConfig], Teacher]
 # kind -> (for full fine-tuning, for a PEFT model)
 KINDS: dict[str, tuple[Maker, Maker]] = {
@@ -22,8 +22,8 @@ KINDS: dict[str, tuple[Maker, Maker]] = {
 
 
 def make(model: nn.Module, args: SDFTConfig) -> Teacher:
-    """The teacher of a trainer, whose own settings say its kind afterwards. Where none is set: base for a PEFT model,
-    whose base costs nothing; else live."""
+    """Build the teacher of a trainer. If no kind is set, it is base for a PEFT model, where base costs nothing, else
+    live; the choice is written to args."""
     peft = hasattr(model, "peft_config")
     if args.teacher_model_kind is None:
         args.teacher_model_kind = "base" if peft else "live"
@@ -31,7 +31,7 @@ def make(model: nn.Module, args: SDFTConfig) -> Teacher:
 
 
 def add_kind(name: str, full: Maker, adapter: Maker | None = None) -> None:
-    """Let teacher_model_kind be `name`. adapter: for a PEFT model, if it is another."""
+    """Register a teacher, selected by teacher_model_kind=name. adapter: a different one for PEFT models."""
     KINDS[name] = (full, adapter or full)
     if name not in TEACHER_KINDS:
         TEACHER_KINDS.append(name)

@@ -1,8 +1,8 @@
-"""ema: the teacher is a moving average of the student.
+"""EMA teacher: an exponential moving average of the student.
 
 teacher = (1 - rate) teacher + rate student, every `teacher_sync_steps` optimizer steps, from the fp32 masters and kept
-in fp32: at a rate of 0.01 an average in bf16 makes a tenth of the movement at most, the rest is rounded away. With
-LoRA the average is over the adapter's factors.
+in fp32: at a rate of 0.01, a bf16 average makes at most a tenth of the movement, the rest is lost to rounding. With
+LoRA the adapter's factors are averaged.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""base: the teacher is the model as it was at the start of the run.
+"""Base teacher: the model as it was at the start of the run.
 
-Of a PEFT model that is the network with its adapters switched off, which costs nothing, where they changed nothing at
-the start; of full fine-tuning, and of every other adapter, it is a shadow that never changes.
+For a PEFT model whose adapters were a no-op at the start, that is the network with adapters disabled, which costs
+nothing; for full fine-tuning and all other adapters it is a shadow that never changes.
 """
 
 import warnings
@@ -18,17 +18,17 @@ from sdft_ds.model.modes import requires_grad_kept
 from sdft_ds.teacher.protocol import Teacher
 from sdft_ds.teacher.shadow import ShadowTeacher
 
-# Values of init_lora_weights that leave the weights under the adapter alone, so that a trained one can be taken off.
-# Others (pissa, olora, corda, loftq, ...) move a part of those weights into the adapter.
+# Values of init_lora_weights that leave the base weights unchanged, so that even a trained adapter can be disabled.
+# Others (pissa, olora, corda, loftq, ...) move part of the base weights into the adapter.
 SEPARATE = (True, "gaussian", "eva")
 
 
 class FrozenShadow(ShadowTeacher):
-    """The trained weights as they were given: the model object's own, or those that were loaded, never a hub id's."""
+    """The initial values of the trained weights: those of the given model object or as loaded, never a hub id's."""
 
 
 class AdapterOff(Teacher):
-    """The base model under the adapters. An adapter that was trained before the run is not part of it."""
+    """The base model with adapters disabled. What an adapter learned before the run is not part of it."""
 
     def __init__(self, model: nn.Module, args: SDFTConfig):
         super().__init__(model, args)
@@ -50,26 +50,26 @@ class AdapterOff(Teacher):
 
     @contextmanager
     def weights(self, engine: nn.Module) -> Iterator[None]:
-        # PEFT makes all of an adapter trainable when it is switched on again, also what the user has frozen.
+        # On re-enabling an adapter, PEFT makes all of it trainable, including what the user has frozen.
         with requires_grad_kept(self.model), self.model.disable_adapter():
             yield
 
 
 def base_of_adapter(model: PeftModel, args: SDFTConfig) -> Teacher:
-    """The base teacher of a PEFT model: adapters off, or where that was not the start, a shadow."""
+    """The base teacher of a PEFT model: adapters disabled, or a shadow where that differs from the start."""
     lora = model.active_peft_config
     plain = lora.peft_type == PeftType.LORA and (not _changes_something(model) or lora.init_lora_weights in SEPARATE)
     return (AdapterOff if plain and _all_is_switched_off(model) else FrozenShadow)(model, args)
 
 
 def _changes_something(model: PeftModel) -> bool:
-    """Of a LoRA that does not, one factor of each product is zero: B, or A where an embedding is adapted."""
+    """Whether LoRA changes the model. If not, one factor of each product is zero: B, or A for an embedding."""
     factors = [p for name, p in model.named_parameters() if ".lora_B." in name or ".lora_embedding_A." in name]
     return any(bool(torch.any(copy)) for copy in zero.full_copies(factors)) if factors else False
 
 
 def _all_is_switched_off(model: PeftModel) -> bool:
-    """Whether nothing that is trained is part of the model without its adapters, as biases can be: PEFT takes the
-    gradient of what it switches off."""
+    """Whether no trained weight, such as a bias, remains active with adapters disabled: PEFT clears requires_grad of
+    what it disables."""
     with requires_grad_kept(model), warnings.catch_warnings(action="ignore"), model.disable_adapter():
         return not any(param.requires_grad for param in model.parameters())

@@ -1,4 +1,4 @@
-"""live: the teacher is the student as it stands when the generation batch is scored."""
+"""Live teacher: the student's current weights at the time the generation batch is scored."""
 
 from contextlib import nullcontext
 

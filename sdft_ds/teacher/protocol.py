@@ -1,4 +1,4 @@
-"""What a teacher is: a context in which the engine's forward is the teacher's, and what keeps it up to date."""
+"""Teacher interface: a context in which the engine's forward uses the teacher's weights, updates, and state."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -10,11 +10,11 @@ from sdft_ds.config.sdft_config import SDFTConfig
 
 
 class Teacher(ABC):
-    """One kind of teacher of one run.
+    """Base class of teachers.
 
-    trainable: (name, parameter) of all that is trained, taken once: inside `disable_adapter` none requires a gradient.
-    head_differs: whether its language-model head can differ from the student's within one optimizer step.
-    has_state: whether a resume needs what `state` gives.
+    trainable: (name, parameter) of all trained parameters, collected once: in `disable_adapter` none requires grad.
+    head_differs: whether its LM head can differ from the student's even within one optimizer step.
+    has_state: whether a resume needs `state`.
     """
 
     head_differs = False
@@ -27,21 +27,21 @@ class Teacher(ABC):
 
     @abstractmethod
     def weights(self, engine: nn.Module) -> AbstractContextManager[None]:
-        """Inside, forwards of the engine are the teacher's. Every rank enters and leaves it together."""
+        """Context in which the engine's forward is the teacher's. All ranks enter and leave it together."""
 
     def start(self, engine: nn.Module) -> None:
-        """Called with the engine before anything was trained, unless `load` was: the values to start from."""
+        """Initialize from the engine's weights; called before the first step, unless `load` was called."""
 
     def after_step(self, engine: nn.Module, step: int) -> None:
         """Called on every rank after optimizer step `step` (from 1)."""
 
     def drift(self, engine: nn.Module) -> tuple[float, float] | None:
-        """This rank's part of (|teacher - student|^2, |student - start|^2), or None where the teacher cannot drift."""
+        """This rank's part of (|teacher - student|^2, |student - start|^2), or None if the teacher cannot drift."""
         return None
 
     def state(self, engine: nn.Module) -> Iterator[tuple[str, int, Tensor]]:
-        """What this rank must save to go on as it was: pieces of flat vectors, as (vector, offset, values)."""
+        """This rank's checkpoint state: shards of flat vectors, as (vector name, offset, values)."""
         return iter(())
 
     def load(self, engine: nn.Module, read: Callable[[str, int, int], Tensor]) -> None:
-        """Take up what `state` gave, on as many ranks or others: read(vector, offset, numel) gives fp32 values."""
+        """Restore `state` on any number of ranks: read(vector name, offset, numel) returns fp32 values."""

@@ -1,11 +1,11 @@
-"""The no-grad pass over a generation batch, before any forward of the student's step: the teacher's hidden states.
+"""Scoring pass: the teacher's hidden states for a generation batch, without grad, before the student's forwards.
 
-Shapes: R rows, U different prompts, C completion positions, N loss tokens, D hidden. What is kept is n x D in the
-compute dtype for the n loss tokens of each rollout, never logits; the loss projects them with the teacher's head,
-which is copied wherever its values will differ from the student's by then.
+Shapes: R rows, U unique prompts, C completion positions, N loss tokens, D hidden. Only hidden states are kept, [n, D]
+in the compute dtype for the n loss tokens of each rollout, never logits; the loss projects them with the teacher's
+head, which is copied if its values will differ from the student's by then.
 
-The pass has batches of its own, whatever the student's are: rows of like length together, up to a budget of tokens. A
-prompt that several completions share is computed once, and its keys and values are given to each of them.
+The pass forms its own batches, independent of the student's: rows of similar length, up to a token budget. A prompt
+shared by several completions is computed once, and its KV cache is copied to each of them.
 """
 
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from sdft_ds.teacher import Teacher
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """hidden[i]: the states at the loss tokens of rollout i, [n, D]. head: None, the student's own when it is used."""
+    """hidden[i]: hidden states at the loss tokens of rollout i, [n, D]. head: None: the student's at use time."""
 
     hidden: list[Tensor]
     head: HeadValues | None
@@ -34,7 +34,7 @@ class TeacherStates:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """A paired micro-batch and what the teacher, if there is one, and the sampler where it is needed, think of it."""
+    """A micro-batch with the hidden states of the teacher, if there is one, and old log-probabilities if needed."""
 
     batch: MicroBatch
     teacher_hidden_ND: Tensor | None
@@ -44,9 +44,9 @@ class ScoredBatch:
 
 @dataclass(frozen=True)
 class Scorer:
-    """dtype: the compute dtype, in which the head multiplies. keep_on: where hidden states wait for the loss.
+    """dtype: compute dtype, in which the head multiplies. keep_on: device that stores hidden states until the loss.
 
-    temperature: that of the old log-probabilities. tokens_per_batch: the budget, padding included.
+    temperature: of the old log-probabilities. tokens_per_batch: the token budget, including padding.
     """
 
     engine: nn.Module
@@ -61,10 +61,10 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, rollouts: list[Rollout], head_changes: bool) -> TeacherStates:
-        """The teacher's hidden states of all rollouts, in one swap of weights. Every rank calls it together.
+        """The teacher's hidden states of all rollouts, in one weight swap. Called by all ranks together.
 
-        head_changes: the batch outlives an optimizer step, so the student's head will have been updated before its
-        last use.
+        head_changes: the batch outlives an optimizer step, so a trained student head will have been updated before the
+        batch is used last.
         """
         head = head_of(self.teacher.model)
         student_head = head_tensors(head)
@@ -80,24 +80,27 @@ class Scorer:
                 a is not b for a, b in zip(vars(teacher_head).values(), vars(student_head).values(), strict=True)
             )
             values = None
-            # The loss uses the student's head where the teacher's is None, so a copy is needed wherever the two will
-            # differ by then. Copied (yes) or not, by what is trained and for how long the batch is used:
+            # Whether to copy the head. If not, the loss uses the student's tensors with their values at that time.
             #
-            #     teacher              head not trained    head trained, one step    head trained, several steps
-            #     live                 no                  no                        yes: updated meanwhile
-            #     base, adapter off    no                  yes: other tensors        yes
-            #     base or ema, shadow  no                  yes: swapped values       yes
+            #     head trained               no   yes   yes
+            #     batch outlives a step      any  no    yes
+            #     live                       no   no    yes   the step will have updated the student's head
+            #     ema, base as a shadow      no   yes   yes   the same tensors, but swapping back changes their values
+            #     base, adapters disabled    no   yes   yes   `other`: the student's head is a LoRA layer or a copy
+            #
+            # A LoRA layer, also with a frozen adapter, makes `other` true; copied() then only drops the adapter.
             if other or (trained and (self.teacher.head_differs or head_changes)):
                 zero.drop_prefetched(self.engine)
                 values = teacher_head.copied(student_head)
-                if values.weight_VD is not None:
-                    bias = None if values.bias_V is None else values.bias_V.to(self.dtype)
-                    values = replace(values, weight_VD=values.weight_VD.to(self.dtype), bias_V=bias)
+                weight, bias = (
+                    None if tensor is None else tensor.to(self.dtype) for tensor in (values.weight_VD, values.bias_V)
+                )
+                values = replace(values, weight_VD=weight, bias_V=bias)
         return TeacherStates(hidden, values)
 
     @torch.no_grad()
     def student_log_probs(self, rollouts: list[Rollout]) -> list[Tensor]:
-        """The student's log-probability as of now of every token of each completion."""
+        """The student's current log-probability of every token of each completion."""
         found: list[Tensor] = [torch.empty(0)] * len(rollouts)
         rows = [rollout.prompts.student.ids + rollout.completion.ids for rollout in rollouts]
         with zero.scoring_pass(self.engine) as forward, evaluating(self.engine):
@@ -121,7 +124,7 @@ class Scorer:
     def _hidden_states(self, forward: nn.Module, rollouts: list[Rollout]) -> list[Tensor]:
         kept: list[Tensor] = [torch.empty(0)] * len(rollouts)
         prompts = [rollout.prompts.teacher.ids for rollout in rollouts]
-        # Agreed upon by settings, not by what a rank's rows happen to share: all ranks make the same forwards.
+        # Decided by settings, not by which prompts a rank's rows share: all ranks must run the same forwards.
         shares = self.teacher.args.num_generations > 1 and prefix_cache.supports_prefixes(
             causal_lm_of(self.teacher.model)
         )
@@ -133,8 +136,8 @@ class Scorer:
         return kept
 
     def _batches(self, lengths: list[int], prompts: list[list[int]]) -> list[list[int]]:
-        """Numbers of rows, in batches within the budget; where a forward is a collective, as many on every rank: one
-        with fewer repeats its last row, the shortest. Every rank calls it before the first of its forwards."""
+        """Row indices, in batches within the budget. Where a forward is collective, equally many on every rank: one
+        with fewer repeats its last row, the shortest. Called by every rank before its first forward."""
         batches = prefix_cache.batches_within(self.tokens_per_batch, lengths, prompts)
         if zero.forward_is_collective(self.engine):
             batches = ranks.pad_to_equal_count(batches, batches[-1][-1:], self._device)
@@ -147,8 +150,8 @@ class Scorer:
         return forward(**view.inputs, request=HiddenStates(view.positions_N)).split(counts)
 
     def _after_shared_prompts(self, forward: nn.Module, rollouts: list[Rollout]) -> list[Tensor]:
-        """Two forwards: over the different prompts, whose last state predicts the first token, and over all but the
-        last token of each completion, with the prompts' keys and values."""
+        """Two forwards: one over the unique prompts, whose last state predicts the first token, and one over all but
+        the last token of each completion, with the prompts' KV cache."""
         prompts = [rollout.prompts.teacher.ids for rollout in rollouts]
         first, prompt_of_row = prefix_cache.distinct(prompts)
         input_ids_UT, mask_UT = pad_left([prompts[r] for r in first], self.pad_token_id, self._device)

@@ -1,7 +1,7 @@
-"""A shadow: other values for the trainable parameters, of which each rank holds its own shard, in fp32.
+"""Shadow teacher: a weight swap; other values of the trainable parameters, in fp32, each rank holding its own shard.
 
-It is what makes a teacher out of the student's own network: written into the engine for a scoring pass, after which
-the student is written back from its fp32 masters. There is no second module, and no copy of the student.
+The shadow turns the student's network into the teacher: it is written into the engine for a scoring pass, then the
+student is restored from its fp32 masters. There is no second module and no copy of the student.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,20 +14,20 @@ from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.distributed import zero
 from sdft_ds.teacher.protocol import Teacher
 
-# Drift is estimated on this many of all values, drawn once: exact norms would need a second shard, the start's.
+# Drift is estimated on this many values, sampled once: exact norms would need a second shard for the initial values.
 DRIFT_SAMPLE = 1 << 16
 
 
 class ShadowTeacher(Teacher):
-    """A teacher whose trainable parameters are a shadow that starts as the student does."""
+    """A teacher whose trainable parameters are a shadow initialized from the student."""
 
     has_state = True
 
     def __init__(self, model: nn.Module, args: SDFTConfig):
         super().__init__(model, args)
-        self.values: dict[str, Tensor] = {}  # name -> fp32, this rank's piece
-        self.sample = self._draw_sample()  # name -> positions in the whole parameter that drift is estimated on
-        self.sample_start: dict[str, Tensor] = {}  # name -> the student's values at those of this rank's piece
+        self.values: dict[str, Tensor] = {}  # name -> this rank's shard, fp32
+        self.sample = self._draw_sample()  # name -> flat indices into the full parameter, for drift
+        self.sample_start: dict[str, Tensor] = {}  # name -> initial values at those in this rank's shard
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         self.head_differs = head is not None and any(param.requires_grad for param in head.parameters())
 
@@ -54,8 +54,8 @@ class ShadowTeacher(Teacher):
     @contextmanager
     @torch.no_grad()
     def weights(self, engine: nn.Module) -> Iterator[None]:
-        """Swap in, and the student back afterwards: from its masters, or, where the weights are the only copy, by
-        exchange (fp32) or from a copy (half precision, which could not hold the shadow)."""
+        """Swap the shadow in, and afterwards the student back: from its masters, or, where the weights are the only
+        copy, by exchanging values (fp32) or from a copy (half precision, which cannot hold the shadow exactly)."""
         if not self.values:
             self.start(engine)
         copies, exchanged = {}, set()
@@ -100,7 +100,7 @@ class ShadowTeacher(Teacher):
         return apart, moved
 
     def _part_of_sample(self, piece: zero.LocalShard) -> tuple[int, int]:
-        """The sampled positions that lie in the piece, first and last + 1: they are sorted."""
+        """Range (first, last + 1) of the sampled indices, which are sorted, that fall into this shard."""
         ends = torch.tensor([piece.offset, piece.offset + len(piece.weights)])
         first, last = torch.searchsorted(self.sample[piece.name], ends).tolist()
         return first, last

@@ -1,4 +1,4 @@
-"""The teacher in a checkpoint: each rank writes its own shards, as safetensors, and any number of ranks reads them."""
+"""Teacher checkpoint: each rank saves its own shards as safetensors; any number of ranks can load them."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from sdft_ds.teacher.protocol import Teacher
 
 
 def save(folder: str, teacher: Teacher, engine: nn.Module) -> None:
-    """Write this rank's pieces of the teacher, named `vector@offset`; the first's alone where each rank holds all."""
+    """Save this rank's shards of the teacher, named `vector@offset`; rank 0 only if every rank holds all of it."""
     if not teacher.has_state or (engines.is_replicated(engine) and ranks.rank() > 0):
         return
     pieces = {f"{name}@{offset}": tensor.contiguous().cpu() for name, offset, tensor in teacher.state(engine)}
@@ -21,8 +21,8 @@ def save(folder: str, teacher: Teacher, engine: nn.Module) -> None:
 
 
 def load(folder: str, teacher: Teacher, engine: nn.Module) -> None:
-    """Read the teacher back, however many ranks it was saved by. Raises FileNotFoundError where it is missing: a
-    teacher that starts anew would be another one."""
+    """Load the teacher, saved by any number of ranks. Raises FileNotFoundError if it is missing: a newly initialized
+    teacher would be a different one."""
     if not teacher.has_state:
         return
     files = sorted(Path(folder).glob("teacher-rank-*.safetensors"))
@@ -39,7 +39,7 @@ def load(folder: str, teacher: Teacher, engine: nn.Module) -> None:
             found.setdefault(name, []).append((int(offset), handle, key))
 
     def read(name: str, offset: int, numel: int) -> Tensor:
-        """Elements offset ... offset + numel of a flat vector, from the pieces that cover them; 0 where none does."""
+        """Elements [offset, offset + numel) of a flat vector, from the shards that cover them; 0 elsewhere."""
         values = torch.zeros(numel)
         for start, handle, key in found.get(name, []):
             part = handle.get_slice(key)
