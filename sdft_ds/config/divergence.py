@@ -47,6 +47,14 @@ class DivergenceSettings:
         resume=FREE,
         read_by=("sdft",),
     )
+    distillation_support: Literal["student", "teacher", "union"] = setting(
+        "student",
+        "With top-k: whose k most likely tokens are compared. On the student's alone, a token that only the teacher "
+        "considers likely (a new fact) gets no gradient of its own; union: both sides', up to 2 k.",
+        resume=FREE,
+        read_by=("sdft",),
+        card=True,
+    )
     distillation_add_tail: bool = setting(
         False,
         "With top-k: keep the remaining mass as one more bucket instead of renormalising.",
@@ -97,6 +105,7 @@ class DivergenceSettings:
             alpha=self.distillation_alpha,
             topk=self.distillation_topk,
             add_tail=self.distillation_add_tail,
+            support=self.distillation_support,
             temperature=self.temperature,
         )
 
@@ -125,6 +134,11 @@ class DivergenceSettings:
             raise ValueError(
                 f"distillation_add_tail=True has no effect with distillation_mode={self.distillation_mode!r}: "
                 "there is no tail without a top-k."
+            )
+        if self.distillation_support != "student" and self.distillation_mode != "topk_logits":
+            raise ValueError(
+                f"distillation_support={self.distillation_support!r} has no effect with distillation_mode="
+                f"{self.distillation_mode!r}: there is no support without a top-k."
             )
         if self.distillation_mode != "topk_logits":
             default = type(self).__dataclass_fields__["distillation_topk"].default

@@ -336,8 +336,7 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         per_token_N = torch.zeros(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         divergence, vocabulary = terms.divergence, weight_VD.shape[0]
-        sparse = divergence.has_support(vocabulary) and not divergence.add_tail
-        sparse = sparse and student.adapter is None and teacher.adapter is None
+        sparse = divergence.needs_student_only(vocabulary) and student.adapter is None and teacher.adapter is None
         elements = max(vocabulary, divergence.topk * weight_VD.shape[1]) if sparse else vocabulary
 
         for chunk in chunks_of(len(hidden_ND), elements, chunk_tokens):

@@ -72,20 +72,24 @@ def token_diagnostics(
             (whole_logits(states_ND[at_C], values, finish) / terms.divergence.temperature).log_softmax(-1)
             for states_ND, values in ((hidden_ND, head), (terms.teacher_hidden_ND, teacher_head))
         )
-        support_CK = None
+        support = None
         if terms.divergence.has_support(vocabulary):
-            support_CK = student_CV.topk(terms.divergence.topk, dim=-1).indices
+            support = terms.divergence.support_of(student_CV, teacher_CV)
         log_prob_C = student_CV.gather(-1, terms.tokens_N[at_C].unsqueeze(-1)).squeeze(-1)
-        parts.append((_side(student_CV, support_CK), _side(teacher_CV, support_CK), log_prob_C))
+        parts.append((_side(student_CV, support), _side(teacher_CV, support), log_prob_C))
     students, teachers, log_probs = zip(*parts, strict=True)
     return TokenDiagnostics(_joined(students), _joined(teachers), torch.cat(log_probs))
 
 
-def _side(log_probs_CV: Tensor, support_CK: Tensor | None) -> DistributionStats:
+def _side(log_probs_CV: Tensor, support: tuple[Tensor, Tensor | None] | None) -> DistributionStats:
     probabilities_CV = log_probs_CV.exp()
     likeliest = probabilities_CV.topk(min(LIKELIEST, log_probs_CV.shape[-1]), dim=-1)
     entropy_C = -torch.where(probabilities_CV > 0, probabilities_CV * log_probs_CV, 0.0).sum(-1)
-    mass_C = torch.ones_like(entropy_C) if support_CK is None else probabilities_CV.gather(-1, support_CK).sum(-1)
+    mass_C = torch.ones_like(entropy_C)
+    if support is not None:
+        indices_CK, repeated_CK = support
+        mass_CK = probabilities_CV.gather(-1, indices_CK)
+        mass_C = (mass_CK if repeated_CK is None else mass_CK.masked_fill(repeated_CK, 0.0)).sum(-1)
     return DistributionStats(entropy_C, likeliest.indices, likeliest.values, mass_C)
 
 

@@ -16,8 +16,10 @@ from torch import Tensor
 class Divergence:
     """The divergence used as the loss of a token.
 
-    mode: `full_logits` (full vocabulary), `topk_logits` (the student's `topk` largest logits) or `sampled_token`.
-    alpha: 0 is KL(teacher||student), 1 is KL(student||teacher), in between the generalised JSD.
+    mode: `full_logits` (full vocabulary), `topk_logits` (the `topk` largest logits of a side) or `sampled_token`.
+    support: with top-k, whose: `student`, `teacher`, or `union` of both. A token that only the teacher considers
+    likely gets no gradient of its own on the student's.
+    alpha: 0 is KL(teacher||student), 1 is KL(student||teacher), between is the generalised JSD.
     add_tail: with top-k, keep the remaining mass as one more bucket instead of renormalising.
     temperature: divides the logits of student and teacher.
     """
@@ -27,6 +29,7 @@ class Divergence:
     topk: int | None = None
     add_tail: bool = False
     temperature: float = 1.0
+    support: str = "student"
 
     def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
         """Loss of each token, [N], differentiable w.r.t. the student's logits; pass the teacher's detached."""
@@ -37,7 +40,11 @@ class Divergence:
                 token_log_probs(student_logits_NV, tokens_N), token_log_probs(teacher_logits_NV, tokens_N)
             )
         if self.has_support(student_logits_NV.shape[-1]):
-            student, teacher = topk_log_probs(student_logits_NV, teacher_logits_NV, self.topk, self.add_tail)
+            indices_NK, repeated_NK = self.support_of(student_logits_NV, teacher_logits_NV)
+            student, teacher = (
+                log_probs_on(logits_NV, indices_NK, repeated_NK, self.add_tail)
+                for logits_NV in (student_logits_NV, teacher_logits_NV)
+            )
         else:
             student, teacher = student_logits_NV.log_softmax(-1), teacher_logits_NV.log_softmax(-1)
         return interpolated_divergence(student, teacher, self.alpha)
@@ -45,6 +52,21 @@ class Divergence:
     def has_support(self, vocabulary: int) -> bool:
         """Whether the loss of a token is restricted to the top-k of a larger vocabulary."""
         return self.mode == "topk_logits" and self.topk < vocabulary
+
+    def needs_student_only(self, vocabulary: int) -> bool:
+        """Whether the support follows from the student's logits alone, and nothing beside it counts."""
+        return self.has_support(vocabulary) and self.support == "student" and not self.add_tail
+
+    def support_of(self, student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens of the support [N, K], and where K repeats one [N, K]; None where it cannot. K is topk, or twice
+        as many for a union."""
+        sides = {"student": (student_NV,), "teacher": (teacher_NV,), "union": (student_NV, teacher_NV)}[self.support]
+        parts = [side.detach().topk(self.topk, dim=-1).indices for side in sides]
+        if len(parts) == 1:
+            return parts[0], None
+        first, second = parts
+        in_both = torch.zeros_like(student_NV, dtype=torch.bool).scatter_(-1, first, True).gather(-1, second)
+        return torch.cat(parts, dim=-1), torch.cat([torch.zeros_like(in_both), in_both], dim=-1)
 
     def is_full(self, vocabulary: int) -> bool:
         """Whether the loss of a token is over the full vocabulary."""
@@ -72,6 +94,9 @@ class CrossEntropy:
         return -token_log_probs(student_logits_NV / self.temperature, tokens_N)
 
     def has_support(self, vocabulary: int) -> bool:
+        return False
+
+    def needs_student_only(self, vocabulary: int) -> bool:
         return False
 
     def is_full(self, vocabulary: int) -> bool:
@@ -130,23 +155,24 @@ def interpolated_divergence_and_gradient(
     return loss_N, ratio.sub_(divergence_N1).mul_(student).mul_(weight)
 
 
-def topk_log_probs(student_NV: Tensor, teacher_NV: Tensor, k: int, add_tail: bool) -> tuple[Tensor, Tensor]:
-    """Student's and teacher's log-probabilities on the student's top-k: renormalised [N, k], or with the rest as one
-    bucket [N, k + 1].
+# In the place of the logit of a repeated token: its probability is exactly 0, and differences stay finite.
+_NOWHERE = -1e30
 
-    k must be smaller than V. The bucket is summed from the remaining logits, not as 1 - sum(top-k), which loses all
-    precision when the top-k holds nearly all of the mass.
+
+def log_probs_on(logits_NV: Tensor, indices_NK: Tensor, repeated_NK: Tensor | None, add_tail: bool) -> Tensor:
+    """Log-probabilities on a support: renormalized [N, K], or with the rest as one more bucket [N, K + 1].
+
+    repeated_NK: entries that count as nothing. The bucket is summed from the remaining logits themselves, not as 1 -
+    sum, which loses all digits when the support holds nearly all of the mass.
     """
-    indices_NK = student_NV.detach().topk(k, dim=-1).indices
-
-    def on_support(logits_NV: Tensor) -> Tensor:
-        kept_NK = logits_NV.gather(-1, indices_NK)
-        if not add_tail:
-            return kept_NK.log_softmax(-1)
-        rest_N1 = logits_NV.scatter(-1, indices_NK, float("-inf")).logsumexp(-1, keepdim=True)
-        return torch.cat([kept_NK, rest_N1], dim=-1).log_softmax(-1)
-
-    return on_support(student_NV), on_support(teacher_NV)
+    kept_NK = logits_NV.gather(-1, indices_NK)
+    if repeated_NK is not None:
+        kept_NK = kept_NK.masked_fill(repeated_NK, _NOWHERE)
+    if not add_tail:
+        return kept_NK.log_softmax(-1)
+    rest_N1 = logits_NV.scatter(-1, indices_NK, float("-inf")).logsumexp(-1, keepdim=True)
+    rest_N1 = rest_N1.clamp(min=_NOWHERE)  # a union may be the full vocabulary
+    return torch.cat([kept_NK, rest_N1], dim=-1).log_softmax(-1)
 
 
 def token_log_probs(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class NonFiniteGuard(TrainerCallback):
             before.append(value)
         mass = (logs or {}).get("topk/teacher_mass")
         if mass is not None and args.distillation_mode == "topk_logits" and not args.distillation_add_tail:
-            self._check_support(1.0 - mass, args.distillation_topk, state.global_step)
+            self._check_support(1.0 - mass, args, state.global_step)
 
     def _warn_of_nothing_learned(self, logs: dict[str, float], step: int) -> None:
         """Called at the first log line."""
@@ -100,13 +100,16 @@ class NonFiniteGuard(TrainerCallback):
                 stacklevel=2,
             )
 
-    def _check_support(self, missed: float, topk: int, step: int) -> None:
+    def _check_support(self, missed: float, args: SDFTConfig, step: int) -> None:
         if missed > 2 * self.missed:
             self.missed = missed
+            support, topk = args.distillation_support, args.distillation_topk
+            whose = {"student": "the student's", "teacher": "the teacher's", "union": "both sides'"}[support]
+            union = "distillation_support='union' (the teacher's tokens as well), " if support == "student" else ""
             warnings.warn(
-                f"topk/teacher_mass is {1 - missed:.3g} at step {step}: the student's {topk} likeliest tokens miss "
-                f"{missed:.0%} of what the teacher holds likely, and the loss does not see it. Set "
-                "distillation_add_tail=True (the others become one more bucket), raise distillation_topk, or set "
-                "distillation_mode='full_logits'.",
+                f"topk/teacher_mass is {1 - missed:.3g} at step {step}: {whose} top {topk} tokens miss {missed:.0%} of "
+                "the teacher's probability, and the loss does not see it. Set "
+                f"{union}distillation_add_tail=True (the others become one more bucket), raise distillation_topk, or "
+                "set distillation_mode='full_logits'.",
                 stacklevel=3,
             )

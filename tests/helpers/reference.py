@@ -18,9 +18,12 @@ def logits_of_completion(model, prompt_ids, completion_ids, temperature):
     return logits[len(prompt_ids) - 1 : -1] / temperature
 
 
-def per_token(student, teacher, alpha, topk=None, tail=False):
+def per_token(student, teacher, alpha, topk=None, tail=False, support="student"):
     """[C] from logits."""
     s, t = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+    if topk is not None and support != "student":
+        rows = [per_row(*row, alpha, topk, tail, support) for row in zip(s, t, strict=True)]
+        return torch.stack(rows) if rows else s.sum(-1)
     if topk is not None:
         top = s.topk(topk, dim=-1).indices
         s_top, t_top = s.gather(-1, top), t.gather(-1, top)
@@ -32,9 +35,22 @@ def per_token(student, teacher, alpha, topk=None, tail=False):
     return interpolated_divergence(s, t, alpha)
 
 
+def per_row(s, t, alpha, topk, tail, support):
+    """One token, on a set of tokens."""
+    sides = {"teacher": [t], "union": [s, t]}[support]
+    chosen = sorted({int(token) for side in sides for token in side.topk(topk).indices})
+    others = [token for token in range(len(s)) if token not in chosen]
+
+    def buckets(side):
+        kept = side[chosen]
+        return torch.cat([kept, side[others].logsumexp(-1, keepdim=True)]) if tail and others else kept
+
+    return interpolated_divergence(buckets(s).log_softmax(-1), buckets(t).log_softmax(-1), alpha)
+
+
 def step_loss(
     student, teacher, micro_batches, loss_type="dapo", alpha=0.5, topk=None, tail=False, skip=0, temperature=1.0,
-    max_completion_length=8, mask_truncated=False,
+    max_completion_length=8, mask_truncated=False, support="student",
 ):  # fmt: skip
     """The loss of one optimizer step. micro_batches: lists of Rollout; bnpo's are those of all ranks together."""
     sums, counts = [], []
@@ -49,7 +65,7 @@ def step_loss(
             mask = torch.arange(len(ids)) >= skip
             if rollout.empty or (mask_truncated and rollout.completion.truncated):
                 mask[:] = False
-            sums[-1].append((per_token(s, t, alpha, topk, tail) * mask).sum())
+            sums[-1].append((per_token(s, t, alpha, topk, tail, support) * mask).sum())
             counts[-1].append(int(mask.sum()))
     all_sums, all_counts = [x for row in sums for x in row], [n for row in counts for n in row]
     if loss_type == "dapo":

@@ -51,6 +51,7 @@ def check_against_the_reference(trainer, within):
         temperature=args.temperature,
         max_completion_length=args.max_completion_length,
         mask_truncated=args.mask_truncated_completions,
+        support=args.distillation_support,
     )
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=within)

@@ -21,6 +21,8 @@ LOSSES = [
     {"distillation_alpha": 0.0, "distillation_mode": "full_logits"},
     {"distillation_alpha": 0.5, "distillation_topk": 20},
     {"distillation_alpha": 1.0, "distillation_topk": 20, "distillation_add_tail": True},
+    {"distillation_alpha": 0.0, "distillation_topk": 20, "distillation_support": "union"},
+    {"distillation_topk": 20, "distillation_support": "teacher", "distillation_add_tail": True},
     {"loss_type": "grpo", "num_loss_tokens_to_skip": 3, "temperature": 0.8},
     {"loss_type": "bnpo", "num_loss_tokens_to_skip": 1},
     {"loss_type": "dr_grpo", "mask_truncated_completions": True, "max_completion_length": 24},
@@ -421,8 +423,8 @@ def test_a_top_k_that_misses_the_teachers_mass_is_warned_about_and_again_when_it
         return [str(each.message) for each in told]
 
     first, second = warned(0.985, 0.97, 0.95, 0.99, 0.93)
-    assert "topk/teacher_mass is 0.97 at step 2: the student's 5 likeliest tokens miss 3%" in first
-    assert "Set distillation_add_tail=True" in first and "at step 5" in second
+    assert "topk/teacher_mass is 0.97 at step 2: the student's top 5 tokens miss 3%" in first
+    assert "distillation_support='union'" in first and "at step 5" in second
     assert not warned(0.5, distillation_add_tail=True)
     assert not warned(0.5, distillation_topk=None, distillation_mode="full_logits")
 

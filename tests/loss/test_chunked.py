@@ -19,6 +19,9 @@ DIVERGENCES = {
     "reverse": Divergence("full_logits", 1.0),
     "topk": Divergence("topk_logits", 0.5, topk=5),
     "topk_tail": Divergence("topk_logits", 0.0, topk=5, add_tail=True),
+    "teacher's topk": Divergence("topk_logits", 0.5, topk=5, support="teacher"),
+    "union": Divergence("topk_logits", 0.0, topk=5, support="union"),
+    "union_tail": Divergence("topk_logits", 0.5, topk=5, support="union", add_tail=True, temperature=0.7),
     "sampled": Divergence("sampled_token", 1.0),
 }
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sdft_ds.loss.divergence import Divergence, importance_weight, kl, sampled_token_surrogate, token_log_probs
+from tests.helpers import reference
 
 # Two distributions over three tokens whose divergences fit on paper.
 S, T = [0.5, 0.25, 0.25], [0.25, 0.5, 0.25]
@@ -63,7 +64,42 @@ def test_topk_by_hand():
     assert per_token("topk_logits", 0.0, topk=2, add_tail=True)(s, t, tokens).item() == pytest.approx(tail)
 
 
-MODES = [("full_logits", {}), ("topk_logits", {"topk": 4}), ("topk_logits", {"topk": 4, "add_tail": True})]
+MODES = [
+    ("full_logits", {}),
+    ("topk_logits", {"topk": 4}),
+    ("topk_logits", {"topk": 4, "add_tail": True}),
+    ("topk_logits", {"topk": 3, "support": "teacher"}),
+    ("topk_logits", {"topk": 3, "support": "union"}),
+    ("topk_logits", {"topk": 3, "support": "union", "add_tail": True}),
+    ("topk_logits", {"topk": 5, "support": "union", "add_tail": True}),
+]
+
+
+@pytest.mark.parametrize("support", ["teacher", "union"])
+@pytest.mark.parametrize("add_tail", [False, True])
+@pytest.mark.parametrize("topk", [1, 3, 6, 10])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_support_equals_the_plain_reference(support, add_tail, topk, alpha):
+    """Also where the two sides overlap, and where they make up the vocabulary of 11 together."""
+    s, t, tokens = random_pair()
+    plain = reference.per_token(s, t, alpha, topk, add_tail, support)
+    got = per_token("topk_logits", alpha, topk=topk, add_tail=add_tail, support=support)(s, t, tokens)
+    torch.testing.assert_close(got, plain)
+
+
+def test_a_token_that_only_the_teacher_wants_gets_its_gradient():
+    """A new fact: the student holds token 3 unlikely, the teacher is sure of it."""
+    s, t, tokens = logits([0.6, 0.3, 0.08, 0.02]), logits([0.05, 0.04, 0.01, 0.9]), torch.tensor([0])
+    for support, add_tail, learns in (
+        ("student", False, False), ("student", True, True), ("teacher", True, True), ("union", False, True),
+    ):  # fmt: skip
+        leaf = s.clone().requires_grad_()
+        per_token("topk_logits", 0.0, topk=2, add_tail=add_tail, support=support)(leaf, t, tokens).sum().backward()
+        assert (leaf.grad[0, 3] < 0) == learns, support
+        if support == "student" and add_tail:  # as a part of the rest, together with all of it
+            assert leaf.grad[0, 2] < 0
+        elif learns:
+            assert leaf.grad[0, 3] < leaf.grad[0, :3].min()
 
 
 @pytest.mark.parametrize("mode, settings", MODES)
