@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # Lint, then all fast tests, in the same environment as quickstart.sh; --full adds the slow ones. Other arguments go to
-# pytest. As root on Debian it installs what the tests on a SLURM cluster (and, with --full, in a browser) need;
-# elsewhere they are skipped where it is missing. SYSTEM_PACKAGES=no leaves the system alone.
+# pytest. As root on Debian it installs shellcheck and, with --full, what the tests on a SLURM cluster and in a browser
+# need; elsewhere they are skipped where it is missing. SYSTEM_PACKAGES=no leaves the system alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
 
 system_packages() {
-  local packages=(slurmctld slurmd slurm-client munge openssh-server openssh-client pdsh iproute2 procps shellcheck)
-  case " $* " in *" --full "*) packages+=(chromium) ;; esac
+  local packages=(shellcheck)
+  case " $* " in
+    *" --full "*)
+      packages+=(slurmctld slurmd slurm-client munge openssh-server openssh-client pdsh iproute2 procps chromium) ;;
+  esac
   if [ "${SYSTEM_PACKAGES:-}" = no ] || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
     return
   fi

@@ -107,8 +107,8 @@ class NonFiniteGuard(TrainerCallback):
             whose = {"student": "the student's", "teacher": "the teacher's", "union": "both sides'"}[support]
             union = "distillation_support='union' (the teacher's tokens as well), " if support == "student" else ""
             warnings.warn(
-                f"topk/teacher_mass is {1 - missed:.3g} at step {step}: {whose} top {topk} tokens miss {missed:.0%} of "
-                "the teacher's probability, and the loss does not see it. Set "
+                f"topk/teacher_mass is {1 - missed:.3g} at step {step}: {whose} top {topk} tokens miss {missed:.0%} "
+                "of the teacher's probability, and the loss does not see it. Set "
                 f"{union}distillation_add_tail=True (the others become one more bucket), raise distillation_topk, or "
                 "set distillation_mode='full_logits'.",
                 stacklevel=3,

@@ -25,6 +25,7 @@ FEW_STEPS = ["--max_steps", str(STEPS), "--save_steps", "2", "--logging_steps", 
 
 pytestmark = [
     pytest.mark.slurm,
+    pytest.mark.full,
     pytest.mark.skipif(os.geteuid() != 0, reason="a cluster in namespaces needs root"),
     pytest.mark.skipif(
         any(shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None for name in NEEDED),
@@ -146,7 +147,6 @@ def test_a_preempted_job_starts_again_and_ends_as_if_nothing_had_been(cluster, u
     assert losses(tmp_path) == unbroken
 
 
-@pytest.mark.full
 def test_the_line_of_the_readme(cluster, tmp_path):
     """The script as it is, with what this cluster has in the place of the names, and no GPUs."""
     tiny.llama().save_pretrained(tmp_path / "model")
@@ -169,7 +169,6 @@ def test_the_line_of_the_readme(cluster, tmp_path):
         shutil.rmtree(run, ignore_errors=True)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("how", ["time", "requeue"])
 def test_a_job_that_is_told_to_end_is_started_again(cluster, unbroken, tmp_path, how):
     """By the signal before its time limit, and by the administrator's scontrol requeue."""
@@ -189,7 +188,6 @@ def test_a_job_that_is_told_to_end_is_started_again(cluster, unbroken, tmp_path,
     assert losses(tmp_path) == unbroken
 
 
-@pytest.mark.full
 def test_a_cancelled_job_stays_cancelled(cluster, tmp_path):
     job = cluster.submit("train.sbatch", tmp_path, *FEW_STEPS)
     wait_for_checkpoint(tmp_path)
@@ -199,7 +197,6 @@ def test_a_cancelled_job_stays_cancelled(cluster, tmp_path):
     assert cluster.state(job) == "CANCELLED"
 
 
-@pytest.mark.full
 def test_a_stopped_job_is_not_started_again(cluster, tmp_path):
     job = cluster.submit("train.sbatch", tmp_path, *FEW_STEPS)
     wait_for_checkpoint(tmp_path)
@@ -209,7 +206,6 @@ def test_a_stopped_job_is_not_started_again(cluster, tmp_path):
     assert "start 2" not in (tmp_path / "job.log").read_text()
 
 
-@pytest.mark.full
 def test_a_dead_process_fails_the_job_and_the_next_start_resumes(cluster, unbroken, tmp_path):
     job = cluster.submit("train.sbatch", tmp_path, *FEW_STEPS)
     wait_for_checkpoint(tmp_path)
@@ -224,7 +220,6 @@ def test_a_dead_process_fails_the_job_and_the_next_start_resumes(cluster, unbrok
     assert losses(tmp_path) == unbroken
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("script", ["train_torchrun.sbatch", "train_deepspeed.sbatch"])
 def test_jobs_by_a_launcher_are_preempted_and_go_on(cluster, unbroken, tmp_path, script):
     job = cluster.submit(script, tmp_path, *FEW_STEPS)
@@ -236,7 +231,6 @@ def test_jobs_by_a_launcher_are_preempted_and_go_on(cluster, unbroken, tmp_path,
     assert losses(tmp_path) == unbroken
 
 
-@pytest.mark.full
 def test_the_same_line_on_each_node(cluster, unbroken, tmp_path):
     line = ["env", "MASTER=n1", "NODES=2", "bash", "launch/multinode.sh", "--deepspeed", "ds_configs/zero3.json",
             "--output_dir", tmp_path / "run", "--save_strategy", "steps", *FEW_STEPS]  # fmt: skip
@@ -247,7 +241,6 @@ def test_the_same_line_on_each_node(cluster, unbroken, tmp_path):
     assert losses(tmp_path) == unbroken
 
 
-@pytest.mark.full
 def test_deepspeed_over_a_hostfile_and_ssh(cluster, unbroken, tmp_path):
     (tmp_path / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
     line = ["deepspeed", "--hostfile", tmp_path / "hostfile", "--master_addr", "n1", "launch/train.py"]
