@@ -17,7 +17,7 @@ from sdft_ds.cli import arguments, dataset_loading, errors, terminal
 from sdft_ds.cli.yaml_config import SavedSettings
 from sdft_ds.data.rows import DataError
 from sdft_ds.demo import run as demo
-from sdft_ds.distributed import shutdown
+from sdft_ds.distributed import ranks, shutdown
 from sdft_ds.evaluation.task_evaluation import TaskEvaluation, check_best_metric
 from sdft_ds.evaluation.tasks import Task, read_tasks
 from sdft_ds.metrics.completions import ShowCompletions
@@ -81,7 +81,7 @@ def _trainer(
     args.model_init_kwargs = {**model.init_kwargs(args), **(args.model_init_kwargs or {})}
     tokenizer = model.tokenizer(args)
     train_dataset, eval_dataset = dataset_loading.load(
-        script, evaluates, args.seed, tokenizer.chat_template is not None, terminal.tell
+        script, evaluates, args.seed, tokenizer.chat_template is not None, ranks.tell
     )
     trainer = TRAINERS[args.method](
         model=model.model_name_or_path,

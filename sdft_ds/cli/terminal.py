@@ -1,16 +1,10 @@
-"""Terminal output: messages on rank 0 only, and libraries silenced on the other ranks."""
+"""Terminal output: libraries are silenced on all ranks but the first."""
 
 import os
 import warnings
 
 import datasets
 import transformers
-
-
-def tell(text: str) -> None:
-    """Print a line on rank 0."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"sdft_ds: {text}", flush=True)
 
 
 def quiet_unless_first_rank() -> None:

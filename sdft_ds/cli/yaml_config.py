@@ -49,11 +49,12 @@ class SavedSettings(TrainerCallback):
     rank 0."""
 
     def __init__(self, parts: Iterable[Any]):
-        parts = list(parts)
-        self.all = {f.name: _value(part, f) for part in parts for f in _told(part)}
-        defaults = {f.name: _default(f) for part in parts for f in _told(part)}
+        told = [(part, f) for part in parts for f in _told(part)]
+        self.all = {f.name: _value(part, f) for part, f in told}
         self.changed = {
-            name: value for name, value in self.all.items() if value != defaults[name] and name not in SET_BY_OTHERS
+            f.name: self.all[f.name]
+            for _, f in told
+            if self.all[f.name] != _plain(default_of(f)) and f.name not in SET_BY_OTHERS
         }
 
     def on_train_begin(
@@ -70,10 +71,6 @@ def _told(part: Any) -> list[Field]:
     apart = inherited.SECRETS | inherited.DERIVED | with_flag(type(part), "secret") | with_flag(type(part), "derived")
     unread = unread_by(type(part), part.method) if isinstance(part, SDFTConfig) else {}
     return [f for f in fields(part) if f.init and f.name not in {*apart, *unread}]
-
-
-def _default(f: Field) -> Any:
-    return _plain(default_of(f))
 
 
 def _value(part: Any, f: Field) -> Any:

@@ -7,6 +7,7 @@ are derived from that.
 
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -51,7 +52,7 @@ REFUSED, REFUSED_BY_DEEPSPEED = "refused", "refused with DeepSpeed"
 # Read during the run: the new value applies from the next step or generation batch on.
 FREE = OnResume(APPLIED, "counts from the next step on")
 ANOTHER_RUN = OnResume(REFUSED, "with another value it would be another run")
-# Specifies where and how a run is launched, not what it computes; or it is compared as rows of a step.
+# Specifies where and how a run is launched, not what it computes.
 UNCOMPARED = OnResume(NOT_COMPARED)
 COMPARED_AS_ROWS = OnResume(NOT_COMPARED, "compared as rows of an optimizer step and of a generation batch")
 OF_THE_TRAINER = OnResume(APPLIED, "set in the Trainer's state")
@@ -113,18 +114,21 @@ def choices_of(config_class: type, f: Field) -> tuple[str, ...] | None:
     """The valid names of a setting, or None if it is not restricted to names."""
     if "choices" in f.metadata:
         return tuple(f.metadata["choices"])
-    for hint in (_hint(config_class, f), *get_args(_hint(config_class, f))):
-        if get_origin(hint) is Literal:
-            return get_args(hint)
+    hint = _hints(config_class)[f.name]
+    for part in (hint, *get_args(hint)):
+        if get_origin(part) is Literal:
+            return get_args(part)
     return None
 
 
 def may_be_none(config_class: type, f: Field) -> bool:
-    return NoneType in get_args(_hint(config_class, f))
+    return NoneType in get_args(_hints(config_class)[f.name])
 
 
-def _hint(config_class: type, f: Field) -> Any:
-    return get_type_hints(config_class)[f.name]
+@cache
+def _hints(config_class: type) -> dict[str, Any]:
+    """Cached: evaluating a class's hints once per field would take longer than the rest of making a configuration."""
+    return get_type_hints(config_class)
 
 
 def own_fields(config_class: type) -> list[Field]:

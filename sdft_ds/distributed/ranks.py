@@ -1,5 +1,6 @@
 """Rank, world size and collectives. Collectives are called by all ranks; without a process group, world size is 1."""
 
+import os
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ def world_size() -> int:
 def store() -> distributed.Store:
     """The rendezvous store; only with a process group."""
     return distributed.distributed_c10d._get_default_store()
+
+
+def tell(text: str) -> None:
+    """Print a line on rank 0; before the process group exists, the launcher's RANK decides. Not collective."""
+    if (rank() if started() else int(os.environ.get("RANK", "0"))) == 0:
+        print(f"sdft_ds: {text}", flush=True)
 
 
 def barrier() -> None:

@@ -33,10 +33,6 @@ class EvaluationTrainer(ReusableTrainer):
         super().__init__(*arguments, **options)
 
     @abstractmethod
-    def check_head(self) -> None:
-        """Raises ValueError if the model's logits are not those of its LM head."""
-
-    @abstractmethod
     def with_loss_weights(self, scored: list[Any]) -> list[dict[str, Any]]:
         """Inputs of compute_loss for micro-batches whose loss weights are normalized together."""
 

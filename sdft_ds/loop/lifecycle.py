@@ -10,7 +10,8 @@ from transformers import set_seed
 from sdft_ds.distributed import engines, launch, zero
 from sdft_ds.loop.resume import ResumableTrainer
 from sdft_ds.model import loading
-from sdft_ds.model.completion_forward import RequestForward, causal_lm_of
+from sdft_ds.model.completion_forward import RequestForward, causal_lm_of, check, head_of
+from sdft_ds.model.lm_head import tensors_of as head_tensors
 from sdft_ds.model.modes import settings_kept
 
 
@@ -19,7 +20,7 @@ class ReusableTrainer(ResumableTrainer):
 
     def __init__(self, *arguments: Any, optimizers: tuple[Any, Any] = (None, None), **options: Any):
         self.optimizer_is_given = optimizers[0] is not None
-        self.is_prepared = False
+        self.is_prepared = self.head_is_checked = False
         super().__init__(*arguments, optimizers=optimizers, **options)
         self.process_state = launch.ProcessState(self.args, self.accelerator)
         self.request_forward = RequestForward(self.model)
@@ -65,6 +66,17 @@ class ReusableTrainer(ResumableTrainer):
         if not self.optimizer_is_given:
             self.optimizer = None
         self.steps_at_last_log = 0
+        self.head_is_checked = False
+
+    def check_head(self) -> None:
+        """Check once per engine that the model's logits are those of its LM head, as the loss computes them."""
+        if self.head_is_checked:
+            return
+        head = head_of(self.model)
+        zero.register_external_params(head, head_tensors(head).present())
+        with zero.scoring_pass(self.model_wrapped) as forward:
+            check(self.model, forward, self.args.device)
+        self.head_is_checked = True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers. Collective."""

@@ -95,11 +95,6 @@ class ResumableTrainer(UploadingTrainer):
         """Publish to the watchdog the phase that this rank enters."""
         self.watchdog.enter(phase, self.state.global_step + 1)
 
-    def tell(self, text: str) -> None:
-        """Print a line on rank 0."""
-        if ranks.rank() == 0:
-            print(f"sdft_ds: {text}", flush=True)
-
     # ---- resuming ---------------------------------------------------------------------------------------------------
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
@@ -111,8 +106,8 @@ class ResumableTrainer(UploadingTrainer):
         directory = self.args.output_dir
         folder, skipped = storage.newest_complete(directory, output_dir.run_of(directory))
         for wrong in skipped:
-            self.tell(f"Skipped a checkpoint: {wrong}.")
-        self.tell(f"Resuming from {folder}." if folder else f"No complete checkpoint in {directory}: "
+            ranks.tell(f"Skipped a checkpoint: {wrong}.")
+        ranks.tell(f"Resuming from {folder}." if folder else f"No complete checkpoint in {directory}: "
                    "starting from the beginning.")  # fmt: skip
         return folder
 
@@ -135,7 +130,7 @@ class ResumableTrainer(UploadingTrainer):
         if ranks.rank() == 0:
             moved = output_dir.begin(directory, self.run_id, fresh=folder is None)
             if moved is not None:
-                self.tell(f"What an earlier run recorded in {directory} is now in {moved}.")
+                ranks.tell(f"What an earlier run recorded in {directory} is now in {moved}.")
 
     def _check_settings(self, folder: Path) -> None:
         saved = resume_settings.load(folder)
@@ -146,7 +141,7 @@ class ResumableTrainer(UploadingTrainer):
         self.same_ranks = saved["world_size"] == self.args.world_size
         if not self.same_ranks:
             self._keep_rows_of_a_step(saved["what makes a step"])
-        different = resume_settings.compare(saved, self._settings(), self.own_optimizer, self.tell)
+        different = resume_settings.compare(saved, self._settings(), self.own_optimizer, ranks.tell)
         self.forgets_best = bool({"metric_for_best_model", "greater_is_better"} & different.keys())
         there, here = self._shardings(saved)
         if not here.can_read(there):
@@ -175,7 +170,7 @@ class ResumableTrainer(UploadingTrainer):
             raise storage.CannotResume(str(error)) from error
         steps = self.args.gradient_accumulation_steps
         launch.configure_accumulation(self.accelerator, steps)
-        self.tell(
+        ranks.tell(
             "The checkpoint was made by another number of ranks. Each step has the same rows as there, with "
             f"gradient_accumulation_steps={steps} and steps_per_generation={self.args.steps_per_generation}."
         )
@@ -196,7 +191,7 @@ class ResumableTrainer(UploadingTrainer):
         self.steps_at_last_log = state.global_step
         if state.global_step >= max_steps:
             name = "max_steps" if self.args.max_steps > 0 else "num_train_epochs"
-            self.tell(f"All {max_steps} steps are done: nothing is left to train. Raise {name} to train on.")
+            ranks.tell(f"All {max_steps} steps are done: nothing is left to train. Raise {name} to train on.")
         return trained
 
     def create_scheduler(
@@ -224,7 +219,7 @@ class ResumableTrainer(UploadingTrainer):
             there, here = self._shardings(saved)
             universal = here.differs_from(there)
             if universal and not ranks.all_gather_objects(Path(folder, storage.UNIVERSAL).exists())[0]:
-                self.tell(
+                ranks.tell(
                     f"The best checkpoint, {folder}, was made by {there.ranks} ranks {there} and cannot be loaded "
                     "here: the model stays as the last step left it. The best one is in that folder."
                 )

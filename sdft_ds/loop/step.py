@@ -24,14 +24,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.data.schedule import Schedule, ScheduledBatch, for_generation_batches
 from sdft_ds.data.streams import Stream
-from sdft_ds.distributed import engines, ranks, zero
+from sdft_ds.distributed import engines, ranks
 from sdft_ds.loop.evaluation import EvaluationTrainer
 from sdft_ds.loop.loaders import data_loader
 from sdft_ds.loss.normalization import loss_weights
 from sdft_ds.metrics.meters import Meters
 from sdft_ds.metrics.nonfinite import NonFiniteGuard
-from sdft_ds.model import completion_forward
-from sdft_ds.model.lm_head import tensors_of as head_tensors
 from sdft_ds.objectives.protocol import BatchUse, GenerationBatch
 
 
@@ -41,7 +39,6 @@ class StepTrainer(EvaluationTrainer):
     def __init__(self, *arguments: Any, **options: Any):
         self.current_batch: GenerationBatch | None = None
         self.step_inputs: list[dict[str, Any]] = []  # what get_batch_samples returned last
-        self.head_is_checked = False
         self.is_resumed = False
         super().__init__(*arguments, **options)
         # Losses are already normalized over the full optimizer step.
@@ -62,7 +59,7 @@ class StepTrainer(EvaluationTrainer):
     def reset_run(self) -> None:
         super().reset_run()
         self._drop_current_batch()
-        self.head_is_checked = self.is_resumed = False
+        self.is_resumed = False
         self.objective.reset()
         for meters in self.meters.values():
             meters.reset()
@@ -77,16 +74,6 @@ class StepTrainer(EvaluationTrainer):
             engines.wrap_optimizer_step(engine, lambda: self.meters["train"].phase("optimizer"))
             self.check_head()
             self.objective.start(engine, self.state.max_steps, self.is_resumed)
-
-    def check_head(self) -> None:
-        """Check once per engine that the model's logits are those of its LM head, as the loss computes them."""
-        if self.head_is_checked:
-            return
-        head = completion_forward.head_of(self.model)
-        zero.register_external_params(head, head_tensors(head).present())
-        with zero.scoring_pass(self.model_wrapped) as forward:
-            completion_forward.check(self.model, forward, self.args.device)
-        self.head_is_checked = True
 
     def get_train_dataloader(self) -> DataLoader:
         """One item per micro-batch of this rank; rows are read when their generation batch is collected."""
@@ -195,7 +182,7 @@ class StepTrainer(EvaluationTrainer):
             self.objective.measure(self.model_wrapped, self.meters["train"])
             logs.update(self.meters["train"].collect(steps))
             if self.meters["train"].straggler is not None:
-                self.tell(f"Up to step {self.state.global_step} {self.meters['train'].straggler}.")
+                ranks.tell(f"Up to step {self.state.global_step} {self.meters['train'].straggler}.")
         super().log(logs, start_time)
 
     def dispatch(self, event: str, payload: Callable[[], dict[str, Any]]) -> None:

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdft_ds.loss.divergence import (
-    CrossEntropy,
     Divergence,
     importance_weight,
     interpolated_divergence_and_gradient,
@@ -71,7 +70,7 @@ class LossTerms:
     old_log_probs_N: the sampler's log-probabilities (None: no importance weight); is_clip: maximum importance weight.
     """
 
-    divergence: Divergence | CrossEntropy
+    divergence: Divergence
     teacher_hidden_ND: Tensor | None
     teacher_head: HeadValues | None
     tokens_N: Tensor

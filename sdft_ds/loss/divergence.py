@@ -84,23 +84,14 @@ MODES: dict[str, type[Divergence]] = dict.fromkeys(("topk_logits", "full_logits"
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(Divergence):
     """Cross entropy in place of a divergence: -log of the student's probability of a given token; no teacher."""
 
-    temperature: float = 1.0
+    mode: str = "cross_entropy"
 
     def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: None, tokens_N: Tensor) -> Tensor:
         """Loss of each token, [N]."""
         return -token_log_probs(student_logits_NV / self.temperature, tokens_N)
-
-    def has_support(self, vocabulary: int) -> bool:
-        return False
-
-    def needs_student_only(self, vocabulary: int) -> bool:
-        return False
-
-    def is_full(self, vocabulary: int) -> bool:
-        return False
 
 
 def kl(p_log: Tensor, q_log: Tensor) -> Tensor:

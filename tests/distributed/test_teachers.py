@@ -53,15 +53,7 @@ def test_one_process_equals_a_literal_second_model(literal, kind, lora):
         assert expected[0][0] != pytest.approx(expected[0][-1])  # it is not the student that teaches
 
 
-OTHERS = [
-    pytest.param(stage, kind, lora, marks=pytest.mark.full)
-    for stage in (0, 1)
-    for kind in KINDS
-    for lora in (False, True)
-]
-
-
-@pytest.mark.parametrize("stage, kind, lora", covering([None, 2, 3], KINDS, [False, True]) + OTHERS)
+@pytest.mark.parametrize("stage, kind, lora", covering([None, 2, 3], KINDS, [False, True], others=[0, 1]))
 def test_two_ranks_equal_a_literal_second_model(two_ranks, literal, stage, kind, lora):
     expected = literal(kind, lora)
     results = two_ranks.run("train", stage, grown=True, lora=lora, teacher_model_kind=kind, **RUN)
