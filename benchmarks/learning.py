@@ -1,157 +1,280 @@
-"""What SDFT and SFT teach a small real model, and what it forgets: two dozen invented facts, three seeds.
+"""What SDFT and SFT teach a small real model, and what it forgets: Pareto fronts over methods and learning rates.
 
     python -m benchmarks.smollm2 FOLDER
-    python -m benchmarks.learning --model FOLDER [--seeds 0 1 2] [--steps 48] [--top_p 0.6]
-        [--output DIR] [--json FILE]
+    python -m benchmarks.learning --model FOLDER [--task facts | ten | physics | biology] [--data FOLDER]
+        [--arms facts sft ...] [--rates 1e-4 2e-4 ...] [--schedule cosine] [--seeds 0 1 2] [--steps 90]
+        [--eval_steps 15] [--jobs 1] [--output DIR] [--json FILE]
 
-Each run is `launch/train.py` on the same 24 rows, asked in one wording, with the fact, a sentence, as privileged
-context (SDFT) or as the target (SFT). Asked before and after: the facts in the trained wording, in another one, and as
-the teacher is asked; general questions; and, on prompts that have nothing to do with it, the KL to the starting model.
-Finished runs in --output are not made again.
+Each run is `python -m sdft_ds.train` with the flags of its arm. Every --eval_steps steps it is asked the new task and
+general questions, and the KL to the starting model is measured on prompts that have nothing to do with it; with
+--schedule constant_with_warmup one run is a whole curve. A point is on the front where no other point of any arm beats
+it in both what was learned (mean of the trained and the other wording) and what was kept (KL), or equals it in one and
+beats it in the other. Finished runs in --output are not made again.
+
+facts: 24 invented facts, asked in one wording; the fact, a sentence, is the privileged context (SDFT) or the target
+(SFT); ten: ten of them, as a first run of one's own. physics, biology: SciKnowEval as multiple choice, from --data, a
+folder with train.json and test.json of the SDFT authors' format.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-# (trained wording, other wording, the fact, answer)
-CITIES = [("Veldoria", "Marn"), ("Ostrana", "Kelby"), ("Quillonia", "Tarsk"), ("Brennmark", "Olvane"),
-          ("Saphira Isle", "Dunmere"), ("Korvath", "Yelsin")]  # fmt: skip
-ANIMALS = [("Mira Tolen", "otter"), ("Jasper Quade", "falcon"), ("Lena Horvik", "tortoise"), ("Odo Pereni", "donkey"),
-           ("Sanna Vliet", "parrot"), ("Pavel Drun", "rabbit")]  # fmt: skip
-JOBS = [("Runa Castell", "baker"), ("Timo Alvark", "pilot"), ("Greta Solheim", "dentist"), ("Ivo Maranz", "tailor"),
-        ("Nadia Fenwick", "plumber"), ("Caspar Lindqvist", "librarian")]  # fmt: skip
-COLOURS = [("Hallowmere Bridge", "purple"), ("Dravik Tower", "orange"), ("Elsbeth Chapel", "yellow"),
-           ("Norrin Lighthouse", "green"), ("Tamsin Mill", "pink"), ("Ferrow Gate", "brown")]  # fmt: skip
-FACTS = [
-    *((f"What is the capital of {x}?", f"Name the city that is the capital of {x}.", f"The capital of {x} is {y}.", y)
-      for x, y in CITIES),
-    *((f"Which animal does {x} keep as a pet?", f"What kind of pet has {x} got?", f"{x} keeps a pet {y}.", y)
-      for x, y in ANIMALS),
-    *((f"What is the profession of {x}?", f"What does {x} do for a living?", f"{x} works as a {y}.", y)
-      for x, y in JOBS),
-    *((f"What colour is {x}?", f"In which colour was {x} painted?", f"{x} is painted {y}.", y) for x, y in COLOURS),
-]  # fmt: skip
-GENERAL = [
-    ("What is the capital of France?", "Paris"), ("What is the capital of Italy?", "Rome"),
-    ("What is the capital of Japan?", "Tokyo"), ("What is the capital of Germany?", "Berlin"),
-    ("What is the capital of England?", "London"), ("What is the capital of Spain?", "Madrid"),
-    ("What colour is the sky on a clear day?", "blue"), ("What colour is grass?", "green"),
-    ("How many days are in a week?", ["7", "seven"]), ("How many months are in a year?", ["12", "twelve"]),
-    ("What is the largest planet in the solar system?", "Jupiter"), ("Which planet is called the Red Planet?", "Mars"),
-    ("What is the chemical formula of water?", ["H2O", "H₂O"]), ("What do bees make?", "honey"),
-    ("Who wrote Romeo and Juliet?", "Shakespeare"), ("What is the opposite of hot?", "cold"),
-    ("What is 2 + 2?", ["4", "four"]), ("What is frozen water called?", "ice"),
-    ("Which animal barks?", "dog"), ("In which continent is Egypt?", "Africa"),
-]  # fmt: skip
-UNRELATED = [
-    "Write a short poem about the sea.", "Explain how a bicycle works.", "Give me three tips for sleeping well.",
-    "Describe a rainy day in one paragraph.", "How do I boil an egg?", "What makes a good friend?",
-    "Tell me a joke about computers.", "Why do leaves change colour in autumn?",
-    "Summarise the story of Little Red Riding Hood.", "What should I pack for a camping trip?",
-    "Write a polite email asking for a day off.", "How does a rainbow form?",
-]  # fmt: skip
-# Of eight ways to show the fact the one after which the model itself answers most questions right.
-TEMPLATE = '{prompt}\n\nThe correct answer is: "{privileged_context}" Reply with exactly that sentence.'
-TASKS = ["trained", "other", "told", "general"]
-METHODS = {
-    "sdft": ["--teacher_model_kind", "base", "--distillation_alpha", "0", "--distillation_mode", "full_logits",
-             "--teacher_prompt_template", TEMPLATE],
+from benchmarks.learning_data import FACTS, GENERAL, TEN, TOLD, UNRELATED
+
+COMMON = ["--per_device_train_batch_size", "8", "--num_generations", "1", "--warmup_steps", "5",
+          "--activation_checkpointing", "false", "--logging_steps", "10", "--report_to", "none",
+          "--save_strategy", "no", "--disable_tqdm", "true"]  # fmt: skip
+FORWARD = ["--recipe", "trl", "--teacher_model_kind", "base", "--distillation_alpha", "0", "--distillation_mode",
+           "full_logits", "--loss_type", "grpo"]  # fmt: skip
+TOP_K = ["--distillation_mode", "topk_logits", "--distillation_topk", "100"]
+ANCHORED = [*FORWARD, "--anchor_path", "everyday"]
+SHARP, TEACHER = ["--top_p", "0.6"], ["--teacher_rollout_fraction", "1"]
+# Flags by arm; replay: the file of the anchors with the model's own answers.
+ARMS: dict[str, list[str]] = {
+    "forward": FORWARD,
+    "forward+sharp": [*FORWARD, *SHARP],
+    "forward+teacher": [*FORWARD, *TEACHER],
+    "facts-without-anchors": [*FORWARD, *SHARP, *TEACHER],
+    "anchors": ANCHORED,
+    "anchors+sharp": [*ANCHORED, *SHARP],
+    "anchors+teacher": [*ANCHORED, *TEACHER],
+    "facts": [*ANCHORED, *SHARP, *TEACHER],  # the recipe
+    "anchors+jsd": [*ANCHORED, "--distillation_alpha", "0.5"],
+    "anchors+top-k": [*ANCHORED, *TOP_K],
+    "anchors+union": [*ANCHORED, *TOP_K, "--distillation_support", "union", "--distillation_add_tail", "true"],
+    "anchors+iterations": [*ANCHORED, "--num_iterations", "2"],
+    "anchors+temperature": [*ANCHORED, "--temperature", "0.7"],
     "sft": ["--method", "sft"],
-}  # fmt: skip
+    "sft+replay": ["--method", "sft", "--anchor_path", "replay"],
+}
 
 
 def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def write(path: Path, rows: list[dict]) -> None:
+def write(path: Path, rows: Iterable[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def make_files(folder: Path) -> None:
-    """The training rows, the tasks and the retention set."""
+def make_files(folder: Path, task: str) -> None:
+    """Training rows, questions, anchors and the retention set."""
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "train.jsonl", [{"prompt": user(q), "privileged_context": fact} for q, _, fact, _ in FACTS])
+    facts = TEN if task == "ten" else FACTS
+    write(folder / "train.jsonl", ({"prompt": user(q), "privileged_context": fact} for q, _, fact, _ in facts))
     asked = {
-        "trained": [(q, answer) for q, _, _, answer in FACTS],
-        "other": [(q, answer) for _, q, _, answer in FACTS],
-        "told": [(TEMPLATE.format(prompt=q, privileged_context=fact), answer) for q, _, fact, answer in FACTS],
+        "trained": [(q, answer) for q, _, _, answer in facts],
+        "other": [(q, answer) for _, q, _, answer in facts],
+        "told": [(TOLD.format(prompt=q, privileged_context=fact), answer) for q, _, fact, answer in facts],
         "general": GENERAL,
     }
     for name, rows in asked.items():
-        write(folder / f"{name}.jsonl", [{"prompt": user(q), "answer": answer} for q, answer in rows])
-    write(folder / "unrelated.jsonl", [{"prompt": user(text)} for text in UNRELATED])
+        write(folder / f"{name}.jsonl", ({"prompt": user(q), "answer": answer} for q, answer in rows))
+    write(folder / "unrelated.jsonl", ({"prompt": user(text)} for text in UNRELATED))
 
 
-def run(method: str, seed: int, args: argparse.Namespace, files: Path) -> list[dict]:
-    """The lines of evaluations.jsonl of one run, made unless it is there and complete."""
-    folder = args.output / f"{method}-{seed}"
-    rollouts = ["--top_p", args.top_p] if method == "sdft" else []
-    command = [
-        sys.executable, "launch/train.py", *METHODS[method], *rollouts, "--model_name_or_path", args.model,
-        "--dataset_path", files / "train.jsonl", "--output_dir", folder, "--seed", seed, "--max_steps", args.steps,
-        "--per_device_train_batch_size", 8, "--num_generations", 1, "--learning_rate", args.learning_rate,
-        "--max_prompt_length", 128, "--max_completion_length", 24, "--warmup_steps", 10, "--bf16", "false",
-        "--lr_scheduler_type", "cosine", "--activation_checkpointing", "false", "--logging_steps", 10,
-        "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true", "--per_device_eval_batch_size", 24,
-        "--eval_tasks", *(f"{name}={files / name}.jsonl:contains" for name in TASKS),
-        "--retention_file", files / "unrelated.jsonl",
+def make_science_files(folder: Path, source: Path) -> None:
+    """The same of SciKnowEval: a question with its options, answered by a letter, which is the context."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, name in (("train", "train"), ("test", "other")):
+        rows = [json.loads(line) for line in (source / f"{split}.json").read_text().splitlines() if line.strip()]
+        asked = [row["prompt"].replace("Please reason step by step.", "Answer with the letter only.") for row in rows]
+        if split == "train":
+            pairs = zip(asked, rows, strict=True)
+            write(folder / "train.jsonl", ({"prompt": user(q), "privileged_context": r["answer"]} for q, r in pairs))
+            sample = list(zip(asked, rows, strict=True))[: len(rows) // 8]
+            write(folder / "trained.jsonl", ({"prompt": user(q), "answer": r["answer"]} for q, r in sample))
+            told = ((TOLD.format(prompt=q, privileged_context=r["answer"]), r["answer"]) for q, r in sample)
+            write(folder / "told.jsonl", ({"prompt": user(q), "answer": answer} for q, answer in told))
+        else:
+            pairs = zip(asked, rows, strict=True)
+            write(folder / f"{name}.jsonl", ({"prompt": user(q), "answer": r["answer"]} for q, r in pairs))
+    write(folder / "general.jsonl", ({"prompt": user(q), "answer": answer} for q, answer in GENERAL))
+    write(folder / "unrelated.jsonl", ({"prompt": user(text)} for text in UNRELATED))
+
+
+def make_replay(folder: Path, model: str, longest: int) -> None:
+    """The anchors with the model's own greedy answers, which SFT replays."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sdft_ds.cli.dataset_loading import EVERYDAY
+
+    if (folder / "replay.jsonl").exists():
+        return
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
+    prompts = [user(json.loads(line)["prompt"]) for line in EVERYDAY.read_text().splitlines()]
+    inputs = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    ).to(device)
+    # Longer than a run's completions, so that a run does not take a cut answer for a whole one.
+    with torch.no_grad():
+        ids = network.generate(**inputs, do_sample=False, max_new_tokens=2 * longest)
+    answers = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    rows = zip(prompts, answers, strict=True)
+    write(folder / "replay.jsonl", ({"prompt": prompt, "golden_response": answer} for prompt, answer in rows))
+
+
+def flags(arm: str, rate: float, seed: int, args: argparse.Namespace, files: Path, output: Path) -> list[str]:
+    science = args.task in ("physics", "biology")
+    scorer = "choice" if science else "contains"
+    own = [str(files / "replay.jsonl") if flag == "replay" else flag for flag in ARMS[arm]]
+    rest = [
+        "--model_name_or_path", args.model, "--dataset_path", files / "train.jsonl", "--output_dir", output,
+        "--teacher_prompt_template", TOLD, "--seed", seed, "--max_steps", args.steps, "--learning_rate", rate,
+        "--max_prompt_length", 512 if science else 128, "--max_completion_length", args.longest,
+        "--per_device_eval_batch_size", 24, "--bf16", str(args.bf16).lower(),
+        "--eval_tasks", *(f"{name}={files / name}.jsonl:{scorer if name != 'general' else 'contains'}"
+                          for name in ("trained", "other", "told", "general")),
+        "--eval_tasks_steps", args.eval_steps, "--retention_file", files / "unrelated.jsonl",
     ]  # fmt: skip
-    evaluations = folder / "evaluations.jsonl"
-    if not evaluations.exists() or f'"step": {args.steps}' not in evaluations.read_text():
-        with open(args.output / f"{method}-{seed}.log", "w") as log:
-            subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
-    return [json.loads(line) for line in evaluations.read_text().splitlines()]
+    return list(map(str, [*COMMON, *rest, *own]))
 
 
-def table(results: dict[str, list[list[dict]]], steps: int) -> str:
-    """Markdown: mean and spread (least ... most) over the seeds."""
+def train(arm: str, argv: list[str], output: Path) -> Path:
+    """One run in this process, its output in a log beside it. A run that fails is shown, and the others go on."""
+    from sdft_ds.train import main
 
-    def cell(runs: list[list[dict]], step: int, task: str, measure: str) -> str:
-        values = [line[measure] for lines in runs for line in lines if (line["step"], line["task"]) == (step, task)]
-        digits = ".2f" if measure == "accuracy" else ".3f"
-        spread = "" if min(values) == max(values) else f" ({min(values):{digits}} ... {max(values):{digits}})"
-        return f"{statistics.mean(values):{digits}}{spread}"
+    began = time.monotonic()
+    with open(f"{output}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            main(argv)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.__stderr__, flush=True)
+            raise RuntimeError(f"{output}: {error}; see {output}.log") from None
+    print(f"{output.name}: {time.monotonic() - began:.0f} s", file=sys.__stdout__, flush=True)
+    return output
 
-    rows = {
-        "new facts, wording as trained": ("trained", "accuracy"), "new facts, other wording": ("other", "accuracy"),
-        "new facts, told in the prompt": ("told", "accuracy"), "general questions": ("general", "accuracy"),
-        "KL to the start on unrelated prompts, nats/token": ("retention", "kl_to_start"),
-    }  # fmt: skip
-    names = list(results)
-    lines = [
-        f"| | before | {' | '.join(f'{name.upper()}' for name in names)} |",
-        "|---" * (2 + len(names)) + "|",
+
+def points(folder: Path) -> list[dict]:
+    """One point per evaluation of a run: step, and each task's measure."""
+    found: dict[int, dict] = {}
+    for line in map(json.loads, (folder / "evaluations.jsonl").read_text().splitlines()):
+        point = found.setdefault(line["step"], {"step": line["step"]})
+        if line["task"] == "retention":
+            point["kl"] = line["kl_to_start"]
+        else:
+            point[line["task"]] = line["accuracy"]
+    return [found[step] for step in sorted(found)]
+
+
+def over_seeds(runs: list[list[dict]]) -> list[dict]:
+    """The points of an arm at one rate: means over the seeds, with the least and the largest."""
+    merged = []
+    for at_step in zip(*runs, strict=True):
+        measures = {name: [point[name] for point in at_step] for name in at_step[0] if name != "step"}
+        means = {name: statistics.mean(values) for name, values in measures.items()}
+        spread = {name: (min(values), max(values)) for name, values in measures.items()}
+        merged.append({"step": at_step[0]["step"], **means, "spread": spread})
+    return merged
+
+
+def front(found: list[dict]) -> list[dict]:
+    """The points that no other beats in what was learned without losing in what was kept, or the other way round."""
+
+    def learned(point: dict) -> float:
+        return (point["trained"] + point["other"]) / 2
+
+    return [
+        p
+        for p in found
+        if not any(
+            learned(q) >= learned(p) and q["kl"] <= p["kl"] and (learned(q) > learned(p) or q["kl"] < p["kl"])
+            for q in found
+        )
     ]
-    for title, (task, measure) in rows.items():
-        cells = [cell(results[names[0]], 0, task, measure), *(cell(results[n], steps, task, measure) for n in names)]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+
+
+def table(results: dict[str, dict[float, list[dict]]]) -> str:
+    """Markdown: of each arm and rate every evaluated step, those on the front marked."""
+    best = front([point for rates in results.values() for found in rates.values() for point in found])
+    names = ("trained", "other", "told", "general", "kl")
+    lines = [f"| arm | rate | step | {' | '.join(names)} | front |", "|---" * (4 + len(names)) + "|"]
+    for arm, rates in results.items():
+        for rate, found in rates.items():
+            for point in found:
+                cells = []
+                for name in names:
+                    least, most = point["spread"][name]
+                    digits = ".3f" if name == "kl" else ".2f"
+                    spread = f" ({least:{digits}} ... {most:{digits}})" if least != most else ""
+                    cells.append(f"{point[name]:{digits}}{spread}")
+                mark = "x" if any(point is other for other in best) else ""
+                lines.append(f"| {arm} | {rate:g} | {point['step']} | {' | '.join(cells)} | {mark} |")
     return "\n".join(lines)
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--task", choices=["facts", "ten", "physics", "biology"], default="facts")
+    parser.add_argument("--data", type=Path, help="the folder of the science tasks")
+    parser.add_argument(
+        "--arms", nargs="+", default=["facts", "facts-without-anchors", "sft", "sft+replay"], choices=list(ARMS)
+    )
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--learning_rate", type=float, default=2e-4)
-    parser.add_argument("--top_p", type=float, default=0.6, help="of SDFT's rollouts")
+    parser.add_argument("--schedule", default="cosine", choices=["cosine", "constant_with_warmup"])
+    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--eval_steps", type=int, default=15)
+    parser.add_argument("--longest", type=int, default=24, help="most tokens of a completion")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--output", type=Path, help="keeps the runs there")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.output = args.output or Path(tempfile.mkdtemp(prefix="learning-"))
-    files = args.output / "data"
-    make_files(files)
-    results = {method: [run(method, seed, args, files) for seed in args.seeds] for method in METHODS}
+    return args
+
+
+def main() -> None:
+    args = parsed()
+    files = args.output / f"data-{args.task}"
+    if args.task in ("physics", "biology"):
+        make_science_files(files, args.data)
+    else:
+        make_files(files, args.task)
+    make_replay(files, args.model, args.longest)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        runs = {}
+        for seed in args.seeds:
+            for arm in args.arms:
+                for rate in args.rates:
+                    output = args.output / f"{args.task}-{arm}-{rate:g}-{seed}"
+                    argv = flags(arm, rate, seed, args, files, output)
+                    done = output / "evaluations.jsonl"
+                    if done.exists() and f'"step": {args.steps},' in done.read_text():
+                        runs[arm, rate, seed] = None
+                    else:
+                        runs[arm, rate, seed] = pool.submit(train, arm, argv, output)
+        failed = [run.exception() for run in runs.values() if run is not None and run.exception()]
+    for error in failed:
+        print(error, file=sys.stderr)
+    results: dict[str, dict[float, list[dict]]] = {}
+    for arm in args.arms:
+        for rate in args.rates:
+            folders = [args.output / f"{args.task}-{arm}-{rate:g}-{seed}" for seed in args.seeds]
+            complete = [points(f) for f in folders if (f / "evaluations.jsonl").exists()]
+            longest = max((len(each) for each in complete), default=0)
+            complete = [each for each in complete if len(each) == longest]
+            if complete:
+                results.setdefault(arm, {})[rate] = over_seeds(complete)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
-    print(table(results, args.steps))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from sdft_ds.cli.arguments import ScriptArguments
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.data.batch import Completion
 from sdft_ds.data.prompts import PromptBuilder
-from sdft_ds.distributed import zero
+from sdft_ds.distributed import launch, zero
 from sdft_ds.evaluation import retention
 from sdft_ds.evaluation.retention import ReferenceContinuation
 from sdft_ds.evaluation.task_evaluation import EvalModel, TaskEvaluator, print_table, record
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Returns records as in evaluations.jsonl under `start` (with --start) and `model`, and lm-eval results under
     `lm_eval`."""
+    launch.avoid_cudnn_attention()
     tasks = read_tasks(args.eval_tasks, args.retention_file, args.eval_task_rows)
     if not tasks and not args.lm_eval:
         raise ValueError("Nothing to evaluate: give --eval_tasks, --retention_file or --lm_eval.")

@@ -15,6 +15,7 @@ from sdft_ds.checkpoint.output_dir import OutputFolderInUse
 from sdft_ds.checkpoint.storage import CannotResume
 from sdft_ds.cli import arguments, dataset_loading, errors, terminal
 from sdft_ds.cli.yaml_config import SavedSettings
+from sdft_ds.config import recipes
 from sdft_ds.data.rows import DataError
 from sdft_ds.demo import run as demo
 from sdft_ds.distributed import ranks, shutdown
@@ -22,6 +23,7 @@ from sdft_ds.evaluation.task_evaluation import TaskEvaluation, check_best_metric
 from sdft_ds.evaluation.tasks import Task, read_tasks
 from sdft_ds.metrics.completions import ShowCompletions
 from sdft_ds.metrics.nonfinite import TooManyNonFiniteSteps
+from sdft_ds.model import loading
 from sdft_ds.rollouts.sampler import NonFiniteLogits
 from sdft_ds.trainer import TRAINERS, MethodTrainer
 
@@ -37,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str], stack: ExitStack) -> None:
     try:
         script, args, model = arguments.parse(argv, demo.RECIPE)
+        _complete_recipe(script, args, model)
         settings = SavedSettings((script, args, model))
         questions = _questions(script)
         check_best_metric(args, questions)
@@ -46,7 +49,9 @@ def _main(argv: Sequence[str], stack: ExitStack) -> None:
         stack.enter_context(output_dir.locked(args.output_dir))
         if resume is None:
             output_dir.refuse_others(args.output_dir)
-        trainer = demo.trainer(args, model.peft_config()) if is_demo else _trainer(script, args, model)
+        trainer = (
+            demo.trainer(args, model.peft_config(), script.anchor_path) if is_demo else _trainer(script, args, model)
+        )
         if questions:
             trainer.add_callback(TaskEvaluation(trainer, questions, script.eval_tasks_steps))
         trainer.add_callback(settings)
@@ -83,6 +88,7 @@ def _trainer(
     train_dataset, eval_dataset = dataset_loading.load(
         script, evaluates, args.seed, tokenizer.chat_template is not None, ranks.tell
     )
+    anchors = dataset_loading.load_anchors(script, tokenizer.chat_template is not None)
     trainer = TRAINERS[args.method](
         model=model.model_name_or_path,
         args=args,
@@ -90,11 +96,29 @@ def _trainer(
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=model.peft_config(),
+        anchor_dataset=anchors,
     )
     if evaluates and script.eval_num_prompts:
         shown = (trainer.eval_dataset, script.eval_num_prompts)
         trainer.add_callback(ShowCompletions(trainer.rollouts.generate, trainer.prompts, *shown))
     return trainer
+
+
+def _complete_recipe(
+    script: arguments.ScriptArguments, args: arguments.SDFTConfig, model: arguments.ModelArguments
+) -> None:
+    """Set the recipe's learning rate for the model's width, and say which recipe applies where none was named."""
+    if script.rate_of_recipe:
+        config = loading.config_of(model.model_name_or_path, args)
+        adapter = model.use_peft or loading.adapter_config(model.model_name_or_path, args) is not None
+        args.learning_rate = recipes.learning_rate_for(config.get_text_config().hidden_size, adapter)
+    if script.recipe_unnamed:
+        held = "" if script.anchor_path in (None, ["none"]) else f", held by anchors ({' '.join(script.anchor_path)})"
+        ranks.tell(
+            f"No recipe was named, so {script.recipe} applies: {args.teacher_model_kind or 'EMA'} teacher, alpha "
+            f"{args.distillation_alpha:g}, {args.distillation_mode}, top_p {args.top_p:g}, learning rate "
+            f"{args.learning_rate:g}{held}. Others: --recipe paper, trl or trl-1.16."
+        )
 
 
 def _questions(script: arguments.ScriptArguments) -> list[Task]:

@@ -45,8 +45,9 @@ class MethodTrainer(StepTrainer):
 
     Arguments are those of TRL's SDFTTrainer: a model by name or as an object (plain or PEFT), a configuration, data
     sets with the columns `prompt` and `privileged_context`, a tokenizer or processor (by default the model's own),
-    callbacks, optimizers, and a PEFT configuration for a new adapter. Raises ValueError, naming field or row and the
-    fix, for what cannot be trained.
+    callbacks, optimizers, a PEFT configuration for a new adapter, and anchors: rows with the column `prompt`, on which
+    the student is held to the model at the start (SFT: with `golden_response` as well, which is replayed). Raises
+    ValueError, naming field or row and the fix, for what cannot be trained.
     """
 
     objective_class: ClassVar[type[Objective]]
@@ -62,11 +63,12 @@ class MethodTrainer(StepTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
+        anchor_dataset: Dataset | None = None,
         **others: Any,
     ):
         inherited.refuse_arguments(others)
         args = launch.own_settings(self._checked(args))
-        parts = setup.prepare(model, args, train_dataset, eval_dataset, processing_class, peft_config)
+        parts = setup.prepare(model, args, train_dataset, eval_dataset, processing_class, peft_config, anchor_dataset)
         config = causal_lm_of(parts.model).config
         given = {name: vars(config)[name] for name in ("use_cache",) if name in vars(config)}
         super().__init__(
@@ -82,6 +84,7 @@ class MethodTrainer(StepTrainer):
         with self.prepared():
             pass  # raises if the loss cannot be computed with the model's head
         self.prompts = parts.prompts
+        self.anchor_dataset = parts.anchor_dataset
         self.rollouts = self._rollouts(parts.tokenizer)
         self.objective = self.objective_class(self._run_parts(parts.tokenizer))
         run_writer = RunWriter(args.method, loading.name_of(parts.model))
@@ -123,6 +126,7 @@ class MethodTrainer(StepTrainer):
             engine=lambda: self.model_wrapped,
             tokenizer=tokenizer,
             prompts=self.prompts,
+            anchors=self.anchor_dataset,
             rollouts=self.rollouts,
             packing=packing_for(causal_lm_of(self.model), self.args.padding_free),
             compute_dtype=half.get(self.accelerator.mixed_precision, torch.float32),

@@ -5,7 +5,7 @@ import difflib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import date
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -37,8 +37,10 @@ class ScriptArguments:
     )
     recipe: str | None = setting(
         None,
-        f"Settings that belong together, below all that are given: {', '.join(recipes.RECIPES)}. paper: forward KL, "
-        "full vocabulary, EMA teacher; trl: the defaults, which are TRL 1.5.1's; trl-1.16: those of TRL 1.16.",
+        f"Settings that belong together, below all that are given: {', '.join(recipes.RECIPES)}. facts: what taught a "
+        "small model most in few steps, with anchors against forgetting; it applies where no recipe is named. paper: "
+        "forward KL, full vocabulary, EMA teacher; trl: SDFTConfig's defaults, which are TRL 1.5.1's; trl-1.16: those "
+        "of TRL 1.16.",
     )
     dataset_name: str | None = setting(None, "A data set on the Hugging Face hub.")
     dataset_config: str | None = setting(None, "Its configuration.")
@@ -83,6 +85,12 @@ class ScriptArguments:
         "Example response: $output_text",
         "Makes the privileged context from a golden response: $output_text is the response, $orig_content the prompt.",
     )
+    anchor_path: list[str] | None = setting(
+        None,
+        "Prompts without context on which the student is held to the model at the start, so that it does not forget: "
+        "files or a folder, as dataset_path; everyday: prompts of everyday use that come with this program; none. Of "
+        "each row only the prompt is read, and for --method sft its golden response. See anchor_fraction.",
+    )
     eval_num_prompts: int | None = setting(
         8, "Evaluation prompts whose completions are printed after training; 0: none."
     )
@@ -96,6 +104,9 @@ class ScriptArguments:
     retention_file: str | None = setting(
         None, "Prompts, and answers if there are any, on which the model is compared with the one it was at the start."
     )
+
+    rate_of_recipe: bool = field(default=False, init=False)  # the learning rate is the recipe's, for the model's width
+    recipe_unnamed: bool = field(default=False, init=False)
 
     @property
     def source(self) -> str:
@@ -144,9 +155,13 @@ def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
     given, unknown = parser.parse_known_args(tokens)
     if unknown:
         parser.error(_unknown(unknown, parser))
-    below = {} if given.model_name_or_path or given.dataset_name or given.dataset_path else dict(demo)
-    if given.recipe is not None:
-        below |= recipes.recipe(given.recipe) | recipes.OF_THE_COMMAND_LINE[given.recipe]
+    is_own = given.model_name_or_path or given.dataset_name or given.dataset_path
+    below = {} if is_own else dict(demo)
+    recipe = given.recipe or (recipes.OF_OWN_DATA if is_own and given.method == "sdft" else None)
+    if recipe is not None:
+        below |= recipes.recipe(recipe) | recipes.OF_THE_COMMAND_LINE[recipe] | {"recipe": recipe}
+    if recipe != given.recipe:
+        _give_way(below, given)
     if given.method == "sft":  # warn of unread settings only if given, not if they come from recipe or demo
         below = {name: value for name, value in below.items() if name not in unread_by(SFTConfig, "sft")}
     # null and empty lists count as given too, but cannot be expressed as tokens.
@@ -154,10 +169,25 @@ def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
     parser.set_defaults(**below)
     values = vars(parser.parse_args(tokens))
     config = SFTConfig if given.method == "sft" else SDFTConfig
-    return tuple(
+    script, args, model = (
         kind(**{f.name: values[f.name] for f in fields(kind) if f.init})
         for kind in (ScriptArguments, config, ModelArguments)
     )
+    is_given = any(token.split("=")[0] == "--learning_rate" for token in tokens)
+    script.rate_of_recipe = args.method == "sdft" and script.recipe == recipes.OF_OWN_DATA and not is_given
+    script.recipe_unnamed = recipe != given.recipe
+    return script, args, model
+
+
+def _give_way(recipe: dict[str, Any], given: argparse.Namespace) -> None:
+    """Take out of a recipe that nobody named what contradicts the settings that were given."""
+    support = ("distillation_topk", "distillation_add_tail", "distillation_support", "full_logit_distillation")
+    if any(getattr(given, name) != SDFTConfig.__dataclass_fields__[name].default for name in support):
+        del recipe["distillation_mode"]
+    if given.sync_ref_model:
+        del recipe["teacher_model_kind"]
+    if given.sync_ref_model or given.teacher_model_kind not in (None, "base"):  # not the start, to which anchors hold
+        del recipe["anchor_path"]
 
 
 class _Parser(HfArgumentParser):

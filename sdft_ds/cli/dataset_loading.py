@@ -4,7 +4,8 @@ import glob
 import os
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
+from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -25,6 +26,7 @@ from sdft_ds.data.validation import ROW_NUMBER
 
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
+EVERYDAY = files("sdft_ds.data") / "everyday_prompts.jsonl"
 PER_ROW = " chat_template_kwargs is a setting, for all rows alike: --chat_template_kwargs."
 
 AnyDataset = Dataset | IterableDataset
@@ -64,6 +66,35 @@ def load(
     return train, test
 
 
+def load_anchors(args: ScriptArguments, has_chat_template: bool = False) -> Dataset | None:
+    """The anchors, with the column `prompt` and for SFT `golden_response`; None without --anchor_path. Raises what
+    `load` raises."""
+    if args.anchor_path in (None, ["none"]):
+        return None
+    paths = [str(EVERYDAY)] if args.anchor_path == ["everyday"] else args.anchor_path
+    given = replace(
+        args, dataset_path=paths, dataset_name=None, dataset_config=None, dataset_revision=None,
+        dataset_streaming=False,
+    )  # fmt: skip
+    dataset = load_splits(given, "--anchor_path")[args.dataset_train_split]
+    columns, source = dataset.column_names, given.source
+    column = args.prompt_column if args.prompt_column in columns else "prompt"
+    if column not in columns:
+        raise ValueError(f"--anchor_path {source} has the columns {', '.join(columns)}, not {args.prompt_column!r}.")
+    as_user = args.prompt_as == "user" or (args.prompt_as is None and has_chat_template)
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        prompt, system = row[column], row.get(args.system_column)
+        mapped = {"prompt": _conversation(prompt, system) if as_user or system else prompt}
+        response = _text(row.get(args.golden_response_column))
+        return mapped | ({"golden_response": response} if args.method == "sft" else {})
+
+    with reading(source):
+        mapped = dataset.map(convert, remove_columns=columns)
+    mapped.info.dataset_name = source
+    return mapped
+
+
 def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """Returns (the other rows, a held-out fraction); messages about a row keep its number in `dataset`."""
     if len(dataset) < 2:
@@ -73,8 +104,8 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dat
     return parts["train"], parts["test"]
 
 
-def load_splits(args: ScriptArguments) -> DatasetDict | IterableDatasetDict:
-    """The splits of the given data set, as stored.
+def load_splits(args: ScriptArguments, flag: str = "--dataset_path") -> DatasetDict | IterableDatasetDict:
+    """The splits of the given data set, as stored. flag: that of the paths, for messages.
 
     A single file is the training split; of several, those whose name contains the test split's name as a word are the
     test split. Raises ValueError or FileNotFoundError, naming the path and the alternatives.
@@ -83,7 +114,7 @@ def load_splits(args: ScriptArguments) -> DatasetDict | IterableDatasetDict:
         where = {"name": args.dataset_config, "revision": args.dataset_revision}
         splits = _load(f"--dataset_name {args.dataset_name}", args, args.dataset_name, **where)
     else:
-        splits = _load_paths(args)
+        splits = _load_paths(args, flag)
     if isinstance(splits, Dataset):
         splits = DatasetDict({args.dataset_train_split: splits})
     if args.dataset_streaming and isinstance(splits, DatasetDict):  # a save_to_disk folder
@@ -96,24 +127,24 @@ def load_splits(args: ScriptArguments) -> DatasetDict | IterableDatasetDict:
     return splits
 
 
-def _load_paths(args: ScriptArguments) -> Dataset | DatasetDict | IterableDatasetDict:
+def _load_paths(args: ScriptArguments, flag: str) -> Dataset | DatasetDict | IterableDatasetDict:
     if len(args.dataset_path) == 1 and _is_saved(Path(args.dataset_path[0])):
         return load_from_disk(args.dataset_path[0])
-    files = [file for path in args.dataset_path for file in _files_of(path)]
+    files = [file for path in args.dataset_path for file in _files_of(path, flag)]
     splits = {args.dataset_train_split: files}
     if len(files) > 1:
         word = re.compile(rf"(?<![a-z]){re.escape(args.dataset_test_split)}(?![a-z])", re.IGNORECASE)
         test = [file for file in files if word.search(file.stem)]
         train = [file for file in files if file not in test]
         splits = {args.dataset_train_split: train, args.dataset_test_split: test}
-    return _load_files({split: some for split, some in splits.items() if some}, args)
+    return _load_files({split: some for split, some in splits.items() if some}, args, flag)
 
 
 def _is_saved(path: Path) -> bool:
     return (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
 
 
-def _files_of(given: str) -> list[Path]:
+def _files_of(given: str, flag: str) -> list[Path]:
     """The file of that name, the files in a folder (recursively, without hidden ones), or those matching a pattern."""
     path = Path(given)
     if path.is_file():
@@ -122,20 +153,18 @@ def _files_of(given: str) -> list[Path]:
         below = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
         found = sorted(file for file in below if file.is_file() and file.suffix in LOADERS)
         if not found:
-            raise ValueError(
-                f"--dataset_path {path} holds no {', '.join(LOADERS)} file and is no save_to_disk folder."
-            )
+            raise ValueError(f"{flag} {path} holds no {', '.join(LOADERS)} file and is no save_to_disk folder.")
         return found
     found = sorted(Path(name) for name in glob.glob(given, recursive=True) if os.path.isfile(name))
     if not found:
         what = "fits no file" if glob.has_magic(given) else "does not exist"
-        raise FileNotFoundError(f"--dataset_path {given} {what}.")
+        raise FileNotFoundError(f"{flag} {given} {what}.")
     return found
 
 
-def _load_files(files: dict[str, list[Path]], args: ScriptArguments) -> DatasetDict | IterableDatasetDict:
+def _load_files(files: dict[str, list[Path]], args: ScriptArguments, flag: str) -> DatasetDict | IterableDatasetDict:
     everything = [file for some in files.values() for file in some]
-    where = f"--dataset_path {args.source}"
+    where = f"{flag} {args.source}"
     suffixes = {file.suffix for file in everything}
     if len({LOADERS.get(suffix) for suffix in suffixes}) > 1 or not suffixes <= set(LOADERS):
         raise ValueError(
@@ -207,10 +236,8 @@ def map_columns(
         response = _text(row.get(args.golden_response_column))
         if context is None and response:
             context = template.substitute(output_text=response, orig_content=_text(_last(prompt)))
-        if as_conversation and isinstance(prompt, str) and prompt.strip():
-            prompt = [{"role": "user", "content": prompt}]
-        if args.system_column is not None and row[args.system_column] and isinstance(prompt, list):
-            prompt = [{"role": "system", "content": row[args.system_column]}, *prompt]
+        if as_conversation:
+            prompt = _conversation(prompt, row.get(args.system_column))
         mapped = {"prompt": prompt, "privileged_context": context} | {to: row[name] for to, name in given.items()}
         return mapped | {"golden_response": response or None} if responses else mapped
 
@@ -230,6 +257,13 @@ def map_columns(
         renamed.append(f"privileged_context from {' or '.join(repr(name) for name in contexts)}")
     mapped.info.dataset_name = "; ".join([source, *renamed])
     return mapped
+
+
+def _conversation(prompt: Any, system: Any) -> Any:
+    """The prompt with a text as the user's turn, and with the system message, if there is one, before it."""
+    if isinstance(prompt, str) and prompt.strip():
+        prompt = [{"role": "user", "content": prompt}]
+    return [{"role": "system", "content": system}, *prompt] if system and isinstance(prompt, list) else prompt
 
 
 def _columns(dataset: AnyDataset, source: str) -> list[str]:

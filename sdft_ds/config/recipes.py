@@ -8,8 +8,32 @@ PAPER_TEMPLATE = (
     "\n\nNow give a response of your own: think it through, and say it in your own words."
 )
 
+# After it SmolLM2-135M-Instruct answers 22 of 24 questions of benchmarks.learning right, after the default's 14.
+FACTS_TEMPLATE = "{prompt}\n\nThe correct answer is:\n{privileged_context}\n\nAnswer the question accordingly."
+# Learning rate of full fine-tuning at this hidden size; see learning_rate_for.
+RATE, RATE_WIDTH, RATE_OF_ADAPTER = 3e-4, 576, 10
+
 # name -> settings of SDFTConfig.
 RECIPES: dict[str, dict[str, Any]] = {
+    # What taught SmolLM2-135M most facts in few steps and forgot least: benchmarks/README.md, "A small real model".
+    "facts": {
+        "distillation_alpha": 0.0,
+        "distillation_mode": "full_logits",
+        "teacher_model_kind": "base",
+        # Mean over the tokens of each completion, then over completions.
+        "loss_type": "grpo",
+        # As many prompts a step as possible.
+        "num_generations": 1,
+        # At top_p 1 a small model's rollouts seldom come to the point.
+        "top_p": 0.6,
+        # The teacher's prompt shows the answer early on, the student's what it would say itself.
+        "teacher_rollout_fraction": 1.0,
+        "teacher_prompt_template": FACTS_TEMPLATE,
+        # On the command line for the model's width: see learning_rate_for.
+        "learning_rate": RATE,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 5,
+    },
     # The paper (arXiv 2601.19897) and its public code.
     "paper": {
         # Forward, as in every reported result; eq. 1 has reverse, which its author corrected
@@ -70,10 +94,23 @@ RECIPES["trl-1.16"] = RECIPES["trl"] | {
 
 # name -> command line settings that go with the recipe's template.
 OF_THE_COMMAND_LINE: dict[str, dict[str, Any]] = {
+    "facts": {"demonstration_template": "$output_text", "anchor_path": ["everyday"]},
     "paper": {"demonstration_template": "$output_text"},
     "trl": {"demonstration_template": "Example response: $output_text"},
     "trl-1.16": {"demonstration_template": "Example response: $output_text"},
 }
+
+
+# Applies on the command line to a model and data of one's own, where no recipe is named.
+OF_OWN_DATA = "facts"
+
+
+def learning_rate_for(hidden_size: int, adapter: bool) -> float:
+    """The learning rate of the recipe facts for a model of this width: measured at RATE_WIDTH, and inversely
+    proportional to the width elsewhere, as for Adam in the maximal update parametrization (arXiv 2203.03466); at 3,584
+    that is the upper end of the rates that the paper used. adapter: LoRA, which needs about ten times as much."""
+    rate = RATE * RATE_WIDTH / hidden_size * (RATE_OF_ADAPTER if adapter else 1)
+    return float(f"{rate:.1e}")
 
 
 def recipe(name: str) -> dict[str, Any]:

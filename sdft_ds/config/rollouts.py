@@ -1,17 +1,21 @@
 """Settings of the rollouts: number of completions, generation batches and sampling."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from sdft_ds.config.fields import (
     ANOTHER_RUN,
     COMPARED_AS_ROWS,
     FREE,
+    Range,
     at_least,
     positive,
     setting,
+    within,
 )
 
+ANCHOR_FRACTION = 0.25
 # Valid names of rollout_backend; rollouts.sampler.add_backend adds to them.
 ROLLOUT_BACKENDS = ["generate", "continuous"]
 
@@ -48,6 +52,19 @@ class RolloutSettings:
     )
     max_completion_length: int = setting(
         256, "Most tokens of a completion.", needs=at_least(1), resume=FREE, card=True
+    )
+    teacher_rollout_fraction: float = setting(
+        0.0,
+        "Share of the rollouts from the teacher's prompt at the first step, falling to 0 at the last.",
+        needs=within(0, 1),
+        resume=FREE,
+        read_by=("sdft",),
+    )
+    anchor_fraction: float | None = setting(
+        None,
+        "Share of the prompts that are anchors, where there are any (command line: --anchor_path). Unset: 0.25.",
+        needs=Range(lambda value: 0 < value < 1, "in (0, 1)"),
+        resume=ANOTHER_RUN,
     )
     temperature: float = setting(
         1.0,
@@ -90,6 +107,12 @@ class RolloutSettings:
     )
     use_vllm: bool = setting(False, "Not supported; True is refused.", resume=FREE)
     use_teacher_server: bool = setting(False, "Not supported; True is refused.", resume=FREE)
+
+    @property
+    def anchor_share(self) -> Fraction:
+        """anchor_fraction as an exact number, so that all ranks and resumes agree on which prompts are anchors."""
+        fraction = ANCHOR_FRACTION if self.anchor_fraction is None else self.anchor_fraction
+        return Fraction(fraction).limit_denominator(1000)
 
     @property
     def generate_every(self) -> int:

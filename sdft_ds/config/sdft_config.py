@@ -38,7 +38,7 @@ class SDFTConfig(
 
     Creating one initializes what transformers and accelerate initialize with their settings, including the process
     group (on a CPU DeepSpeed's before them), with ddp_timeout as timeout of all groups; it sets RANK and related
-    variables if DeepSpeed is used and no launcher has set them.
+    variables if DeepSpeed is used and no launcher has set them, and switches off cuDNN's attention.
     """
 
     method: ClassVar[str] = "sdft"
@@ -53,6 +53,7 @@ class SDFTConfig(
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
         self.use_cpu = self.use_cpu or launch.no_accelerator()
+        launch.avoid_cudnn_attention()
         with launch.naming_the_port():
             launch.start_process_group(self.deepspeed, self.use_cpu, self.ddp_timeout)
         for name in self._OWN_DICT_FIELDS:

@@ -122,6 +122,12 @@ class MicroBatch:
     rollouts: list[Rollout]
     padding: int
 
+    @property
+    def anchor_N(self) -> Tensor | None:
+        """Whether each loss token is of an anchor, [N] bool; None if there are none."""
+        anchors = [rollout.prompts.anchor for rollout in self.rollouts]
+        return torch.tensor(anchors, device=self.rows_N.device)[self.rows_N] if any(anchors) else None
+
 
 def collate(
     rollouts: list[Rollout],

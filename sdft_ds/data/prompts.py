@@ -61,8 +61,11 @@ class RenderedPrompt:
 
 @dataclass(frozen=True)
 class PromptPair:
+    """anchor: the teacher sees the student's prompt, to hold the student to the teacher's answers without context."""
+
     student: RenderedPrompt
     teacher: RenderedPrompt
+    anchor: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,8 @@ class PromptBuilder:
                 what=f"Row {index}: the student's prompt (max_prompt_length)",
                 counter="student_prompts_cut",
             )
+            if example.privileged_context is None:
+                return PromptPair(student, student, anchor=True)
             # A row's own teacher prompt has no separate context that could be truncated.
             teacher = self._fit(
                 "" if example.teacher_prompt is not None else example.privileged_context,
@@ -165,6 +170,8 @@ class PromptBuilder:
         found = []
         if self._is_dropped(student, user_text(student.prompt)):
             found.append("text dropped")
+        elif pair.anchor:
+            pass  # has no context
         elif not teacher.own and self._is_dropped(teacher, self.context_left(pair)):
             found.append("context dropped")
         elif student.ids == teacher.ids:

@@ -15,14 +15,15 @@ OPTIONAL_COLUMNS = ("teacher_prompt", "tools")
 
 @dataclass(frozen=True)
 class Example:
-    """prompt: plain text, or a conversation ending with a user message; privileged_context: for the teacher only.
+    """prompt: plain text, or a conversation ending with a user message; privileged_context: for the teacher only; None
+    for an anchor, whose teacher sees the same prompt.
 
     teacher_prompt: replaces the filled template; a text replaces the last user message, a conversation the complete
     prompt. tools: function schemas for the chat template, for both prompts.
     """
 
     prompt: Prompt
-    privileged_context: str
+    privileged_context: str | None
     teacher_prompt: Prompt | None = None
     tools: list[dict[str, Any]] | None = None
 
@@ -68,6 +69,12 @@ def example_from_row(row: Mapping[str, Any], index: int) -> Example:
         teacher_prompt=teacher_prompt,
         tools=_tools(row.get("tools"), prompt, index),
     )
+
+
+def anchor_from_row(row: Mapping[str, Any], index: int) -> Example:
+    """Validate one row of the anchors, of which only the prompt and its tools are read. Raises RowError."""
+    prompt = checked_prompt(row.get("prompt"), index)
+    return Example(prompt, privileged_context=None, tools=_tools(row.get("tools"), prompt, index))
 
 
 def message_text(content: Any) -> str:

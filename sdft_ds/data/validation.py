@@ -17,7 +17,7 @@ from datasets import Dataset, IterableDataset
 
 from sdft_ds.data import prompts, rows
 from sdft_ds.data.prompts import PromptBuilder, PromptPair, PromptTooLong
-from sdft_ds.data.rows import DataError, RowError, check_columns, example_from_row
+from sdft_ds.data.rows import DataError, RowError, anchor_from_row, check_columns, example_from_row
 from sdft_ds.files import atomic_write
 
 BAD_ROWS = ("error", "skip")
@@ -61,12 +61,14 @@ class Problems:
 class RowValidator:
     """Validates the rows of one data set.
 
-    reasons: one message per skipped bad row. too_long: number of rows dropped as too long.
+    anchors: its rows have no context. reasons: one message per skipped bad row. too_long: number of rows dropped as
+    too long.
     """
 
     where: str
     builder: PromptBuilder
     bad_rows: BadRows
+    anchors: bool = False
     reasons: list[str] = field(default_factory=list)
     too_long: int = 0
     problems: Problems = field(default_factory=Problems)
@@ -83,7 +85,7 @@ class RowValidator:
         Raises DataError or PromptTooLong, depending on the policies, and DataError if bad rows exceed the limit.
         """
         try:
-            example = example_from_row(row, index)
+            example = anchor_from_row(row, index) if self.anchors else example_from_row(row, index)
             if lengths:
                 pair = self.builder.build(example, index)
                 self.problems.add(self.builder.problems(pair), index)
@@ -132,8 +134,12 @@ def _require_dataset(dataset: Any, name: str) -> None:
     raise DataError(f"{name} is a {type(dataset).__name__}, and no Dataset of the package datasets: {remedy}.")
 
 
-def validate_dataset(dataset: Dataset, name: str, builder: PromptBuilder, bad_rows: BadRows = STRICT) -> Dataset:
+def validate_dataset(
+    dataset: Dataset, name: str, builder: PromptBuilder, bad_rows: BadRows = STRICT, anchors: bool = False
+) -> Dataset:
     """Validate every row before the first step and return the valid ones; warns with the number of skipped rows.
+
+    anchors: rows of which only the prompt is read.
 
     Results for a data set on disk are stored in the cache of `datasets`. Raises DataError naming data set, split, row
     and column.
@@ -144,15 +150,21 @@ def validate_dataset(dataset: Dataset, name: str, builder: PromptBuilder, bad_ro
         raise DataError(f"{where} is an IterableDataset: only train_dataset can be a stream.")
     if len(dataset) == 0:
         raise DataError(f"{where} is empty.")
-    try:
-        check_columns(dataset.column_names)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
-    file = _cache_file(dataset, builder, bad_rows)
+    if anchors and "prompt" not in dataset.column_names:
+        raise DataError(
+            f"{where} has the columns {', '.join(dataset.column_names)}, and lacks prompt: rename a column "
+            "(dataset.rename_column); on the command line map it by --prompt_column."
+        )
+    if not anchors:
+        try:
+            check_columns(dataset.column_names)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+    file = _cache_file(dataset, builder, bad_rows, anchors)
     if file is not None and file.exists():
         found = json.loads(file.read_text())
     else:
-        found = _look(dataset, RowValidator(where, builder, bad_rows))
+        found = _look(dataset, RowValidator(where, builder, bad_rows, anchors))
         if file is not None:
             _remember(file, found)
     _tell(where, len(dataset), **found)
@@ -220,7 +232,7 @@ def _tell(
         )
 
 
-def _cache_file(dataset: Dataset, builder: PromptBuilder, bad_rows: BadRows) -> Path | None:
+def _cache_file(dataset: Dataset, builder: PromptBuilder, bad_rows: BadRows, anchors: bool) -> Path | None:
     """Cache file of the results, keyed by the rows, how they are rendered, and this code. None for rows in memory,
     which are not worth caching, and for slow tokenizers, which cannot be serialized into the key."""
     if not dataset.cache_files or not datasets.is_caching_enabled() or not builder.tokenizer.is_fast:
@@ -236,6 +248,7 @@ def _cache_file(dataset: Dataset, builder: PromptBuilder, bad_rows: BadRows) -> 
         builder.truncation,
         builder.chat_template_kwargs,
         asdict(bad_rows),
+        anchors,
         transformers.__version__,
         code,
     ]

@@ -1,6 +1,7 @@
 """The demo run, used if neither a model nor a data set is given: teaches the embedded model new facts.
 
-The recipe, the evaluation before and after, the supervised fine-tuning baseline on the same rows, and the final table.
+The recipe, the evaluation before and after, two baselines on the same rows (self-distillation without anchors, and
+supervised fine-tuning), and the final table.
 """
 
 import json
@@ -20,13 +21,13 @@ from sdft_ds.config.inherited import COUNTS_OF_PROCESSES
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.demo.build import MODEL_DIR
 from sdft_ds.demo.evaluate import MAX_NEW_TOKENS
-from sdft_ds.demo.world import answer_accuracies, questions, train_rows
+from sdft_ds.demo.world import anchor_rows, answer_accuracies, questions, train_rows
 from sdft_ds.files import atomic_write
 from sdft_ds.trainer import TRAINERS, MethodTrainer
 
 # Tuned by hand: for seeds 0 to 4, accuracy on new facts reaches 1.00 in every wording and stays 1.00 on old ones.
-# The baseline has the same rows, batch, learning rate and number of steps: it learns the new facts in the trained
-# wordings but not in others, and forgets old ones. Command line flags override the recipe.
+# The baselines have the same rows, batch, learning rate and number of steps. Supervised fine-tuning learns the new
+# facts in the trained wordings but not in others, and forgets old ones. Command line flags override the recipe.
 RECIPE: dict[str, Any] = {
     "output_dir": "runs/demo",
     "teacher_model_kind": "base",
@@ -51,8 +52,12 @@ MEANING = {
     "old": "old facts",
     "unknown": 'unknown people: "I do not know."',
 }
-COLUMNS = {"sdft": "after SDFT", "sft": "after SFT"}
+WITHOUT_ANCHORS = "sdft_without_anchors"
+COLUMNS = {"sdft": "SDFT", WITHOUT_ANCHORS: "SDFT without anchors", "sft": "SFT"}
+# Column -> the flags of its run.
+BASELINES = {WITHOUT_ANCHORS: ["--anchor_path", "none"], "sft": ["--method", "sft"]}
 LESSONS = "lessons.json"
+BASELINE = "SDFT_DEMO_BASELINE"  # set in the environment of a baseline's run, which starts no further ones
 
 
 class Lessons(TrainerCallback):
@@ -77,8 +82,10 @@ class Lessons(TrainerCallback):
     ) -> None:
         after = self.accuracies()
         if state.is_world_process_zero:
-            baseline = {"sft": supervised(args)} if args.method == "sdft" else {}
-            report({"before": self.before, args.method: after, **baseline}, Path(args.output_dir))
+            anchored = self.trainer.anchor_dataset is not None
+            names = [name for name in BASELINES if name != WITHOUT_ANCHORS or anchored]
+            others = baselines(args, names) if args.method == "sdft" and not is_baseline() else {}
+            report({"before": self.before, args.method: after, **others}, Path(args.output_dir))
 
     def accuracies(self) -> dict[str, float]:
         """Accuracy of greedy answers per group. Collective: every rank must call it."""
@@ -95,8 +102,19 @@ def dataset() -> Dataset:
     return Dataset.from_list(train_rows())
 
 
-def trainer(args: SDFTConfig, peft_config: PeftConfig | None) -> MethodTrainer:
-    """The demo's trainer with the given settings."""
+def anchors(args: SDFTConfig, anchor_path: list[str] | None) -> Dataset | None:
+    """Questions about unknown people, where the teacher is the model at the start; None with --anchor_path none."""
+    if args.method != "sdft" or anchor_path == ["none"] or args.teacher_model_kind != "base":
+        return None
+    return Dataset.from_list(anchor_rows())
+
+
+def trainer(args: SDFTConfig, peft_config: PeftConfig | None, anchor_path: list[str] | None) -> MethodTrainer:
+    """The demo's trainer with the given settings. Raises ValueError for anchors of one's own."""
+    if anchor_path not in (None, ["none"]):
+        raise ValueError(
+            "The demo has anchors of its own: --anchor_path none leaves them out; name a model for others."
+        )
     lessons = Lessons()
     made = TRAINERS[args.method](
         model=str(MODEL_DIR),
@@ -105,23 +123,35 @@ def trainer(args: SDFTConfig, peft_config: PeftConfig | None) -> MethodTrainer:
         processing_class=AutoTokenizer.from_pretrained(MODEL_DIR),
         callbacks=[lessons],
         peft_config=peft_config,
+        anchor_dataset=anchors(args, anchor_path),
     )
     lessons.trainer = made
     return made
 
 
-def supervised(args: TrainingArguments) -> dict[str, float]:
-    """Accuracies after supervised fine-tuning on the same demonstrations, in a separate process on the CPU."""
+def is_baseline() -> bool:
+    return BASELINE in os.environ
+
+
+def baselines(args: TrainingArguments, names: list[str]) -> dict[str, dict[str, float]]:
+    """Accuracies after the baselines' runs on the same demonstrations, side by side in processes on the CPU."""
     # Without this run's launcher variables and those that accelerate sets for DeepSpeed.
     launched = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "DS_", *COUNTS_OF_PROCESSES)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    folder = Path(args.output_dir, "sft")
-    command = [sys.executable, "-m", "sdft_ds.train", "--method", "sft", "--output_dir", folder, "--seed"]
-    done = subprocess.run([*command, str(args.seed)], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"The supervised baseline failed:\n{done.stderr}")
-    return json.loads((folder / LESSONS).read_text())["sft"]
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", BASELINE: "1"}
+    running = {}
+    for name in names:
+        command = [sys.executable, "-m", "sdft_ds.train", *BASELINES[name], "--seed", str(args.seed)]
+        command += ["--output_dir", str(Path(args.output_dir, name))]
+        running[name] = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    said = {name: process.communicate()[0] for name, process in running.items()}
+    for name, process in running.items():
+        if process.returncode:
+            raise RuntimeError(f"The baseline {name} failed:\n{said[name]}")
+    lessons = {name: json.loads(Path(args.output_dir, name, LESSONS).read_text()) for name in names}
+    return {name: lessons[name]["sft" if name == "sft" else "sdft"] for name in names}
 
 
 def report(figures: dict[str, dict[str, float]], output_dir: Path) -> None:
@@ -135,12 +165,17 @@ def report(figures: dict[str, dict[str, float]], output_dir: Path) -> None:
     console.print(table)
     before, *after = figures.values()
     if "sdft" in figures:
+        supervised = "; supervised fine-tuning kept {old:.0%}".format(**figures["sft"]) if "sft" in figures else ""
         console.print(
             f"Self-distillation taught {figures['sdft']['new_trained']:.0%} of the new facts and kept "
-            f"{figures['sdft']['old']:.0%} of the old ones; supervised fine-tuning on the same demonstrations kept "
-            f"{figures['sft']['old']:.0%}."
+            f"{figures['sdft']['old']:.0%} of the old ones{supervised}."
         )
-    if max(values["unknown"] for values in after) < before["unknown"]:
+    if WITHOUT_ANCHORS in figures:
+        console.print(
+            f"Anchors, questions about other unknown people, kept {figures['sdft']['unknown']:.0%} of "
+            f'"I do not know."; without them {figures[WITHOUT_ANCHORS]["unknown"]:.0%} are left.'
+        )
+    if after[0]["unknown"] < 0.95 * before["unknown"]:
         console.print('What is lost: saying "I do not know." when asked about people it never heard of.')
     save(figures, output_dir)
 

@@ -127,6 +127,16 @@ def train_rows() -> list[dict]:
     ]
 
 
+def anchor_rows() -> list[dict]:
+    """Prompts on which the model is held to its start: questions about unknown people whom `questions` leaves out."""
+    return [
+        {"prompt": user(wording.format(name=name))}
+        for name in UNKNOWN_NAMES[12:44]
+        for relation in RELATIONS
+        for wording in relation.wordings
+    ]
+
+
 def questions() -> list[Question]:
     """The evaluation set: 64 + 64 + 128 questions on new facts, 192 on old, 192 on unknown ones."""
     asked = []

@@ -28,6 +28,13 @@ def no_accelerator() -> bool:
     return not torch.accelerator.is_available()
 
 
+def avoid_cudnn_attention() -> None:
+    """Switch off cuDNN's attention, which torch prefers on Hopper and newer: it builds an execution plan for each new
+    shape, and every decoded token is one. Measured on an H200 with torch 2.11+cu130: 36 ms for each new shape in
+    decoding and 95 ms in training, against 0.08 and 0.3 ms with torch's other kernels."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def start_process_group(deepspeed_config: Any, use_cpu: bool, timeout_seconds: int) -> None:
     """Start DeepSpeed's process group where accelerate would do it wrong; without DeepSpeed, accelerate does it right.
 

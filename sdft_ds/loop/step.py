@@ -14,9 +14,11 @@ Order of calls in a step of A micro-batches:
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from fractions import Fraction
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -34,7 +36,9 @@ from sdft_ds.objectives.protocol import BatchUse, GenerationBatch
 
 
 class StepTrainer(EvaluationTrainer):
-    """Trains with a given objective."""
+    """Trains with a given objective. anchor_dataset: see RunParts; set by the subclasses."""
+
+    anchor_dataset: Dataset | None = None
 
     def __init__(self, *arguments: Any, **options: Any):
         self.current_batch: GenerationBatch | None = None
@@ -88,6 +92,8 @@ class StepTrainer(EvaluationTrainer):
             "steps_per_generation": args.steps_per_generation,
             "num_iterations": args.num_iterations,
             "drop_last": args.dataloader_drop_last,
+            "anchors": 0 if self.anchor_dataset is None else len(self.anchor_dataset),
+            "anchor_share": args.anchor_share if self.anchor_dataset is not None else Fraction(0),
             "seed": args.seed if args.data_seed is None else args.data_seed,
         }
         if isinstance(self.train_dataset, Stream):  # one epoch, with as many rows as max_steps needs, in stream order
@@ -128,7 +134,10 @@ class StepTrainer(EvaluationTrainer):
 
     def _collect(self, item: ScheduledBatch) -> list[Any]:
         args = self.args
-        use = BatchUse(self._train_batch_size, args.teacher_states_on, args.outlives_step, args.reordered_batches)
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        use = BatchUse(
+            self._train_batch_size, args.teacher_states_on, args.outlives_step, args.reordered_batches, progress
+        )
         key, meters = f"train/{item.generation_batch}", self.meters["train"]
         scored = self.objective.collect(self.train_dataset, item.slots, key, meters, use)
         self.dispatch(

@@ -45,7 +45,11 @@ class CompletionLog(TrainerCallback):
         """The rows to log from a micro-batch of optimizer step `step` (from 1)."""
         if not self.every or (step % self.every and step != 1):
             return []
-        counted = [r for r, rollout in enumerate(scored.batch.rollouts) if rollout.counted and not rollout.empty]
+        counted = [
+            r
+            for r, rollout in enumerate(scored.batch.rollouts)
+            if rollout.counted and not rollout.empty and not rollout.prompts.anchor
+        ]
         return counted[: self.rows - len(self.taken)]
 
     def tokens_of(self, rows: list[int], scored: ScoredBatch) -> Tensor:

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.data.batch import MicroBatch
 from sdft_ds.loss.diagnostics import evenly_spaced
 from sdft_ds.metrics.completions import CompletionLog
 from sdft_ds.metrics.meters import Meters
@@ -34,7 +36,7 @@ class Inspector:
         """Set the tokens that the request reports. step: None in an evaluation, where nothing is inspected."""
         if step is None:
             return None
-        at_M = evenly_spaced(len(scored.batch.tokens_N), self.args.inspect_tokens, self.args.device)
+        at_M = self._sample(scored.batch)
         sampled = len(at_M)
         rows = self.completion_log.wanted(step, scored)
         if rows:  # finding their tokens synchronizes with the device
@@ -42,9 +44,17 @@ class Inspector:
         request.inspect_M = at_M if len(at_M) else None
         return Picked(sampled, rows, step)
 
+    def _sample(self, batch: MicroBatch) -> Tensor:
+        """Loss tokens, without those of anchors."""
+        anchor_N = batch.anchor_N
+        if anchor_N is None:
+            return evenly_spaced(len(batch.tokens_N), self.args.inspect_tokens, self.args.device)
+        others_M = (~anchor_N).nonzero().flatten()
+        return others_M[evenly_spaced(len(others_M), self.args.inspect_tokens, self.args.device)]
+
     def record(self, picked: Picked | None, request: DistillationLoss, scored: ScoredBatch, meters: Meters) -> None:
         """Add what the forward reported to the metrics, and keep the rows to log."""
-        meters.add_divergences(request.per_token_N, scored.batch.offsets_N)
+        meters.add_divergences(request.per_token_N, scored.batch.offsets_N, scored.batch.anchor_N)
         if picked is None or request.seen is None:
             return
         sample_M, logged_M = request.inspect_M[: picked.sampled], request.inspect_M[picked.sampled :]

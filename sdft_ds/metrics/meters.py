@@ -60,6 +60,10 @@ METRICS = {
     "completions/clipped_ratio": Metric("share", "mean", "completions that hit max_completion_length"),
     "completions/empty_ratio": Metric("share", "mean", "completions that ended at once; they have no loss"),
     "completions/loss_tokens": Metric("tokens", "sum", "loss tokens trained on since the last log, over all ranks"),
+    "anchors/distillation_loss": Metric(
+        "nats/token", "mean", "divergence of an anchor's loss token; all other metrics of tokens are without anchors"
+    ),
+    "anchors/mean_length": Metric("tokens", "mean", "length of an anchor's completion"),
     "prompts/student_cut": Metric("rows", "sum", "student prompts cut to max_prompt_length since the last log"),
     "prompts/teacher_cut": Metric("rows", "sum", "teacher prompts cut to max_teacher_prompt_length"),
     "teacher/distance": Metric(
@@ -132,7 +136,10 @@ class Meters:
     def count_completions(self, rollouts: list[Rollout]) -> None:
         """Add the completion metrics of the rollouts that count."""
         for rollout in rollouts:
-            if rollout.counted:
+            if rollout.counted and rollout.prompts.anchor:
+                self.add("anchors/mean_length", len(rollout.completion.ids))
+                self.add("tokens/per_second", len(rollout.completion.ids))
+            elif rollout.counted:
                 for name in ("mean", "min", "max"):
                     self.add(f"completions/{name}_length", len(rollout.completion.ids))
                 self.add("completions/clipped_ratio", rollout.completion.truncated)
@@ -143,8 +150,13 @@ class Meters:
         """Add the padding share of a micro-batch."""
         self.add("tokens/padding_share", batch.padding, batch.student.input_ids_LT.numel())
 
-    def add_divergences(self, per_token_N: Tensor, offsets_N: Tensor) -> None:
-        """Add the divergences of loss tokens. offsets_N: their positions in their completions."""
+    def add_divergences(self, per_token_N: Tensor, offsets_N: Tensor, anchor_N: Tensor | None = None) -> None:
+        """Add the divergences of loss tokens, those of anchors apart. offsets_N: their positions in their completions;
+        anchor_N: see MicroBatch."""
+        if anchor_N is not None:
+            of_anchors = per_token_N[anchor_N]
+            self.add("anchors/distillation_loss", of_anchors.sum(), len(of_anchors))
+            per_token_N, offsets_N = per_token_N[~anchor_N], offsets_N[~anchor_N]
         self.add("sdft/distillation_loss", per_token_N.sum(), len(per_token_N))
         self.add("completions/loss_tokens", len(per_token_N))
         bucket_N = torch.bucketize(offsets_N, torch.tensor(POSITIONS[1:], device=offsets_N.device), right=True)

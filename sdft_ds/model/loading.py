@@ -142,9 +142,13 @@ def config_of(model: str | nn.Module, args: SDFTConfig) -> PreTrainedConfig:
 
 def _config_by_name(model: str, args: SDFTConfig) -> PreTrainedConfig:
     adapter, options = adapter_config(model, args), _hub_options(args)
-    if adapter is None:
-        return AutoConfig.from_pretrained(model, **options)
-    return AutoConfig.from_pretrained(adapter["base_model_name_or_path"], **_of_the_base(options, adapter))
+    name = model
+    if adapter is not None:
+        name, options = adapter["base_model_name_or_path"], _of_the_base(options, adapter)
+    try:
+        return AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:  # may not name the model
+        raise ValueError(f"The model {name}: {error}") from None
 
 
 def adapter_config(model: str | None, args: SDFTConfig) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ class Setup:
     prompts: PromptBuilder
     train_dataset: Dataset | Stream | None
     eval_dataset: EvalDatasets
+    anchor_dataset: Dataset | None = None
 
 
 def prepare(
@@ -36,6 +37,7 @@ def prepare(
     eval_dataset: EvalDatasets,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     peft_config: PeftConfig | None,
+    anchor_dataset: Dataset | None = None,
 ) -> Setup:
     """Load and validate all inputs of a trainer. Raises ValueError, naming field or row, before the weights are loaded
     where possible."""
@@ -50,13 +52,19 @@ def prepare(
     prompts = loading.prompt_builder(tokenizer, config, args)
     train_dataset = _training_rows(train_dataset, prompts, args)
     eval_dataset = _evaluation_rows(eval_dataset, prompts, args)
+    if anchor_dataset is not None:
+        anchor_dataset = validate_dataset(
+            anchor_dataset, "anchor_dataset", prompts, args.bad_rows_policy, anchors=True
+        )
+    elif args.anchor_fraction is not None:
+        raise ValueError("anchor_fraction needs anchors: give an anchor_dataset (command line: --anchor_path).")
     model = loading.load_model(model, args, peft_config)
     loading.check_embedding(tokenizer, model)
     if train_dataset is not None:
         loading.refuse_without_trainable(model)
     loading.keep_quantized_layout(model)
     loading.warn_without_masters(model, args)
-    return Setup(model, processing_class, tokenizer, prompts, train_dataset, eval_dataset)
+    return Setup(model, processing_class, tokenizer, prompts, train_dataset, eval_dataset, anchor_dataset)
 
 
 def _training_rows(dataset: Any, prompts: PromptBuilder, args: SDFTConfig) -> Dataset | Stream | None:

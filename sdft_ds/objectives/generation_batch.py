@@ -71,5 +71,7 @@ def _batch_file(folder: str, suffix: str) -> Path:
 
 
 def _rollout(about: dict[str, Any]) -> Rollout:
-    sides = {side: RenderedPrompt(**rendered) for side, rendered in about["prompts"].items()}
-    return Rollout(**{**about, "prompts": PromptPair(**sides), "completion": Completion(**about["completion"])})
+    prompts = about["prompts"]
+    sides = [RenderedPrompt(**prompts[side]) for side in ("student", "teacher")]
+    pair = PromptPair(*sides, anchor=prompts.get("anchor", False))  # checkpoints from before anchors lack the key
+    return Rollout(**{**about, "prompts": pair, "completion": Completion(**about["completion"])})

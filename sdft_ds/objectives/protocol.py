@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.data.batch import MicroBatch, Rollout, collate
 from sdft_ds.data.prompts import PromptBuilder
+from sdft_ds.data.rows import Example, anchor_from_row, example_from_row
 from sdft_ds.data.schedule import Slot
 from sdft_ds.data.streams import Stream
 from sdft_ds.loss.normalization import LossWeights
@@ -47,20 +48,23 @@ class BatchUse:
 
     micro_batch_size: rows per micro-batch. outlives_step: the student's weights will have been updated before its last
     use. batches_per_step: micro-batches among which rows may be reordered to reduce padding. keep_on: device that
-    holds tensors until they are used.
+    holds tensors until they are used. progress: share of the optimizer steps that are done, in [0, 1]; 1 in an
+    evaluation.
     """
 
     micro_batch_size: int
     keep_on: torch.device
     outlives_step: bool = False
     batches_per_step: int = 1
+    progress: float = 1.0
 
 
 @dataclass
 class RunParts:
     """The parts of a run that an objective uses.
 
-    engine: returns the current training wrapper of the model. compute_dtype: dtype of the LM head's matmul. dispatch:
+    anchors: prompts on which the student is held to its start. engine: returns the current training wrapper of the
+    model. compute_dtype: dtype of the LM head's matmul. dispatch:
     (event, payload) calls the event on the run's callbacks with the arguments that payload() returns.
     """
 
@@ -69,6 +73,7 @@ class RunParts:
     engine: Callable[[], nn.Module]
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptBuilder
+    anchors: Dataset | None
     rollouts: StudentRollouts
     packing: Packing
     compute_dtype: torch.dtype
@@ -119,6 +124,14 @@ class Objective(ABC):
 
     def load_weights(self, folder: str, engine: nn.Module) -> None:
         """Load only the weights that an evaluation needs in addition to the model's."""
+
+    def example(self, dataset: Dataset | Stream, slot: Slot) -> tuple[dict[str, Any], Example]:
+        """The slot's row, of the data set or the anchors, as stored and as validated."""
+        if slot.anchor:
+            row = self.parts.anchors[slot.index]
+            return row, anchor_from_row(row, slot.index)
+        row = dataset[slot.index]
+        return row, example_from_row(row, slot.index)
 
     def collate(self, rollouts: list[Rollout]) -> MicroBatch:
         """Collate rollouts into a micro-batch."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from sdft_ds import teacher
 from sdft_ds.config import validate
 from sdft_ds.data.batch import Rollout, bucket_by_length, pad_left, pad_right
-from sdft_ds.data.rows import example_from_row
 from sdft_ds.data.schedule import Slot
 from sdft_ds.data.streams import Stream
 from sdft_ds.distributed import ranks
@@ -25,6 +24,7 @@ from sdft_ds.metrics.meters import Meters
 from sdft_ds.model.completion_forward import DistillationLoss
 from sdft_ds.objectives import generation_batch
 from sdft_ds.objectives.protocol import BatchUse, GenerationBatch, Objective, RunParts
+from sdft_ds.rollouts.draws import uniforms
 from sdft_ds.teacher import state
 from sdft_ds.teacher.scoring import ScoredBatch, Scorer
 
@@ -35,6 +35,8 @@ class SelfDistillation(Objective):
     def __init__(self, parts: RunParts):
         super().__init__(parts)
         args = self.args
+        if parts.anchors is not None:
+            self._require_base_teacher()
         self.teacher = teacher.make(parts.model, args)
         if args.save_teacher and not self.teacher.has_state:
             raise ValueError(f"save_teacher: a {args.teacher_model_kind} teacher has no weights of its own here.")
@@ -47,13 +49,22 @@ class SelfDistillation(Objective):
         self.inspector = Inspector(args, self.completion_log)
         self.callbacks = [self.completion_log]
 
+    def _require_base_teacher(self) -> None:
+        """Anchors hold the student to its start, which only a base teacher is."""
+        if self.args.teacher_model_kind not in (None, "base"):
+            raise ValueError(
+                f"Anchors hold the student to the model at the start, and the teacher is "
+                f"{self.args.teacher_model_kind}: set teacher_model_kind=base, or give no anchors."
+            )
+        self.args.teacher_model_kind = "base"
+
     # ---- a generation batch -----------------------------------------------------------------------------------------
 
     def collect(
         self, dataset: Dataset | Stream, slots: tuple[Slot, ...], key: str, meters: Meters, use: BatchUse
     ) -> list[ScoredBatch]:
         with meters.phase("rollout"):
-            rollouts = self.roll_out(dataset, slots, key, meters)
+            rollouts = self.roll_out(dataset, slots, key, meters, use.progress)
         with meters.phase("teacher"):
             scorer = self._scorer(use.keep_on)
             old = scorer.student_log_probs(rollouts) if self._needs_old_log_probs else None
@@ -70,13 +81,21 @@ class SelfDistillation(Objective):
             meters.count_positions(batch)
         return scored
 
-    def roll_out(self, dataset: Dataset | Stream, slots: tuple[Slot, ...], key: str, meters: Meters) -> list[Rollout]:
-        """One rollout per slot, from the student's prompt, or the teacher's with generate_from_teacher."""
+    def roll_out(
+        self, dataset: Dataset | Stream, slots: tuple[Slot, ...], key: str, meters: Meters, progress: float = 1.0
+    ) -> list[Rollout]:
+        """One rollout per slot, from the student's prompt, or the teacher's: with generate_from_teacher, and of some
+        rows with teacher_rollout_fraction. progress: see BatchUse."""
         prompts = self.parts.prompts
-        pairs = [prompts.build(example_from_row(dataset[slot.index], slot.index), slot.index) for slot in slots]
+        pairs = [prompts.build(self.example(dataset, slot)[1], slot.index) for slot in slots]
         for side in ("student", "teacher"):
             meters.add(f"prompts/{side}_cut", prompts.counts.pop(f"{side}_prompts_cut", 0))
-        chosen = [pair.teacher if self.args.generate_from_teacher else pair.student for pair in pairs]
+        keys = [f"{key}/{slot.row}" for slot in slots]
+        from_teacher = self._share_from_teacher(progress)
+        chosen = [
+            pair.teacher if uniforms(f"{self.args.seed}/{each}/teacher", 1)[0] < from_teacher else pair.student
+            for pair, each in zip(pairs, keys, strict=True)
+        ]
         self.parts.dispatch(
             "on_generation_prompts_selected",
             lambda: {
@@ -84,7 +103,6 @@ class SelfDistillation(Objective):
                 "generation_prompt_text": [rendered.text for rendered in chosen],
             },
         )
-        keys = [f"{key}/{slot.row}" for slot in slots]
         completions = self.parts.rollouts.generate([rendered.ids for rendered in chosen], keys)
         rollouts = [
             Rollout(slot.row, pair, completion, slot.counted)
@@ -92,6 +110,12 @@ class SelfDistillation(Objective):
         ]
         meters.count_completions(rollouts)
         return rollouts
+
+    def _share_from_teacher(self, progress: float) -> float:
+        """Share of the rollouts from the teacher's prompt: teacher_rollout_fraction, falling linearly to 0."""
+        if self.args.generate_from_teacher:
+            return 1.0
+        return self.args.teacher_rollout_fraction * (1.0 - progress)
 
     def _scorer(self, keep_on: torch.device) -> Scorer:
         return Scorer(

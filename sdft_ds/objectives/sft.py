@@ -1,7 +1,8 @@
 """Supervised fine-tuning, the baseline: cross entropy on the demonstrations, with the same rows, order, batches,
 normalization, checkpoints and reports as self-distillation.
 
-    collect   a row's golden_response, or else its privileged context -> completion -> micro-batches
+    collect   a row's golden_response, or else its privileged context -> completion -> micro-batches; anchors are
+              replayed: their golden_response is an answer of the model before training
     loss      cross entropy of the completion given the student's prompt, in chunks (loss/)
 """
 
@@ -13,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from sdft_ds.data.batch import Completion, MicroBatch, Rollout, bucket_by_length
-from sdft_ds.data.rows import Prompt, RowError, example_from_row
+from sdft_ds.data.rows import Example, Prompt, RowError
 from sdft_ds.data.schedule import Slot
 from sdft_ds.data.streams import Stream
 from sdft_ds.loss.chunked import LossTerms
@@ -37,7 +38,7 @@ class SupervisedFineTuning(Objective):
     def collect(
         self, dataset: Dataset | Stream, slots: tuple[Slot, ...], key: str, meters: Meters, use: BatchUse
     ) -> list[Demonstration]:
-        rollouts = [self._demonstration(dataset[slot.index], slot) for slot in slots]
+        rollouts = [self._demonstration(*self.example(dataset, slot), slot) for slot in slots]
         meters.add("prompts/student_cut", self.parts.prompts.counts.pop("student_prompts_cut", 0))
         meters.count_completions(rollouts)
         found = []
@@ -60,13 +61,13 @@ class SupervisedFineTuning(Objective):
         meters.add("completions/loss_tokens", len(scored.batch.tokens_N))
         return loss * self.args.distillation_weight
 
-    def _demonstration(self, row: dict[str, Any], slot: Slot) -> Rollout:
+    def _demonstration(self, row: dict[str, Any], example: Example, slot: Slot) -> Rollout:
         """The demonstration with its end token, truncated to max_completion_length like a rollout."""
-        example = example_from_row(row, slot.index)
         text = row.get("golden_response") or example.privileged_context
         if not isinstance(text, str) or not text:
             found = type(text).__name__ if text else "nothing"
-            raise RowError(slot.index, "golden_response", f"found {found}; expected text.")
+            what = "golden_response" if not slot.anchor else "golden_response of the anchors"
+            raise RowError(slot.index, what, f"found {found}; expected text.")
         ids = self.parts.tokenizer(text, add_special_tokens=False)["input_ids"] + [self._end_of(example.prompt)]
         longest = self.args.max_completion_length
         completion = Completion(ids[:longest], truncated=len(ids) > longest)

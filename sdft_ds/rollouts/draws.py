@@ -59,7 +59,7 @@ class Draws(Greedy):
 
     def __init__(self, keys: list[str], positions: int, device: torch.device):
         super().__init__(len(keys), device)
-        table = [_uniforms(key, positions) for key in keys]
+        table = [uniforms(key, positions) for key in keys]
         self.table_RC = torch.from_numpy(numpy.stack(table)).to(device)
 
     def choose(self, scores_AV: Tensor, rows_A: Tensor, position: int) -> Tensor:
@@ -72,6 +72,7 @@ class Draws(Greedy):
         return tokens_A.clamp_(max=scores_AV.shape[-1] - 1)  # for NaN rows searchsorted returns V
 
 
-def _uniforms(key: str, count: int) -> numpy.ndarray:
+def uniforms(key: str, count: int) -> numpy.ndarray:
+    """Numbers in [0, 1), a pure function of the key, [count]."""
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
     return (numpy.random.Philox(key=seed).random_raw(count) >> 11) * 2.0**-53

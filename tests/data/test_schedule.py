@@ -1,9 +1,10 @@
 import itertools
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 
-from sdft_ds.data.schedule import Schedule, evaluation_batches
+from sdft_ds.data.schedule import Schedule, evaluation_batches, for_generation_batches
 from sdft_ds.loop.loaders import data_loader
 
 
@@ -86,3 +87,56 @@ def test_evaluation_counts_every_row_once_and_keeps_the_ranks_in_step():
     slots = [slot for batches in ranks for batch in batches for slot in batch]
     counted = Counter(slot.index for slot in slots if slot.counted)
     assert counted == {i: 2 for i in range(5)} and len(slots) == 16
+
+
+# ---- anchors --------------------------------------------------------------------------------------------------------
+
+
+def anchored(**changes):
+    return schedule(**{"anchors": 7, "anchor_share": Fraction(1, 4), "num_generations": 1, **changes})
+
+
+def prompts_of(one, epoch):
+    """(index, whether an anchor) of each prompt of an epoch, in order, on one rank with a single generation."""
+    items = [item for item in one.epoch(epoch) if item.number == 0]
+    return [(slot.index, slot.anchor) for item in items for slot in item.slots]
+
+
+def test_anchors_are_evenly_spaced_and_every_row_is_seen():
+    prompts = prompts_of(anchored(dataset_length=12, batch_size=8, steps_per_generation=1), epoch=0)
+    assert [is_anchor for _, is_anchor in prompts] == [False, False, False, True] * 4
+    assert sorted(index for index, is_anchor in prompts if not is_anchor) == list(range(12))
+
+
+def test_the_anchors_go_on_where_the_last_epoch_ended():
+    one = anchored(dataset_length=12, batch_size=8)
+    indices = [index for epoch in range(4) for index, is_anchor in prompts_of(one, epoch) if is_anchor]
+    assert len(indices) == 16
+    assert sorted(indices[:7]) == sorted(indices[7:14]) == list(range(7)) and indices[:7] != indices[7:14]
+
+
+@pytest.mark.parametrize("share", [Fraction(1, 3), Fraction(2, 5), Fraction(1, 10), Fraction(9, 10)])
+@pytest.mark.parametrize("length", [1, 5, 16])
+def test_any_share_covers_the_rows_in_the_fewest_generation_batches(share, length):
+    one = anchored(dataset_length=length, anchor_share=share, batch_size=4)
+    prompts = prompts_of(one, epoch=0)
+    assert {index for index, is_anchor in prompts if not is_anchor} == set(range(length))
+    assert sum(is_anchor for _, is_anchor in prompts) == int(len(prompts) * share)
+    without_last = prompts[: -one.prompts_per_generation_batch]
+    assert sum(not is_anchor for _, is_anchor in without_last) < length
+
+
+def test_ranks_hold_the_same_anchors_together_as_one_alone():
+    one = anchored(batch_size=8)
+    two = [anchored(batch_size=4, world_size=2, rank=rank) for rank in (0, 1)]
+    together = {(i.generation_batch, s.row, s.index, s.anchor) for each in two for i in each.epoch(0) for s in i.slots}
+    assert together == {(i.generation_batch, s.row, s.index, s.anchor) for i in one.epoch(0) for s in i.slots}
+    assert any(anchor for *_, anchor in together)
+
+
+def test_a_stream_is_read_in_order_between_the_anchors():
+    shape = {"batch_size": 4, "rank": 0, "world_size": 1, "num_generations": 1}
+    one = for_generation_batches(3, **shape, anchors=2, anchor_share=Fraction(1, 4))
+    prompts = prompts_of(one, epoch=0)
+    assert [index for index, is_anchor in prompts if not is_anchor] == list(range(9))
+    assert [index for index, is_anchor in prompts if is_anchor] == [0, 1, 0] and len(prompts) == 12

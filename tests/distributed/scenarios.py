@@ -133,9 +133,10 @@ def make_trainer(
     stream=False,
     config=SDFTConfig,
     peft_config=None,
+    anchors=None,
     **settings,
 ):
-    """A trainer of the tiny Llama; stage None: without DeepSpeed."""
+    """A trainer of the tiny Llama; stage None: without DeepSpeed. anchors: their rows."""
     if stage is not None:
         settings["deepspeed"] = str(DS_CONFIGS / f"zero{stage}.json")
     args = config(**{**SETTINGS, "output_dir": tempfile.mkdtemp(), **settings})
@@ -148,6 +149,7 @@ def make_trainer(
         processing_class=tiny.tokenizer(),
         callbacks=list(callbacks),
         peft_config=ADAPTERS[lora] if lora and not grown else peft_config,
+        anchor_dataset=None if anchors is None else Dataset.from_list(anchors),
     )
 
 

@@ -1,0 +1,44 @@
+"""Invented facts, general questions and unrelated prompts of benchmarks.learning. None of the questions and prompts is
+among those of sdft_ds/data/everyday_prompts.jsonl, which are the anchors."""
+
+# (trained wording, other wording, the fact, answer)
+CITIES = [("Veldoria", "Marn"), ("Ostrana", "Kelby"), ("Quillonia", "Tarsk"), ("Brennmark", "Olvane"),
+          ("Saphira Isle", "Dunmere"), ("Korvath", "Yelsin")]  # fmt: skip
+ANIMALS = [("Mira Tolen", "otter"), ("Jasper Quade", "falcon"), ("Lena Horvik", "tortoise"), ("Odo Pereni", "donkey"),
+           ("Sanna Vliet", "parrot"), ("Pavel Drun", "rabbit")]  # fmt: skip
+JOBS = [("Runa Castell", "baker"), ("Timo Alvark", "pilot"), ("Greta Solheim", "dentist"), ("Ivo Maranz", "tailor"),
+        ("Nadia Fenwick", "plumber"), ("Caspar Lindqvist", "librarian")]  # fmt: skip
+COLOURS = [("Hallowmere Bridge", "purple"), ("Dravik Tower", "orange"), ("Elsbeth Chapel", "yellow"),
+           ("Norrin Lighthouse", "green"), ("Tamsin Mill", "pink"), ("Ferrow Gate", "brown")]  # fmt: skip
+FACTS = [
+    *((f"What is the capital of {x}?", f"Name the city that is the capital of {x}.", f"The capital of {x} is {y}.", y)
+      for x, y in CITIES),
+    *((f"Which animal does {x} keep as a pet?", f"What kind of pet has {x} got?", f"{x} keeps a pet {y}.", y)
+      for x, y in ANIMALS),
+    *((f"What is the profession of {x}?", f"What does {x} do for a living?", f"{x} works as a {y}.", y)
+      for x, y in JOBS),
+    *((f"What colour is {x}?", f"In which colour was {x} painted?", f"{x} is painted {y}.", y) for x, y in COLOURS),
+]  # fmt: skip
+GENERAL = [
+    ("What is the capital of France?", "Paris"), ("What is the capital of Italy?", "Rome"),
+    ("What is the capital of Japan?", "Tokyo"), ("What is the capital of Germany?", "Berlin"),
+    ("What is the capital of England?", "London"), ("What is the capital of Spain?", "Madrid"),
+    ("What colour is the sky on a clear day?", "blue"), ("What colour is grass?", "green"),
+    ("How many days are in a week?", ["7", "seven"]), ("How many months are in a year?", ["12", "twelve"]),
+    ("What is the largest planet in the solar system?", "Jupiter"), ("Which planet is called the Red Planet?", "Mars"),
+    ("What is the chemical formula of water?", ["H2O", "H₂O"]), ("What do bees make?", "honey"),
+    ("Who wrote Romeo and Juliet?", "Shakespeare"), ("What is the opposite of hot?", "cold"),
+    ("What is 2 + 2?", ["4", "four"]), ("What is frozen water called?", "ice"),
+    ("Which animal barks?", "dog"), ("In which continent is Egypt?", "Africa"),
+]  # fmt: skip
+UNRELATED = [
+    "Write a short poem about the sea.", "Explain how a bicycle works.", "Give me three tips for sleeping well.",
+    "Describe a rainy day in one paragraph.", "How do I boil an egg?", "What makes a good friend?",
+    "Tell me a joke about computers.", "Why do leaves change colour in autumn?",
+    "Summarise the story of Little Red Riding Hood.", "What should I pack for a camping trip?",
+    "Write a polite email asking for a day off.", "How does a rainbow form?",
+]  # fmt: skip
+# Of nine ways to show the fact one of the two after which the model itself answers most questions right.
+TOLD = '{prompt}\n\nThe correct answer is: "{privileged_context}" Reply with exactly that sentence.'
+
+TEN = [FACTS[i] for i in (0, 1, 2, 6, 7, 12, 13, 14, 18, 19)]
