@@ -56,6 +56,13 @@ class RunSettings:
         needs=at_least(1),
         resume=FREE,
     )
+    stop_on_collapse: bool = setting(
+        False,
+        "Save a checkpoint and end the run where completions repeat themselves, end at once, grow without end, or are "
+        "all alike. False: a warning only.",
+        resume=FREE,
+        read_by=("sdft",),
+    )
     preemption_exit_code: int = setting(
         99,
         "Exit code after a SIGTERM or SIGUSR1 was obeyed: saved, and marked by the file PREEMPTED in output_dir.",

@@ -18,6 +18,7 @@ from sdft_ds.distributed import ranks
 
 DONE, FAILED = "sdft_ds/done", "sdft_ds/failed"
 POLL = 0.1  # seconds
+NOT_AT_THE_END = "Another rank has failed, or has not come to the end."
 
 
 class Preempted(SystemExit):
@@ -53,16 +54,35 @@ def close() -> None:
         return
     if ranks.world_size() > 1:
         store = ranks.store()
-        store.add(DONE, 1)
+        with _store_may_be_gone():
+            store.add(DONE, 1)
         # A barrier would raise after ddp_timeout. Rank 0 applies that limit: the others have nothing slow left to do.
         patience = distributed.distributed_c10d.default_pg_timeout.total_seconds()
         deadline = time.monotonic() + patience if ranks.rank() == 0 else float("inf")
-        while store.add(DONE, 0) < ranks.world_size():
-            if store.check([FAILED]) or time.monotonic() > deadline:
-                raise RuntimeError("Another rank has failed, or has not come to the end.")
+        while _waits_for_others(store):
+            if time.monotonic() > deadline:
+                raise RuntimeError(NOT_AT_THE_END)
             time.sleep(POLL)
         ranks.barrier()  # until no rank polls the store any more, which ends with rank 0
     distributed.destroy_process_group()
+
+
+@contextmanager
+def _store_may_be_gone() -> Iterator[None]:
+    """Rank 0's process serves the store: without it, it has failed."""
+    try:
+        yield
+    except RuntimeError:
+        raise RuntimeError(NOT_AT_THE_END) from None
+
+
+def _waits_for_others(store: distributed.Store) -> bool:
+    """Whether some rank has not come to the end yet. Raises RuntimeError if one has failed."""
+    with _store_may_be_gone():
+        has_failed, at_the_end = store.check([FAILED]), store.add(DONE, 0)
+    if has_failed:
+        raise RuntimeError(NOT_AT_THE_END)
+    return at_the_end < ranks.world_size()
 
 
 def _fail(error: BaseException) -> NoReturn:

@@ -59,6 +59,9 @@ METRICS = {
     "completions/max_length": Metric("tokens", "max", "longest completion"),
     "completions/clipped_ratio": Metric("share", "mean", "completions that hit max_completion_length"),
     "completions/empty_ratio": Metric("share", "mean", "completions that ended at once; they have no loss"),
+    "completions/repeated_ratio": Metric(
+        "share", "mean", "4-grams of a completion that occurred in it before; above 0.5 it repeats itself"
+    ),
     "completions/loss_tokens": Metric("tokens", "sum", "loss tokens trained on since the last log, over all ranks"),
     "anchors/distillation_loss": Metric(
         "nats/token", "mean", "divergence of an anchor's loss token; all other metrics of tokens are without anchors"
@@ -144,6 +147,7 @@ class Meters:
                     self.add(f"completions/{name}_length", len(rollout.completion.ids))
                 self.add("completions/clipped_ratio", rollout.completion.truncated)
                 self.add("completions/empty_ratio", rollout.empty)
+                self.add("completions/repeated_ratio", _repeated(rollout.completion.ids))
                 self.add("tokens/per_second", len(rollout.completion.ids))
 
     def count_positions(self, batch: MicroBatch) -> None:
@@ -253,6 +257,12 @@ class Meters:
             and most - others > max(1.0, 0.2 * elapsed)
         ):
             self.straggler = f"rank {rank} took {most:.3g} s in {name.removeprefix('seconds/')}, others {others:.3g} s"
+
+
+def _repeated(tokens: list[int], n: int = 4) -> float:
+    """Share of a text's n-grams that occurred in it before."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _quantiles(histogram: Tensor) -> dict[str, float]:

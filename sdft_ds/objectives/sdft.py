@@ -18,6 +18,7 @@ from sdft_ds.data.streams import Stream
 from sdft_ds.distributed import ranks
 from sdft_ds.loss.chunked import LossTerms
 from sdft_ds.loss.normalization import LossWeights
+from sdft_ds.metrics.collapse import CollapseGuard
 from sdft_ds.metrics.completions import CompletionLog
 from sdft_ds.metrics.inspector import Inspector
 from sdft_ds.metrics.meters import Meters
@@ -47,7 +48,7 @@ class SelfDistillation(Objective):
             )
         self.completion_log = CompletionLog(args, parts.tokenizer, ranks.rank() == 0)
         self.inspector = Inspector(args, self.completion_log)
-        self.callbacks = [self.completion_log]
+        self.callbacks = [self.completion_log, CollapseGuard()]
 
     def _require_base_teacher(self) -> None:
         """Anchors hold the student to its start, which only a base teacher is."""

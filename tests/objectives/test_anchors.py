@@ -43,7 +43,7 @@ def test_a_step_equals_the_naive_reference_in_loss_and_gradients(loss_type, lora
 def test_anchors_are_counted_apart_and_cost_nothing_at_the_start():
     first, *others = train(**HELD, max_steps=4, per_device_train_batch_size=6)["logs"]
     assert (
-        first["anchors/distillation_loss"] == pytest.approx(0.0, abs=1e-9) and first["sdft/distillation_loss"] > 1e-3
+        first["anchors/distillation_loss"] == pytest.approx(0.0, abs=1e-6) and first["sdft/distillation_loss"] > 1e-3
     )
     assert all(log["anchors/distillation_loss"] > 1e-6 for log in others)
     assert first["loss"] < first["sdft/distillation_loss"]  # of which half of the tokens are anchors'

@@ -1,0 +1,77 @@
+import warnings
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from sdft_ds import SDFTConfig
+from sdft_ds.demo import run as demo
+from sdft_ds.metrics.collapse import CollapseGuard
+from sdft_ds.metrics.meters import _repeated
+
+FINE = {
+    "loss": 0.3, "completions/mean_length": 10.0, "completions/clipped_ratio": 0.9, "completions/empty_ratio": 0.1,
+    "completions/repeated_ratio": 0.1, "entropy/student": 0.4,
+}  # fmt: skip
+
+
+def told(*logs, **settings):
+    """(the warning, the control) after the log lines, each of them FINE but for the given values."""
+    args = SDFTConfig(output_dir="unused", report_to="none", **settings)
+    guard, control = CollapseGuard(), TrainerControl()
+    guard.on_train_begin(args, TrainerState(), control)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step, changed in enumerate(logs, 1):
+            guard.on_log(args, TrainerState(global_step=10 * step), control, logs={**FINE, **changed})
+    assert len(caught) <= 1
+    return str(caught[0].message) if caught else None, control
+
+
+@pytest.mark.parametrize(
+    "sign, words",
+    [
+        ({"completions/repeated_ratio": 0.8}, "0.8 of the completions' 4-grams repeat"),
+        ({"completions/empty_ratio": 0.7}, "0.7 of the completions end at once"),
+        ({"entropy/student": 0.0}, "is the student's entropy"),
+        ({"completions/mean_length": 41.0}, "grown from 10 to 41 tokens"),
+    ],
+)
+def test_each_sign_is_told_once_at_its_second_log_line(sign, words):
+    message, control = told({}, sign, sign, sign, teacher_model_kind="live")
+    assert "by step 30" in message and words in message and "a live teacher follows" in message
+    assert "learning_rate=5e-05" in message and "stop_on_collapse=True would end it" in message
+    assert not control.should_training_stop and told({}, sign, {}, sign)[0] is None
+
+
+def test_what_is_in_its_range_is_not_told():
+    assert told({}, {}, {})[0] is None
+    longer = {"completions/mean_length": 41.0, "completions/clipped_ratio": 0.2}  # they end by themselves
+    assert told({}, longer, longer)[0] is None
+    sparse = {"loss": 0.1, "completions/mean_length": 10.0}
+    guard = CollapseGuard()
+    for _ in range(3):  # without the sampled diagnostics
+        guard.on_log(SDFTConfig(output_dir="unused"), TrainerState(), TrainerControl(), logs=sparse)
+
+
+def test_the_run_is_saved_and_ended_when_asked_for():
+    sign = {"completions/repeated_ratio": 0.8}
+    message, control = told({}, sign, sign, stop_on_collapse=True, teacher_model_kind="base")
+    assert control.should_save and control.should_training_stop
+    assert "it was saved, and the run ends here" in message and "the teacher stands still" in message
+
+
+def test_repeated_n_grams():
+    assert _repeated([1, 2, 3]) == 0.0 and _repeated(list(range(20))) == 0.0
+    assert _repeated([7] * 11) == pytest.approx(1 - 1 / 8)
+
+
+def test_a_live_teacher_at_a_high_rate_on_the_demo(tmp_path, monkeypatch):
+    """The loss of such a run is 0: only what is sampled shows it."""
+    monkeypatch.setenv(demo.BASELINE, "1")
+    settings = {"output_dir": str(tmp_path), "teacher_model_kind": "live", "learning_rate": 1e-2, "logging_steps": 5}
+    args = SDFTConfig(**{**demo.RECIPE, **settings, "stop_on_collapse": True, "disable_tqdm": True})
+    trainer = demo.trainer(args, None, ["none"])
+    monkeypatch.setattr(demo.Lessons, "accuracies", lambda lessons: dict.fromkeys(demo.MEANING, 0.0))
+    with pytest.warns(UserWarning, match="The run has collapsed by step"):
+        trainer.train()
+    assert trainer.state.global_step < 60 and (tmp_path / f"checkpoint-{trainer.state.global_step}").is_dir()
