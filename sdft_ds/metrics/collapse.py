@@ -1,8 +1,8 @@
 """Collapse guard: tells when rollouts degenerate, with the step and the likely cause, and can end the run.
 
-A student whose teacher follows it (live, or a fast EMA) can agree with anything, so that the loss says nothing: it
-is 0 while every completion repeats one token. The guard looks at what was sampled instead, in the metrics of each log line
-with a loss, which are the same on all ranks.
+A student whose teacher follows it (live, or a fast EMA) can agree with anything. The loss is then 0 while every
+completion repeats one token, so the guard looks at what was sampled, in the metrics of each log line with a loss:
+these are the same on all ranks.
 """
 
 import warnings

@@ -67,7 +67,7 @@ class SelfDistillation(Objective):
         with meters.phase("rollout"):
             rollouts = self.roll_out(dataset, slots, key, meters, use.progress)
         with meters.phase("teacher"):
-            scorer = self._scorer(use.keep_on)
+            scorer = self.scorer(use.keep_on)
             old = scorer.student_log_probs(rollouts) if self._needs_old_log_probs else None
             self.parts.dispatch("on_self_distillation_batch_prepared", lambda: self._padded(rollouts, old))
             states = scorer.score(rollouts, head_changes=use.outlives_step)
@@ -118,7 +118,8 @@ class SelfDistillation(Objective):
             return 1.0
         return self.args.teacher_rollout_fraction * (1.0 - progress)
 
-    def _scorer(self, keep_on: torch.device) -> Scorer:
+    def scorer(self, keep_on: torch.device) -> Scorer:
+        """What scores rollouts with the teacher's and the student's weights. keep_on: see Scorer."""
         return Scorer(
             engine=self.parts.engine(),
             teacher=self.teacher,

@@ -2,7 +2,8 @@
 statistics of the full data set.
 
     python -m sdft_ds.preview [flags of training]               no weights are loaded
-    python -m sdft_ds.preview --score [flags of training]       also answers, with the KL at each token
+    python -m sdft_ds.preview --score [flags of training]       also answers, with the KL at each token, and whether
+                                                                this teacher can teach
 
 All flags of training apply (launch/train.py --help); those about ranks and batches are ignored: it runs in one
 process, without DeepSpeed. Without a model and a data set: the embedded demo.
@@ -12,6 +13,7 @@ import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from sdft_ds.model import loading
 from sdft_ds.preview import page, terminal
 from sdft_ds.preview.preview import Preview, preview
 from sdft_ds.preview.scores import scores
+from sdft_ds.preview.teacher_check import check
 from sdft_ds.preview.wording import described
 from sdft_ds.trainer import SDFTTrainer
 
@@ -69,13 +72,15 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
     notes: list[str] = []
     if demonstrates := arguments.is_demo(script, model):
         model.model_name_or_path = str(demo.MODEL_DIR)
+    args.anchor_fraction = None  # anchors are not shown
     args.model_init_kwargs = {**model.init_kwargs(args), **(args.model_init_kwargs or {})}
     tokenizer = model.tokenizer(args)
     if demonstrates:
         dataset, name = demo.dataset(), "the embedded demo"
     else:
         chat, evaluates = tokenizer.chat_template is not None, args.eval_strategy != "no"
-        dataset, _ = dataset_loading.load(script, evaluates, args.seed, chat, notes.append)
+        # As for SFT, which keeps golden responses: the teacher check needs them.
+        dataset, _ = dataset_loading.load(replace(script, method="sft"), evaluates, args.seed, chat, notes.append)
         name = f"{model.model_name_or_path} · {script.source}"
     builder = loading.prompt_builder(tokenizer, loading.config_of(model.model_name_or_path, args), args)
     stream = isinstance(dataset, IterableDataset)
@@ -95,7 +100,10 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
                 "--score: none of the rows shown can be used. Show more of them, or see without --score why."
             )
         with _trainer(args, model, tokenizer) as trainer:
-            found = scores(trainer, {index: vars(shown.look.example) for index, shown in used.items()})
+            examples = {index: vars(shown.look.example) for index, shown in used.items()}
+            found = scores(trainer, examples)
+            golden = {index: text for index, text in view.golden.items() if index in used}
+            view.verdict = check(trainer, examples, golden).lines
             teacher = trainer.args.teacher_model_kind
         for index, completion in found.items():
             used[index].scored = completion

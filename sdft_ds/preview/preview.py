@@ -35,6 +35,8 @@ class Preview:
     statistics: Statistics
     facts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    golden: dict[int, str] = field(default_factory=dict)  # golden response of the rows shown that have one
+    verdict: list[str] = field(default_factory=list)  # whether this teacher can teach, with --score
 
 
 def preview(rows: Iterable[dict[str, Any]], builder: PromptBuilder, args: SDFTConfig, shown: int) -> Preview:
@@ -44,6 +46,7 @@ def preview(rows: Iterable[dict[str, Any]], builder: PromptBuilder, args: SDFTCo
     left.
     """
     looker, statistics, first, bad, problems = Looker(builder), Statistics(args.truncation), [], [], Problems()
+    golden = {}
     for index, row in enumerate(rows):
         try:
             look = looker.look(example_from_row(row, index), index)
@@ -59,9 +62,11 @@ def preview(rows: Iterable[dict[str, Any]], builder: PromptBuilder, args: SDFTCo
             used = look.taken is not None
             said = sample(look, builder.tokenizer, args.loss_mask, args.max_completion_length) if used else None
             first.append(ShownRow(look, student, teacher, said))
+            if isinstance(row.get("golden_response"), str):
+                golden[index] = row["golden_response"]
     if not statistics.rows:
         raise ValueError("The data set is empty.")
     limits = {"student": builder.max_prompt_length, "teacher": builder.max_teacher_prompt_length}
     notes = [f"{len(bad)} invalid rows are skipped. The first: {bad[0]}"] if bad else []
     notes += problems.told(statistics.rows).values()
-    return Preview(args, limits, first, statistics, notes=notes)
+    return Preview(args, limits, first, statistics, notes=notes, golden=golden)

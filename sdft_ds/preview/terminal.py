@@ -35,6 +35,8 @@ def show(view: Preview, console: Console) -> None:
     for shown in view.rows:
         _show_row(view, shown, console)
     _show_statistics(view, console)
+    for line in view.verdict:
+        console.print(Text(line, "bold"))
 
 
 def _legend(view: Preview) -> Text:
