@@ -192,7 +192,7 @@ def refuse_arguments(arguments: dict[str, Any]) -> None:
     """Raises TypeError for arguments that SDFTTrainer does not accept, with the fix for those of other trainers."""
     for name in arguments:
         reason = REFUSED_ARGUMENTS.get(name, "there is no such argument")
-        raise TypeError(f"SDFTTrainer does not take {name}: {reason}.")
+        raise TypeError(f"The trainer does not take {name}: {reason}.")
 
 
 def refuse_settings(config: Any) -> None:

@@ -368,7 +368,7 @@ def test_a_taken_port_is_named(monkeypatch):
 
 @pytest.mark.parametrize("name", [*REFUSED_ARGUMENTS, "colour"])
 def test_arguments_of_other_trainers_are_refused_with_the_remedy(name):
-    with pytest.raises(TypeError, match=f"SDFTTrainer does not take {name}: "):
+    with pytest.raises(TypeError, match=f"The trainer does not take {name}: "):
         SDFTTrainer(model=tiny.llama(), **{name: None})
 
 

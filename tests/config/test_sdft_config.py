@@ -3,6 +3,7 @@ import re
 import warnings
 
 import pytest
+import torch
 
 from sdft_ds import SDFTConfig
 from sdft_ds.config.fields import own_fields
@@ -221,3 +222,10 @@ def test_a_divergence_that_starves_the_gradient_is_warned_about(alpha, words):
         config(distillation_alpha=alpha)
     found = [str(each.message) for each in told if "distillation_alpha" in str(each.message)]
     assert [re.search(words, text) is not None for text in found] == [True] if words else not found
+
+
+def test_cudnns_attention_is_off(tmp_path):
+    """It plans anew for every shape, and every decoded token has another."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    SDFTConfig(output_dir=str(tmp_path), report_to="none")
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
