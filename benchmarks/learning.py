@@ -68,7 +68,7 @@ def write(path: Path, rows: Iterable[dict]) -> None:
 
 
 def make_files(folder: Path, task: str) -> None:
-    """Training rows, questions, anchors and the retention set."""
+    """Training rows, questions and the retention set."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = TEN if task == "ten" else FACTS
     write(folder / "train.jsonl", ({"prompt": user(q), "privileged_context": fact} for q, _, fact, _ in facts))
@@ -78,28 +78,34 @@ def make_files(folder: Path, task: str) -> None:
         "told": [(TOLD.format(prompt=q, privileged_context=fact), answer) for q, _, fact, answer in facts],
         "general": GENERAL,
     }
-    for name, rows in asked.items():
-        write(folder / f"{name}.jsonl", ({"prompt": user(q), "answer": answer} for q, answer in rows))
-    write(folder / "unrelated.jsonl", ({"prompt": user(text)} for text in UNRELATED))
+    write_questions(folder, asked)
 
 
 def make_science_files(folder: Path, source: Path) -> None:
     """The same of SciKnowEval: a question with its options, answered by a letter, which is the context."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split, name in (("train", "train"), ("test", "other")):
+
+    def questions(split: str) -> list[tuple[str, str]]:
         rows = [json.loads(line) for line in (source / f"{split}.json").read_text().splitlines() if line.strip()]
-        asked = [row["prompt"].replace("Please reason step by step.", "Answer with the letter only.") for row in rows]
-        if split == "train":
-            pairs = zip(asked, rows, strict=True)
-            write(folder / "train.jsonl", ({"prompt": user(q), "privileged_context": r["answer"]} for q, r in pairs))
-            sample = list(zip(asked, rows, strict=True))[: len(rows) // 8]
-            write(folder / "trained.jsonl", ({"prompt": user(q), "answer": r["answer"]} for q, r in sample))
-            told = ((TOLD.format(prompt=q, privileged_context=r["answer"]), r["answer"]) for q, r in sample)
-            write(folder / "told.jsonl", ({"prompt": user(q), "answer": answer} for q, answer in told))
-        else:
-            pairs = zip(asked, rows, strict=True)
-            write(folder / f"{name}.jsonl", ({"prompt": user(q), "answer": r["answer"]} for q, r in pairs))
-    write(folder / "general.jsonl", ({"prompt": user(q), "answer": answer} for q, answer in GENERAL))
+        asked = "Please reason step by step.", "Answer with the letter only."
+        return [(row["prompt"].replace(*asked), row["answer"]) for row in rows]
+
+    train = questions("train")
+    sample = train[: len(train) // 8]
+    write(folder / "train.jsonl", ({"prompt": user(q), "privileged_context": answer} for q, answer in train))
+    asked = {
+        "trained": sample,
+        "other": questions("test"),
+        "told": [(TOLD.format(prompt=q, privileged_context=answer), answer) for q, answer in sample],
+        "general": GENERAL,
+    }
+    write_questions(folder, asked)
+
+
+def write_questions(folder: Path, asked: dict[str, list]) -> None:
+    """The (question, answer) pairs of each task, and the retention set."""
+    for name, rows in asked.items():
+        write(folder / f"{name}.jsonl", ({"prompt": user(q), "answer": answer} for q, answer in rows))
     write(folder / "unrelated.jsonl", ({"prompt": user(text)} for text in UNRELATED))
 
 
@@ -143,7 +149,7 @@ def flags(arm: str, rate: float, seed: int, args: argparse.Namespace, files: Pat
     return list(map(str, [*COMMON, *rest, *own]))
 
 
-def train(arm: str, argv: list[str], output: Path) -> Path:
+def train(argv: list[str], output: Path) -> None:
     """One run in this process, its output in a log beside it. A run that fails is shown, and the others go on."""
     from sdft_ds.train import main
 
@@ -155,7 +161,6 @@ def train(arm: str, argv: list[str], output: Path) -> Path:
             print(f"{type(error).__name__}: {error}", file=sys.__stderr__, flush=True)
             raise RuntimeError(f"{output}: {error}; see {output}.log") from None
     print(f"{output.name}: {time.monotonic() - began:.0f} s", file=sys.__stdout__, flush=True)
-    return output
 
 
 def points(folder: Path) -> list[dict]:
@@ -249,18 +254,16 @@ def main() -> None:
     make_replay(files, args.model, args.longest)
     os.environ["HF_HUB_OFFLINE"] = "1"
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        runs = {}
+        runs = []
         for seed in args.seeds:
             for arm in args.arms:
                 for rate in args.rates:
                     output = args.output / f"{args.task}-{arm}-{rate:g}-{seed}"
-                    argv = flags(arm, rate, seed, args, files, output)
                     done = output / "evaluations.jsonl"
-                    if done.exists() and f'"step": {args.steps},' in done.read_text():
-                        runs[arm, rate, seed] = None
-                    else:
-                        runs[arm, rate, seed] = pool.submit(train, arm, argv, output)
-        failed = [run.exception() for run in runs.values() if run is not None and run.exception()]
+                    if not (done.exists() and f'"step": {args.steps},' in done.read_text()):
+                        argv = flags(arm, rate, seed, args, files, output)
+                        runs.append(pool.submit(train, argv, output))
+        failed = [error for run in runs if (error := run.exception())]
     for error in failed:
         print(error, file=sys.stderr)
     results: dict[str, dict[float, list[dict]]] = {}

@@ -48,7 +48,7 @@ def load(
     if args.eval_fraction is not None and not evaluates:
         raise ValueError("--eval_fraction has no effect without --eval_strategy: set it, steps or epoch.")
     splits = load_splits(args)
-    as_user = args.prompt_as == "user" or (args.prompt_as is None and has_chat_template)
+    as_user = _as_user(args, has_chat_template)
     train = map_columns(splits[args.dataset_train_split], args, as_user, tell)
     if not evaluates:
         return train, None
@@ -81,7 +81,7 @@ def load_anchors(args: ScriptArguments, has_chat_template: bool = False) -> Data
     column = args.prompt_column if args.prompt_column in columns else "prompt"
     if column not in columns:
         raise ValueError(f"--anchor_path {source} has the columns {', '.join(columns)}, not {args.prompt_column!r}.")
-    as_user = args.prompt_as == "user" or (args.prompt_as is None and has_chat_template)
+    as_user = _as_user(args, has_chat_template)
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         prompt, system = row[column], row.get(args.system_column)
@@ -93,6 +93,11 @@ def load_anchors(args: ScriptArguments, has_chat_template: bool = False) -> Data
         mapped = dataset.map(convert, remove_columns=columns)
     mapped.info.dataset_name = source
     return mapped
+
+
+def _as_user(args: ScriptArguments, has_chat_template: bool) -> bool:
+    """Whether a prompt that is a text becomes the user's turn of a conversation."""
+    return args.prompt_as == "user" or (args.prompt_as is None and has_chat_template)
 
 
 def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

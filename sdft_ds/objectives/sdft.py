@@ -92,9 +92,9 @@ class SelfDistillation(Objective):
         for side in ("student", "teacher"):
             meters.add(f"prompts/{side}_cut", prompts.counts.pop(f"{side}_prompts_cut", 0))
         keys = [f"{key}/{slot.row}" for slot in slots]
-        from_teacher = self._share_from_teacher(progress)
+        share = self._share_from_teacher(progress)
         chosen = [
-            pair.teacher if uniforms(f"{self.args.seed}/{each}/teacher", 1)[0] < from_teacher else pair.student
+            pair.teacher if self._is_from_teacher(each, share) else pair.student
             for pair, each in zip(pairs, keys, strict=True)
         ]
         self.parts.dispatch(
@@ -117,6 +117,12 @@ class SelfDistillation(Objective):
         if self.args.generate_from_teacher:
             return 1.0
         return self.args.teacher_rollout_fraction * (1.0 - progress)
+
+    def _is_from_teacher(self, key: str, share: float) -> bool:
+        """A function of the row's key, so the same on any number of ranks."""
+        if share in (0.0, 1.0):
+            return share == 1.0
+        return uniforms(f"{self.args.seed}/{key}/teacher", 1)[0] < share
 
     def scorer(self, keep_on: torch.device) -> Scorer:
         """What scores rollouts with the teacher's and the student's weights. keep_on: see Scorer."""
