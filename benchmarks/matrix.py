@@ -28,12 +28,12 @@ def cell(stage: str, adapter: str, kind: str, checkpointing: bool, bf16: bool, f
     import torch
     from transformers import BitsAndBytesConfig
 
-    from tests.distributed import scenarios
+    from tests.helpers.trainers import DS_CONFIGS, Recorder, make_trainer
 
     settings = {"teacher_model_kind": kind, "activation_checkpointing": checkpointing, "bf16": bf16}
     settings |= {"teacher_sync_steps": 1, "per_device_train_batch_size": 4 // torch_world_size()}
     if stage != "none":
-        settings["deepspeed"] = str(scenarios.DS_CONFIGS / f"{stage}.json")
+        settings["deepspeed"] = str(DS_CONFIGS / f"{stage}.json")
     if adapter == "QLoRA":
         storage = torch.bfloat16 if bf16 else torch.float32
         settings["model_init_kwargs"] = {
@@ -44,8 +44,8 @@ def cell(stage: str, adapter: str, kind: str, checkpointing: bool, bf16: bool, f
                 bnb_4bit_quant_storage=storage,
             )
         }
-    recorder = scenarios.Recorder()
-    trainer = scenarios.make_trainer(
+    recorder = Recorder()
+    trainer = make_trainer(
         None, lora=adapter != "full", model=folder if adapter == "QLoRA" else None, callbacks=[recorder], **settings
     )
     trainer.train()
@@ -84,7 +84,7 @@ def main() -> None:
     started, outcomes, references = time.time(), [], {}
 
     def run(world_size, *settings):
-        return workers[world_size].run("benchmarks.matrix:cell", *settings, folder, timeout=120)[0]
+        return workers[world_size].run(cell, *settings, folder, timeout=120)[0]
 
     for stage, adapter in itertools.product(args.only or STAGES, ADAPTERS):
         for kind, checkpointing, ranks, bf16 in itertools.product(KINDS, (False, True), (1, 2), (False, True)):

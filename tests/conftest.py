@@ -51,7 +51,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def two_ranks():
-    """Two gloo processes that run functions of tests.distributed.scenarios."""
+    """Two gloo processes."""
     ranks = Ranks(2)
     yield ranks
     ranks.stop()

@@ -14,7 +14,7 @@ from sdft_ds.config.rollouts import ROLLOUT_BACKENDS
 from sdft_ds.config.teacher import TEACHER_KINDS
 from sdft_ds.loss import divergence
 from sdft_ds.rollouts import sampler
-from tests.distributed.scenarios import make_trainer, train
+from tests.helpers.trainers import make_trainer, train
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = dict(

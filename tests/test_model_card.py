@@ -9,8 +9,8 @@ from huggingface_hub.utils import filter_repo_objects
 from sdft_ds import SDFTConfig, SFTConfig
 from sdft_ds.model_card import Facts, render
 from tests.cli.test_train import PLAIN, TWO_STEPS, command, model_and_data  # noqa: F401
-from tests.distributed.scenarios import make_trainer
 from tests.helpers.hub import Hub
+from tests.helpers.trainers import make_trainer
 
 TOKEN = "hf_thisIsAToken123"
 LOG = [

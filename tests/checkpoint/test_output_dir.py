@@ -7,8 +7,8 @@ import pytest
 from sdft_ds.checkpoint import output_dir, storage
 from sdft_ds.checkpoint.output_dir import OutputFolderInUse
 from sdft_ds.metrics import run_folder
-from tests.distributed.restarts import start
-from tests.distributed.scenarios import make_trainer
+from tests.distributed.scenarios.restarts import start
+from tests.helpers.trainers import make_trainer
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from sdft_ds.cli import errors
 from sdft_ds.config.inherited import COUNTS_OF_PROCESSES, REFUSED_ARGUMENTS, REFUSED_FIELDS
 from sdft_ds.config.validate import warn_of_still_teacher
 from sdft_ds.distributed import launch
-from tests.distributed.scenarios import Recorder, make_trainer
+from tests.distributed.scenarios import configurations
 from tests.helpers import tiny
+from tests.helpers.trainers import Recorder, make_trainer, train
 
 
 def config(**settings):
@@ -261,8 +262,8 @@ def test_settings_of_ddp(two_ranks):
     """Other buckets and buffers: the same losses."""
     others = {"ddp_bucket_cap_mb": 1, "ddp_broadcast_buffers": False, "ddp_backend": "gloo",
               "ddp_find_unused_parameters": False}  # fmt: skip
-    plain, other = (two_ranks.run("train", gradient_accumulation_steps=2, **given)[0] for given in ({}, others))
-    unused = two_ranks.run("train", gradient_accumulation_steps=2, ddp_find_unused_parameters=True)[0]
+    plain, other = (two_ranks.run(train, gradient_accumulation_steps=2, **given)[0] for given in ({}, others))
+    unused = two_ranks.run(train, gradient_accumulation_steps=2, ddp_find_unused_parameters=True)[0]
     assert plain["losses"] == pytest.approx(other["losses"], rel=1e-6)
     assert plain["losses"] == pytest.approx(unused["losses"], rel=1e-6)
 
@@ -504,7 +505,7 @@ ACCEPTED_BY_DEEPSPEED = [
 
 def test_what_deepspeeds_configuration_asks_for_and_cannot_work_is_refused(one_rank):
     cases = [(given, settings) for given, settings, _ in IN_DEEPSPEED]
-    (said,) = one_rank.run("refusals", cases + ACCEPTED_BY_DEEPSPEED)
+    (said,) = one_rank.run(configurations.refusals, cases + ACCEPTED_BY_DEEPSPEED)
     found = [(words, text) for (_, _, words), text in zip(IN_DEEPSPEED, said, strict=False)]
     assert [(words, text) for words, text in found if words not in (text or "")] == []
     assert said[len(IN_DEEPSPEED) :] == [None] * len(ACCEPTED_BY_DEEPSPEED)
@@ -513,8 +514,8 @@ def test_what_deepspeeds_configuration_asks_for_and_cannot_work_is_refused(one_r
 def test_deepspeeds_configuration_as_a_dict_without_what_the_arguments_say(one_rank):
     """Batch sizes, clipping and precision are those of the arguments, as with a file that says auto everywhere."""
     settings = {"gradient_accumulation_steps": 2, "max_grad_norm": 1e-2}
-    (whole,) = one_rank.run("train", 2, **settings)
-    (bare,) = one_rank.run("train", None, deepspeed={"zero_optimization": {"stage": 2}}, **settings)
+    (whole,) = one_rank.run(train, 2, **settings)
+    (bare,) = one_rank.run(train, None, deepspeed={"zero_optimization": {"stage": 2}}, **settings)
     assert bare["losses"] == whole["losses"] and bare["grad_norms"] == whole["grad_norms"]
 
 
@@ -533,11 +534,11 @@ def test_what_a_configuration_leaves_out_is_taken_from_the_arguments():
 @pytest.mark.full
 def test_checks_ask_for_the_configuration_that_accelerates_launcher_has_set(two_ranks):
     """Stage 3 without a word of --deepspeed: the same losses, no word of missing masters, no 8-bit weights."""
-    found = two_ranks.run("by_accelerates_configuration", 3)
-    expected = two_ranks.run("train", 3)
+    found = two_ranks.run(configurations.by_accelerates_configuration, 3)
+    expected = two_ranks.run(train, 3)
     for rank, plain in zip(found, expected, strict=True):
         assert rank["losses"] == pytest.approx(plain["losses"], rel=1e-6) and rank["stage"] == 3
         assert "no fp32 master" not in rank["told"]
         assert "8-bit weights cannot be sharded by ZeRO-3" in rank["quantized"]
         assert rank["dtype"] == "torch.bfloat16"
-    assert two_ranks.run("train", None)[0]["losses"]  # nothing of it stays
+    assert two_ranks.run(train, None)[0]["losses"]  # nothing of it stays

@@ -1,14 +1,15 @@
-"""Real processes for tests of several ranks: started once, they run one function after another over gloo.
+"""Real processes for tests of several ranks: started once, they run one function after another over gloo, most of them
+of tests.distributed.scenarios.
 
 A call that takes too long dumps every rank's stacks, kills the processes and fails; the next call starts new ones.
 """
 
 import faulthandler
-import importlib
 import multiprocessing
 import os
 import tempfile
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from sdft_ds.distributed.launch import free_port
@@ -23,8 +24,8 @@ class Ranks:
         self.world_size = world_size
         self.processes: list = []
 
-    def run(self, function: str, *args: Any, timeout: int = 120, **kwargs: Any) -> list[Any]:
-        """Call `function` ("module:name", by default of tests.distributed.scenarios) on every rank; their results."""
+    def run(self, function: Callable, *args: Any, timeout: int = 120, **kwargs: Any) -> list[Any]:
+        """Call a function of a module on every rank; their results."""
         if not self.processes:
             self._start()
         for pipe in self.pipes:
@@ -37,17 +38,19 @@ class Ranks:
                 results += [other.recv() for other in self.pipes[rank + 1 :] if other.poll()]
                 self.stop()
                 raised = "\n".join(str(result) for ok, result in results if not ok)
-                raise RankError(f"{function}: rank {rank} did not answer within {timeout} s.\n{raised}\n{stacks}")
+                raise RankError(
+                    f"{function.__name__}: rank {rank} did not answer within {timeout} s.\n{raised}\n{stacks}"
+                )
             try:
                 ok, result = pipe.recv()
             except EOFError:
                 self.stop()
-                raise RankError(f"{function}: rank {rank} died.") from None
+                raise RankError(f"{function.__name__}: rank {rank} died.") from None
             results.append((ok, result))
         failed = [f"rank {rank}:\n{result}" for rank, (ok, result) in enumerate(results) if not ok]
         if failed:
             self.stop()  # a rank that raised in the middle of a collective cannot be used again
-            raise RankError(f"{function}\n" + "\n".join(failed))
+            raise RankError(f"{function.__name__}\n" + "\n".join(failed))
         return [result for _, result in results]
 
     def stop(self) -> None:
@@ -81,10 +84,8 @@ def _serve(pipe, rank: int, world_size: int, port: int, log: str) -> None:
     while True:
         function, args, kwargs, timeout = pipe.recv()
         faulthandler.dump_traceback_later(timeout, file=stacks)
-        module, _, name = function.rpartition(":")
         try:
-            called = getattr(importlib.import_module(module or "tests.distributed.scenarios"), name)
-            pipe.send((True, called(*args, **kwargs)))
+            pipe.send((True, function(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
         faulthandler.cancel_dump_traceback_later()

@@ -3,7 +3,8 @@ goes on as if nothing had been."""
 
 import pytest
 
-STUMBLES = "tests.distributed.stumbles:"
+from tests.distributed.scenarios import exceptions
+
 EMA = {"teacher_model_kind": "ema", "teacher_sync_steps": 1}
 
 
@@ -20,11 +21,11 @@ EMA = {"teacher_model_kind": "ema", "teacher_sync_steps": 1}
     ],
 )
 def test_an_exception_leaves_nothing_behind(two_ranks, stage, settings):
-    stumbled = two_ranks.run(f"{STUMBLES}stumbling", stage, True, timeout=60, **settings)
-    assert stumbled == two_ranks.run(f"{STUMBLES}stumbling", stage, False, timeout=60, **settings)
+    stumbled = two_ranks.run(exceptions.train_with_exceptions, stage, True, timeout=60, **settings)
+    assert stumbled == two_ranks.run(exceptions.train_with_exceptions, stage, False, timeout=60, **settings)
 
 
 def test_a_shard_lies_where_its_own_group_has_it(two_ranks):
     """Parameters that DeepSpeed shards over fewer ranks than there are."""
-    for pieces in two_ranks.run(f"{STUMBLES}offsets_in_a_group_of_one", timeout=60):
+    for pieces in two_ranks.run(exceptions.offsets_in_a_group_of_one, timeout=60):
         assert pieces and all(offset == 0 and held == whole for offset, held, whole in pieces)

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from tests.distributed import scenarios
+from tests.distributed.scenarios import generation
+from tests.helpers.trainers import train
 
 # Layer by layer, as all ranks have to go on together; with --full gathered as well.
 GATHER = pytest.mark.parametrize("gather", [pytest.param(True, marks=pytest.mark.full), False])
@@ -20,8 +21,8 @@ FAST = [(True, False, True), (False, True, False)]
     ],
 )
 def test_same_completions_as_without_deepspeed(two_ranks, gather, warm, lora):
-    expected = scenarios.generate(None, True, warm=warm, lora=lora, per_device_train_batch_size=4)
-    for got in two_ranks.run("generate", 3, gather, warm=warm, lora=lora, timeout=120):
+    expected = generation.generate(None, True, warm=warm, lora=lora, per_device_train_batch_size=4)
+    for got in two_ranks.run(generation.generate, 3, gather, warm=warm, lora=lora, timeout=120):
         assert got == expected
 
 
@@ -29,20 +30,20 @@ def test_same_completions_as_without_deepspeed(two_ranks, gather, warm, lora):
 def test_ranks_whose_rollouts_differ_in_length_do_not_hang(two_ranks, gather):
     lengths = [
         max(len(ids) for ids in completions[0])
-        for completions in two_ranks.run("generate", 3, gather, uneven=True, timeout=120)
+        for completions in two_ranks.run(generation.generate, 3, gather, uneven=True, timeout=120)
     ]
     assert lengths[0] <= 4 < lengths[1] <= 8
 
 
 @pytest.mark.parametrize("gather", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_train_evaluate_train(two_ranks, gather):
-    expected = two_ranks.run("train_evaluate_train", None, True)[0]
-    for got in two_ranks.run("train_evaluate_train", 3, gather, timeout=120):
+    expected = two_ranks.run(generation.train_evaluate_train, None, True)[0]
+    for got in two_ranks.run(generation.train_evaluate_train, 3, gather, timeout=120):
         assert got == pytest.approx(expected, rel=1e-5)
 
 
 @GATHER
 def test_an_exception_inside_leaves_everything_as_it_was(two_ranks, gather):
-    expected = two_ranks.run("train", 3, timeout=120)[0]["losses"]
-    for got in two_ranks.run("exception_inside_generation", 3, gather, timeout=120):
+    expected = two_ranks.run(train, 3, timeout=120)[0]["losses"]
+    for got in two_ranks.run(generation.exception_inside_generation, 3, gather, timeout=120):
         assert got == expected

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from benchmarks.matrix import ADAPTERS, KINDS, STAGES, is_right
+from benchmarks.matrix import ADAPTERS, KINDS, STAGES, cell, is_right
 from tests.cli.test_train import DEEPSPEED, command
 from tests.helpers import tiny
 
@@ -51,15 +51,15 @@ def test_the_set_is_small_and_covers_every_pair():
 
 
 # An offloaded optimizer's operator is compiled at its first use, which takes minutes.
-MARKED = [pytest.param(cell, marks=pytest.mark.full if "offload" in cell[0] else []) for cell in CELLS]
+MARKED = [pytest.param(each, marks=pytest.mark.full if "offload" in each[0] else []) for each in CELLS]
 
 
 @pytest.mark.parametrize("chosen", MARKED, ids=NAMES)
 def test_on_workers(one_rank, two_ranks, folder, chosen):
     stage, adapter, kind, checkpointing, ranks, bf16 = chosen
-    reference = one_rank.run("benchmarks.matrix:cell", "none", adapter, kind, False, bf16, str(folder))[0]
+    reference = one_rank.run(cell, "none", adapter, kind, False, bf16, str(folder))[0]
     workers = {1: one_rank, 2: two_ranks}[ranks]
-    for losses in workers.run("benchmarks.matrix:cell", stage, adapter, kind, checkpointing, bf16, str(folder)):
+    for losses in workers.run(cell, stage, adapter, kind, checkpointing, bf16, str(folder)):
         assert is_right(losses, reference, bf16), (losses, reference)
 
 

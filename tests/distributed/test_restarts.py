@@ -9,9 +9,16 @@ import torch
 from sdft_ds import SDFTConfig
 from sdft_ds.checkpoint import resume_settings
 from sdft_ds.config.fields import APPLIED, FREE, own_fields
-from tests.distributed import restarts
+from tests.distributed.scenarios.restarts import (
+    FOLLOWING,
+    best_then_evaluated,
+    checkpoint_with_stale_listings,
+    saved,
+    start,
+    starts,
+)
+from tests.helpers.trainers import DS_CONFIGS
 
-ROOM = "tests.distributed.restarts:"
 STAGES = [None, pytest.param(0, marks=pytest.mark.full), pytest.param(1, marks=pytest.mark.full),
           pytest.param(2, marks=pytest.mark.full), 3]  # fmt: skip
 AGAIN = {"resume": True}
@@ -20,8 +27,8 @@ AGAIN = {"resume": True}
 def on(ranks, stage, function, *arguments, **settings):
     """The results of all ranks: of this process alone without DeepSpeed, which is quick."""
     if stage is None:
-        return [getattr(restarts, function)(stage, *arguments, **settings)]
-    return ranks.run(ROOM + function, stage, *arguments, **settings)
+        return [function(stage, *arguments, **settings)]
+    return ranks.run(function, stage, *arguments, **settings)
 
 
 @pytest.mark.parametrize("stage", [None, *(pytest.param(stage, marks=pytest.mark.full) for stage in range(4))])
@@ -29,8 +36,8 @@ def test_a_finished_run_ends_at_once_and_goes_on_when_more_is_asked_for(two_rank
     """In the middle of an epoch, twice; then two more steps, which are those of a run that was not interrupted."""
     settings = {"teacher_model_kind": "ema", "teacher_sync_steps": 1}
     each = [{"max_steps": 4}, {"max_steps": 4, **AGAIN}, {"max_steps": 3, **AGAIN}, {"max_steps": 6, **AGAIN}]
-    results = on(two_ranks, stage, "starts", str(tmp_path / "parts"), each, **settings)
-    whole = [run for (run,) in on(two_ranks, stage, "starts", str(tmp_path / "whole"), [{"max_steps": 6}], **settings)]
+    results = on(two_ranks, stage, starts, str(tmp_path / "parts"), each, **settings)
+    whole = [run for (run,) in on(two_ranks, stage, starts, str(tmp_path / "whole"), [{"max_steps": 6}], **settings)]
     for unbroken, (first, again, fewer, more) in zip(whole, results, strict=True):
         for finished in (again, fewer):
             assert finished["step"] == 4 and not finished["losses"] and not finished["completions"]
@@ -58,7 +65,7 @@ def test_settings_that_a_checkpoint_fixes_are_put_in_its_place(one_rank, tmp_pat
     values = {}
     for stage in (None, 2, 3):
         each = [BEFORE, {**BEFORE, **AFTER, **AGAIN}]
-        _, other = on(one_rank, stage, "starts", str(tmp_path / str(stage)), each)[0]
+        _, other = on(one_rank, stage, starts, str(tmp_path / str(stage)), each)[0]
         values[stage] = other["values"]
         # A cosine from 0.03 at step 2 to a tenth at step 8. Lines stand for steps 4, 6 and 8, and tell the last rate.
         cosine = [0.03 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 2) / 6)) / 2) for step in range(8)]
@@ -79,7 +86,7 @@ def test_settings_that_a_checkpoint_fixes_are_put_in_its_place(one_rank, tmp_pat
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_step_after_a_resume_has_the_rate_of_the_longer_schedule(two_ranks, tmp_path, stage):
     each = [{"max_steps": 2}, {"max_steps": 4, **AGAIN}]
-    for rank in on(two_ranks, stage, "starts", str(tmp_path), each, lr_scheduler_type="linear", learning_rate=0.01):
+    for rank in on(two_ranks, stage, starts, str(tmp_path), each, lr_scheduler_type="linear", learning_rate=0.01):
         first, more = rank
         assert first["rates"] == [0.01, 0.005] and more["rates"] == pytest.approx([0.005, 0.0025])
 
@@ -87,10 +94,10 @@ def test_the_step_after_a_resume_has_the_rate_of_the_longer_schedule(two_ranks, 
 @pytest.mark.full
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_the_optimizer_moves_to_the_host_and_back_on_a_resume(one_rank, tmp_path, stage):
-    configs = [str(restarts.DS_CONFIGS / f"zero{stage}{name}.json") for name in ("", "_offload", "")]
+    configs = [str(DS_CONFIGS / f"zero{stage}{name}.json") for name in ("", "_offload", "")]
     each = [{"max_steps": 2 * (i + 1), "resume": i > 0, "deepspeed": path} for i, path in enumerate(configs)]
-    parts = one_rank.run(ROOM + "starts", None, str(tmp_path / "parts"), each)[0]
-    whole = one_rank.run(ROOM + "starts", int(stage), str(tmp_path / "whole"), [{"max_steps": 6}])[0]
+    parts = one_rank.run(starts, None, str(tmp_path / "parts"), each)[0]
+    whole = one_rank.run(starts, int(stage), str(tmp_path / "whole"), [{"max_steps": 6}])[0]
     losses = [loss for part in parts for loss in part["losses"]]
     assert losses == pytest.approx(whole[0]["losses"], rel=1e-5)
 
@@ -108,7 +115,7 @@ def test_the_optimizer_moves_to_the_host_and_back_on_a_resume(one_rank, tmp_path
 )  # fmt: skip
 def test_what_an_optimizers_state_cannot_follow_is_refused(one_rank, tmp_path, stage, before, after, words):
     with pytest.raises(AssertionError if stage else ValueError, match=words):
-        on(one_rank, stage, "starts", str(tmp_path), [{"max_steps": 1, **before}, {"max_steps": 2, **AGAIN, **after}])
+        on(one_rank, stage, starts, str(tmp_path), [{"max_steps": 1, **before}, {"max_steps": 2, **AGAIN, **after}])
 
 
 def test_what_has_no_effect_is_said(tmp_path):
@@ -140,7 +147,7 @@ def test_every_setting_states_what_a_resume_does():
 @pytest.mark.parametrize("kind", ["ema", pytest.param("base", marks=pytest.mark.full)])
 def test_the_best_model_comes_with_its_teacher(two_ranks, tmp_path, stage, kind):
     settings = {"teacher_model_kind": kind, "metric_for_best_model": "loss", "greater_is_better": True}
-    for rank in on(two_ranks, stage, "best_then_evaluated", str(tmp_path), **settings):
+    for rank in on(two_ranks, stage, best_then_evaluated, str(tmp_path), **settings):
         assert rank["best"] < 3 and len(set(rank["losses"])) == 3  # another step than the last
         assert rank["now"] == pytest.approx(max(rank["losses"]), rel=1e-6)
 
@@ -148,14 +155,12 @@ def test_the_best_model_comes_with_its_teacher(two_ranks, tmp_path, stage, kind)
 def test_a_best_model_without_its_teacher_is_refused(tmp_path):
     settings = {**BEFORE, "save_steps": 1, "load_best_model_at_end": True, "save_only_model": True}
     with pytest.raises(ValueError, match="ema teacher, too, which save_only_model leaves out"):
-        restarts.start(None, str(tmp_path), **settings, **restarts.FOLLOWING)
+        start(None, str(tmp_path), **settings, **FOLLOWING)
 
 
 def test_the_best_is_sought_anew_by_another_metric(tmp_path):
     settings = {**BEFORE, "save_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
-    first, more = restarts.starts(
-        None, str(tmp_path), [{}, {"max_steps": 4, "greater_is_better": True, **AGAIN}], **settings
-    )
+    first, more = starts(None, str(tmp_path), [{}, {"max_steps": 4, "greater_is_better": True, **AGAIN}], **settings)
     # The loss falls at step 4, too: the lowest one so far would stay the best.
     assert first["best"] == (3, "checkpoint-3") and more["best"] == (4, "checkpoint-4")
 
@@ -164,7 +169,7 @@ def test_a_finished_run_whose_best_model_came_earlier_is_known(tmp_path):
     """With one checkpoint kept beside the best one, which transformers would leave alone at the end."""
     settings = {**BEFORE, "save_steps": 1, "load_best_model_at_end": True, "greater_is_better": True,
                 "metric_for_best_model": "loss", "save_total_limit": 1}  # fmt: skip
-    first, again = restarts.starts(None, str(tmp_path), [{}, AGAIN], **settings)
+    first, again = starts(None, str(tmp_path), [{}, AGAIN], **settings)
     assert first["best"][0] < 3 and first["checkpoints"] == again["checkpoints"] == [first["best"][1], "checkpoint-3"]
     assert again["step"] == 3 and not again["losses"] and again["weights"] == first["weights"]
 
@@ -173,23 +178,21 @@ def test_a_finished_run_whose_best_model_came_earlier_is_known(tmp_path):
     "stage", [pytest.param(0, marks=pytest.mark.full), pytest.param(1, marks=pytest.mark.full), 2]
 )
 def test_a_tied_head_is_written_once(one_rank, tmp_path, stage):
-    tied, untied = (
-        one_rank.run(ROOM + "saved", stage, str(tmp_path / str(tied)), tied=tied)[0] for tied in (True, False)
-    )
+    tied, untied = (one_rank.run(saved, stage, str(tmp_path / str(tied)), tied=tied)[0] for tied in (True, False))
     assert "lm_head.weight" in untied["names"] and "lm_head.weight" not in tied["names"]
     assert tied["size"] < untied["size"] and tied["off"] == untied["off"] == 0.0
 
 
 def test_the_model_at_the_end_is_whole_whatever_is_gathered_for_checkpoints(two_ranks, tmp_path):
     settings = {"ungathered": True, "save_strategy": "steps"}
-    for rank in two_ranks.run(ROOM + "saved", 3, str(tmp_path), **settings):
+    for rank in two_ranks.run(saved, 3, str(tmp_path), **settings):
         assert rank["off"] == 0.0
     assert not (tmp_path / "checkpoint-1" / "model.safetensors").exists()
 
 
 def test_a_manifest_lists_what_only_its_writer_sees(two_ranks, tmp_path):
     """As on a network file system whose listings lag behind."""
-    results = two_ranks.run(ROOM + "checkpoint_with_stale_listings", str(tmp_path))
+    results = two_ranks.run(checkpoint_with_stale_listings, str(tmp_path))
     assert results[0]["listed"] != results[1]["listed"]
     for rank in results:
         assert rank["manifest"] == [f"rank-{r}-{i}" for r in (0, 1) for i in range(3)] and rank["problem"] is None

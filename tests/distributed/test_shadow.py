@@ -2,38 +2,39 @@
 
 import pytest
 
+from tests.distributed.scenarios import checkpoints, shadow
 from tests.helpers.cases import covering
 
 
 @pytest.mark.parametrize("stage, bf16", covering([None, 3], [False, True], others=[0, 1, 2]))
 def test_a_teacher_pass_leaves_the_student_bit_identical(two_ranks, stage, bf16):
     lora = stage == 3 and bf16  # one cell with an adapter; the matrix has them all
-    with_pass = two_ranks.run("swap_leaves_the_student_alone", stage, True, bf16=bf16, lora=lora)
-    without = two_ranks.run("swap_leaves_the_student_alone", stage, False, bf16=bf16, lora=lora)
+    with_pass = two_ranks.run(shadow.swap_leaves_the_student_alone, stage, True, bf16=bf16, lora=lora)
+    without = two_ranks.run(shadow.swap_leaves_the_student_alone, stage, False, bf16=bf16, lora=lora)
     assert with_pass == without and len(set(with_pass)) == 1
 
 
 @pytest.mark.parametrize("stage, lora", covering([None, 3], [False, True], others=[0, 1, 2]))
 def test_ema_is_the_average_of_the_masters_after_twenty_steps(two_ranks, stage, lora):
-    for rank in two_ranks.run("average", stage, 0.05, lora=lora, max_steps=20):
+    for rank in two_ranks.run(shadow.average, stage, 0.05, lora=lora, max_steps=20):
         assert rank["off"] <= 5e-6 * rank["moved"] and rank["moved"] > 0
         assert all(0 < ratio <= 1.1 for ratio in rank["drift"])
 
 
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.full), 3])
 def test_ema_of_bf16_weights_moves_as_far_as_that_of_their_masters(two_ranks, stage):
-    for rank in two_ranks.run("average", stage, 0.01, max_steps=20, bf16=True, learning_rate=1e-3):
+    for rank in two_ranks.run(shadow.average, stage, 0.01, max_steps=20, bf16=True, learning_rate=1e-3):
         assert rank["off"] <= 1e-3 * rank["moved"]  # kept in bf16 it is off by 0.8 and more
 
 
 def test_rate_one_copies_and_rate_zero_freezes(one_rank):
-    (copies,) = one_rank.run("average", 3, 1.0)
+    (copies,) = one_rank.run(shadow.average, 3, 1.0)
     assert copies["off"] == 0.0 and copies["moved"] > 0 and max(copies["drift"]) < 1e-3
-    (frozen,) = one_rank.run("average", 3, 0.0)
+    (frozen,) = one_rank.run(shadow.average, 3, 0.0)
     assert frozen["off"] == frozen["moved"] == 0.0
     assert frozen["drift"] == pytest.approx([1.0] * len(frozen["drift"]))
 
 
 @pytest.mark.parametrize("stage", [None, 2])
 def test_no_rank_goes_on_before_a_checkpoint_is_whole(two_ranks, tmp_path, stage):
-    assert two_ranks.run("whole_at_on_save", stage, str(tmp_path)) == [True, True]
+    assert two_ranks.run(checkpoints.whole_at_on_save, stage, str(tmp_path)) == [True, True]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import scenarios
+from tests.distributed.scenarios import task_evaluation
 
 WAYS = [
     (2, {}),
@@ -23,7 +23,7 @@ def alone(tmp_path_factory):
     def get(lora):
         if lora not in made:
             folder = str(tmp_path_factory.mktemp("alone"))
-            made[lora] = scenarios.examined(None, folder, lora=lora, per_device_train_batch_size=4), folder
+            made[lora] = task_evaluation.examined(None, folder, lora=lora, per_device_train_batch_size=4), folder
         return made[lora]
 
     return get
@@ -32,7 +32,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("stage, settings", [pytest.param(None, {}, marks=pytest.mark.full), *WAYS])
 def test_the_figures_of_one_process(two_ranks, alone, tmp_path, stage, settings):
     expected, folder = alone(settings.get("lora", False))
-    results = two_ranks.run("examined", stage, str(tmp_path), **settings)
+    results = two_ranks.run(task_evaluation.examined, stage, str(tmp_path), **settings)
     for got in results:
         for log, wanted in zip(got["logged"], expected["logged"], strict=True):
             assert log == pytest.approx(wanted, rel=2e-4)
@@ -48,8 +48,8 @@ def test_the_figures_of_one_process(two_ranks, alone, tmp_path, stage, settings)
 
 @pytest.mark.parametrize("stage, settings", [pytest.param(2, {}, marks=pytest.mark.full), *WAYS[1:]])
 def test_training_is_bit_by_bit_that_without_questions(two_ranks, tmp_path, stage, settings):
-    asked = two_ranks.run("examined", stage, str(tmp_path / "asked"), every=1, **settings)
-    plain = two_ranks.run("examined", stage, str(tmp_path / "plain"), tasks=False, **settings)
+    asked = two_ranks.run(task_evaluation.examined, stage, str(tmp_path / "asked"), every=1, **settings)
+    plain = two_ranks.run(task_evaluation.examined, stage, str(tmp_path / "plain"), tasks=False, **settings)
     for with_questions, without in zip(asked, plain, strict=True):
         for what in ("losses", "completions", "weights", "random"):
             assert with_questions[what] == without[what], what

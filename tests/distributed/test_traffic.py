@@ -5,6 +5,7 @@ import pytest
 from sdft_ds.plan.footprint import SETUPS, Job
 from sdft_ds.plan.model_shape import shape_of
 from sdft_ds.plan.traffic import volumes
+from tests.distributed.scenarios.communication import received
 from tests.helpers import tiny
 
 
@@ -14,7 +15,7 @@ from tests.helpers import tiny
 )
 def test_volumes_are_those_that_are_counted(two_ranks, stage, kind, accumulation, tied):
     counted = two_ranks.run(
-        "received", stage, teacher_model_kind=kind, gradient_accumulation_steps=accumulation, max_steps=4, grown=True,
+        received, stage, teacher_model_kind=kind, gradient_accumulation_steps=accumulation, max_steps=4, grown=True,
         tied=tied,
     )[0]  # fmt: skip
     job = Job(

@@ -7,9 +7,8 @@ import time
 
 import pytest
 
-from tests.distributed.uneven import KINDS
+from tests.distributed.scenarios import uneven_ranks
 
-UNEVEN = "tests.distributed.uneven:"
 LAYER_BY_LAYER = {"ds3_gather_for_generation": False}
 # (stage, settings, cases of the fast set, further ones with --full); fewer where no forward is a collective.
 ENGINES = [
@@ -32,9 +31,9 @@ CASES += [
 @pytest.mark.parametrize("stage, settings, cases", CASES)
 def test_all_ranks_make_the_same_collectives(two_ranks, tmp_path, stage, settings, cases):
     board = str(tmp_path / "board")
-    one, other = two_ranks.run(f"{UNEVEN}same_collectives", stage, board, cases, timeout=300, **settings)
+    one, other = two_ranks.run(uneven_ranks.same_collectives, stage, board, cases, timeout=300, **settings)
     assert one["done"] == other["done"] and len(one["done"]) == len(cases)
-    assert len(cases) < 40 or set(one["done"]) == set(KINDS)
+    assert len(cases) < 40 or set(one["done"]) == set(uneven_ranks.KINDS)
     assert one["collectives"] == other["collectives"] > 0
     assert one["finite"] and other["finite"]
     # Or it would show nothing: the ranks' own rows need batches of another number.
@@ -43,6 +42,6 @@ def test_all_ranks_make_the_same_collectives(two_ranks, tmp_path, stage, setting
 
 def test_a_rank_that_makes_one_forward_more_is_found_at_once(two_ranks, tmp_path):
     start = time.monotonic()
-    one, other = two_ranks.run(f"{UNEVEN}forwards_of_one_rank_more", 3, str(tmp_path / "board"), timeout=60)
+    one, other = two_ranks.run(uneven_ranks.forwards_of_one_rank_more, 3, str(tmp_path / "board"), timeout=60)
     assert "rank 0 is at" in one and "rank 1 is at" in other and "gather" in one + other
     assert time.monotonic() - start < 30

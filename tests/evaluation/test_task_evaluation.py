@@ -11,7 +11,8 @@ from sdft_ds.demo.run import RECIPE
 from sdft_ds.demo.world import questions, train_rows
 from sdft_ds.evaluation.task_evaluation import FIGURES, TaskEvaluation
 from sdft_ds.evaluation.tasks import Task, TaskRow
-from tests.distributed import scenarios
+from tests.distributed.scenarios import task_evaluation
+from tests.helpers.trainers import make_trainer
 
 
 def lines(folder, task=None):
@@ -86,17 +87,15 @@ def test_the_figures_are_logged_and_no_other_line_is_lost(demo):
     ],
 )
 def test_training_is_bit_by_bit_that_without_questions(tmp_path, settings):
-    asked = scenarios.examined(None, str(tmp_path / "asked"), every=1, **settings)
-    plain = scenarios.examined(None, str(tmp_path / "plain"), tasks=False, **settings)
+    asked = task_evaluation.examined(None, str(tmp_path / "asked"), every=1, **settings)
+    plain = task_evaluation.examined(None, str(tmp_path / "plain"), tasks=False, **settings)
     for what in ("losses", "completions", "weights", "random"):
         assert asked[what] == plain[what], what
 
 
 def trainer_with_questions(folder, tasks=None, **settings):
-    trainer = scenarios.make_trainer(
-        output_dir=str(folder), save_strategy="steps", save_steps=2, **{"max_steps": 4, **settings}
-    )
-    trainer.add_callback(TaskEvaluation(trainer, tasks or scenarios.questions()))
+    trainer = make_trainer(output_dir=str(folder), save_strategy="steps", save_steps=2, **{"max_steps": 4, **settings})
+    trainer.add_callback(TaskEvaluation(trainer, tasks or task_evaluation.questions()))
     return trainer
 
 
@@ -123,7 +122,7 @@ def test_a_run_that_starts_anew_in_the_folder_replaces_what_is_there(tmp_path):
 
 def test_a_resume_refuses_a_retention_set_without_its_start(tmp_path):
     trainer_with_questions(tmp_path, max_steps=2).train()
-    other = [Task("retention", scenarios.questions()[0].rows[:3])]
+    other = [Task("retention", task_evaluation.questions()[0].rows[:3])]
     with pytest.raises(ValueError, match="was made for other prompts"):
         trainer_with_questions(tmp_path, other).train(resume_from_checkpoint=True)
     (tmp_path / "evaluations/retention.safetensors").unlink()

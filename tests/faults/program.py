@@ -18,7 +18,7 @@ from transformers import TrainerCallback  # noqa: E402
 
 from sdft_ds.checkpoint import storage  # noqa: E402
 from sdft_ds.distributed import shutdown, zero  # noqa: E402
-from tests.distributed.scenarios import Recorder, digest, make_trainer, shadow_pieces, trainable  # noqa: E402
+from tests.helpers.trainers import Recorder, digest, make_trainer, shadow_pieces, trainable  # noqa: E402
 
 
 def me(rank: int) -> bool:

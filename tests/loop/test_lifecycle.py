@@ -13,9 +13,9 @@ from transformers import TrainerCallback
 from sdft_ds import SDFTConfig, SDFTTrainer, SFTConfig, SFTTrainer, train
 from sdft_ds.cli.model_arguments import ModelArguments
 from sdft_ds.model import completion_forward
-from tests.distributed import scenarios
-from tests.distributed.scenarios import SETTINGS, Recorder, digest, make_trainer
+from tests.distributed.scenarios import lifecycle
 from tests.helpers import tiny
+from tests.helpers.trainers import ADAPTERS, SETTINGS, Recorder, digest, make_trainer
 
 PROMPT = torch.tensor([[1, 2, 3]])
 
@@ -78,8 +78,8 @@ def test_a_second_run_is_the_first_of_a_new_trainer(kind, lora):
     """A new teacher, optimizer and schedule; whether it was evaluated before, between and after changes nothing."""
     settings = {"teacher_model_kind": kind, "lora": lora, "lr_scheduler_type": "linear"}
     actions = ["evaluate", "train", "evaluate", "train"]
-    again = scenarios.in_turn(None, actions, **settings)
-    assert again[:3] + again[4:] == scenarios.in_turn(None, ["evaluate", "train", "train"], again=True, **settings)
+    again = lifecycle.in_turn(None, actions, **settings)
+    assert again[:3] + again[4:] == lifecycle.in_turn(None, ["evaluate", "train", "train"], again=True, **settings)
 
 
 def test_a_used_trainer_resumes_as_a_new_one(tmp_path):
@@ -195,7 +195,7 @@ def test_forwards_are_entered_and_left_in_any_order():
 def folder(tmp_path_factory):
     """A model without its head, which is drawn when it is loaded; an adapter that a run left, and rows."""
     folder = tmp_path_factory.mktemp("lifecycle")
-    scenarios.save_headless(folder / "headless")
+    lifecycle.save_headless(folder / "headless")
     tiny.llama().save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
     trainer = make_trainer(model=str(folder / "model"), lora=True)
@@ -207,7 +207,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_two_runs_of_one_seed_are_the_same_to_the_last_bit(folder, lora):
-    first, second = scenarios.run_twice(None, model=str(folder / "headless"), lora=lora)
+    first, second = lifecycle.run_twice(None, model=str(folder / "headless"), lora=lora)
     assert first == second
 
 
@@ -227,7 +227,7 @@ def test_a_part_of_an_adapter_that_the_user_froze_stays_frozen():
     """PEFT makes it trainable when it switches the adapter on again, after the base teacher's pass."""
     norms = []
     for kind in ("live", "base"):  # whose gradient is the same in the first step
-        model = get_peft_model(tiny.llama(), scenarios.ADAPTERS[True])
+        model = get_peft_model(tiny.llama(), ADAPTERS[True])
         for name, param in model.named_parameters():
             if "lora_A" in name:
                 param.requires_grad_(False)
@@ -241,7 +241,7 @@ def test_a_part_of_an_adapter_that_the_user_froze_stays_frozen():
 
 
 def test_a_second_adapter_beside_it_is_refused(folder, capsys):
-    for model in (str(folder / "adapter"), get_peft_model(tiny.llama(), scenarios.ADAPTERS[True])):
+    for model in (str(folder / "adapter"), get_peft_model(tiny.llama(), ADAPTERS[True])):
         with pytest.raises(ValueError, match="has an adapter already.*go on training.*merge_and_unload"):
             make_trainer(model=model, lora=True)
     with pytest.raises(SystemExit, match=r"adapter has an adapter already, and peft_config \(--use_peft\)"):

@@ -13,9 +13,9 @@ from sdft_ds import SDFTConfig, SDFTTrainer
 from sdft_ds.metrics.nonfinite import NonFiniteGuard
 from sdft_ds.model.completion_forward import causal_lm_of
 from sdft_ds.objectives.sdft import SelfDistillation
-from tests.distributed.scenarios import Recorder, make_trainer, train
 from tests.helpers import reference, tiny
 from tests.helpers.steps import check_against_the_reference, first_step, loss_and_gradients
+from tests.helpers.trainers import Recorder, make_trainer, train
 
 LOSSES = [
     {"distillation_alpha": 0.0, "distillation_mode": "full_logits"},

@@ -10,7 +10,7 @@ import torch
 
 from sdft_ds.metrics import completions, run_folder
 from sdft_ds.metrics.meters import METRICS
-from tests.distributed.scenarios import make_trainer
+from tests.helpers.trainers import make_trainer, train
 
 RUN = {"max_steps": 4, "log_completions": 2, "log_completions_rows": 3, "num_generations": 1}
 
@@ -105,7 +105,7 @@ def test_two_ranks_see_what_one_sees(two_ranks, tmp_path, stage):
     trainer = make_trainer(None, output_dir=str(tmp_path), per_device_train_batch_size=4, **settings)
     trainer.train()
     one = next(line for line in trainer.state.log_history if "loss" in line)
-    two = two_ranks.run("train", stage, per_device_train_batch_size=2, **settings)[0]["logs"][0]
+    two = two_ranks.run(train, stage, per_device_train_batch_size=2, **settings)[0]["logs"][0]
     for name in one:
         if name.startswith(("divergence", "entropy", "agreement", "topk", "completions", "sdft")):
             torch.testing.assert_close(torch.tensor(two[name]), torch.tensor(one[name]), rtol=1e-4, atol=1e-6)

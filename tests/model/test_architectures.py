@@ -36,9 +36,9 @@ from transformers import (
 )
 
 from sdft_ds.model import completion_forward
-from tests.distributed.scenarios import make_trainer, train
 from tests.helpers import tiny
 from tests.helpers.steps import check_against_the_reference
+from tests.helpers.trainers import make_trainer, train
 
 SIZES = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2,
          "max_position_embeddings": 512, "pad_token_id": 0}  # fmt: skip

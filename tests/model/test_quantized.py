@@ -10,10 +10,10 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import get_peft_model
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from tests.distributed import scenarios
-from tests.distributed.scenarios import make_trainer
+from tests.distributed.scenarios import qlora
 from tests.helpers import tiny
 from tests.helpers.steps import loss_and_gradients
+from tests.helpers.trainers import ADAPTERS, make_trainer
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}  # what can be repacked: whole blocks of 64 in a row
 
@@ -37,7 +37,7 @@ def quantized(folder) -> LlamaForCausalLM:
 
 def adapted(model):
     torch.manual_seed(11)
-    return get_peft_model(model, scenarios.ADAPTERS[True])
+    return get_peft_model(model, ADAPTERS[True])
 
 
 def four_bit_modules(model):
@@ -73,7 +73,7 @@ def test_weights_that_were_repacked_before_are_refused(folder, bf16_units):
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.full), 3])
 def test_sharded_weights_are_not_repacked(folder, two_ranks, stage):
     """Two ranks that roll out, score, train and evaluate: the losses of one process, and the weights as loaded."""
-    alone = scenarios.train_in_four_bits(None, folder, per_device_train_batch_size=4)
-    for rank in two_ranks.run("train_in_four_bits", stage, folder):
+    alone = qlora.train_in_four_bits(None, folder, per_device_train_batch_size=4)
+    for rank in two_ranks.run(qlora.train_in_four_bits, stage, folder):
         assert rank["weights"] == alone["weights"]
         torch.testing.assert_close(rank["losses"], alone["losses"], rtol=1e-4, atol=1e-6)

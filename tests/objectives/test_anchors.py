@@ -6,11 +6,12 @@ from datasets import Dataset
 
 from sdft_ds import SDFTTrainer, SFTConfig
 from sdft_ds.data.rows import DataError, RowError
-from tests.distributed.scenarios import Recorder, make_trainer, train
+from tests.distributed.scenarios import checkpoints
 from tests.distributed.test_resume import INSIDE, assert_exact
 from tests.helpers import tiny
 from tests.helpers.cases import covering
 from tests.helpers.steps import check_against_the_reference, first_step
+from tests.helpers.trainers import Recorder, make_trainer, train
 
 # Of other lengths than the rows, so that ranks and micro-batches differ.
 ANCHORS = [
@@ -75,7 +76,7 @@ def _log_probs(model, prompts):
 def test_two_ranks_are_one(two_ranks, stage, lora):
     settings = {**HELD, "lora": lora}
     alone = train(**settings, per_device_train_batch_size=4)
-    ranks = two_ranks.run("train", stage, **settings)
+    ranks = two_ranks.run(train, stage, **settings)
     assert ranks[0]["completions"] != ranks[1]["completions"]
     for got in ranks:
         assert got["losses"] == pytest.approx(alone["losses"], rel=1e-4)
@@ -86,7 +87,7 @@ def test_two_ranks_are_one(two_ranks, stage, lora):
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_resumed_run_is_the_run_that_was_interrupted(two_ranks, tmp_path, inside):
     settings = {**HELD, **(INSIDE if inside else {})}
-    assert_exact(two_ranks.run("resume", 2, str(tmp_path), **settings))
+    assert_exact(two_ranks.run(checkpoints.resume, 2, str(tmp_path), **settings))
 
 
 def test_without_a_teacher_kind_it_is_the_start():
@@ -157,5 +158,5 @@ def test_the_share_from_the_teachers_prompt_falls_to_nothing():
 def test_the_choice_is_the_rows_on_any_number_of_ranks(two_ranks):
     settings = {"num_generations": 1, "teacher_rollout_fraction": 0.6, "teacher_model_kind": "base"}
     alone = train(**settings, per_device_train_batch_size=4)
-    for got in two_ranks.run("train", 2, **settings):
+    for got in two_ranks.run(train, 2, **settings):
         assert got["losses"] == pytest.approx(alone["losses"], rel=1e-4)

@@ -13,8 +13,8 @@ from sdft_ds.data.rows import RowError
 from sdft_ds.loss.chunked import Adapter, HeadValues, LossTerms, chunked_distillation_loss
 from sdft_ds.loss.divergence import CrossEntropy
 from tests.cli.test_train import PLAIN, TWO_STEPS, command
-from tests.distributed.scenarios import make_trainer, train
 from tests.helpers import tiny
+from tests.helpers.trainers import make_trainer, train
 
 
 def sft(**settings):
@@ -135,7 +135,7 @@ def test_it_learns_and_logs_and_evaluates():
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_are_one(two_ranks, stage):
     expected = train(config=SFTConfig, per_device_train_batch_size=4, lora=stage == 3)
-    for got in two_ranks.run("train", stage, config=SFTConfig, lora=stage == 3):
+    for got in two_ranks.run(train, stage, config=SFTConfig, lora=stage == 3):
         assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert got["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-4)
 

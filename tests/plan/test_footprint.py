@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sdft_ds.plan.footprint import OFFLOAD, OFFLOAD_OPTIMIZER, SETUPS, ZERO_2, ZERO_3, Job, footprint
 from sdft_ds.plan.model_shape import load_shape, shape_of
+from tests.distributed.scenarios import communication
 from tests.helpers import tiny
 from tests.helpers.cases import covering
 
@@ -16,7 +17,7 @@ WIDE = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "
 
 @pytest.mark.parametrize("stage, bf16", covering([0, 3], [False, True], others=[1, 2]))
 def test_what_stays_is_what_real_engines_hold(two_ranks, stage, bf16):
-    held = two_ranks.run("held", stage, bf16=bf16, teacher_model_kind="ema", max_steps=1)[0]
+    held = two_ranks.run(communication.held, stage, bf16=bf16, teacher_model_kind="ema", max_steps=1)[0]
     job = Job(shape_of(tiny.llama()), ranks=2, teacher="ema", bf16=bf16)
     parts = footprint(job, SETUPS[stage]).parts
     for part, size in held.items():
@@ -25,7 +26,7 @@ def test_what_stays_is_what_real_engines_hold(two_ranks, stage, bf16):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_of_a_lora_job_only_the_adapter_is_trained_and_shadowed(two_ranks, stage):
-    held = two_ranks.run("held", stage, lora=True, teacher_model_kind="ema", max_steps=1)[0]
+    held = two_ranks.run(communication.held, stage, lora=True, teacher_model_kind="ema", max_steps=1)[0]
     shape = shape_of(tiny.llama())
     job = Job(shape, ranks=2, tuning="lora", adapter=shape.adapter_parameters(4, None), teacher="ema", bf16=False)
     parts = footprint(job, SETUPS[stage]).parts

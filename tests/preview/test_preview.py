@@ -25,8 +25,8 @@ from sdft_ds.preview.row import Looker
 from sdft_ds.preview.scores import scores
 from sdft_ds.preview.spans import TextSpan, prompts_in_pieces, sample
 from sdft_ds.preview.statistics import CUT_CONTEXT, CUT_QUESTION, DROPPED, REFUSED
-from tests.distributed.scenarios import make_trainer
 from tests.helpers import html_tree, reference, tiny
+from tests.helpers.trainers import make_trainer
 
 LONG = "word " * 30
 

@@ -6,8 +6,8 @@ from sdft_ds.data.batch import LossMask
 from sdft_ds.model import prefix_cache
 from sdft_ds.model.completion_forward import causal_lm_of
 from sdft_ds.teacher.scoring import Scorer
-from tests.distributed.scenarios import make_trainer
 from tests.helpers import reference, tiny
+from tests.helpers.trainers import make_trainer
 
 
 def scorer_of(trainer, skip=0, **settings):

@@ -15,8 +15,8 @@ from sdft_ds.distributed import engines, launch, zero
 from sdft_ds.model.completion_forward import causal_lm_of
 from sdft_ds.model.modes import evaluating
 from sdft_ds.objectives.protocol import BatchUse
-from tests.distributed.scenarios import Recorder, digest, make_trainer, state_of, trainable
 from tests.helpers import tiny
+from tests.helpers.trainers import Recorder, digest, make_trainer, state_of, trainable
 
 
 class OnPurpose(Exception):
@@ -128,7 +128,7 @@ def everything(trainer: SDFTTrainer) -> dict[str, Any]:
     return found
 
 
-def stumbling(stage: int | None, faults: bool, **settings: Any) -> dict[str, Any]:
+def train_with_exceptions(stage: int | None, faults: bool, **settings: Any) -> dict[str, Any]:
     """Train two steps, with or without exceptions before each of them."""
     recorder = Recorder()
     trainer = make_trainer(stage, callbacks=[recorder], max_steps=2, **settings)

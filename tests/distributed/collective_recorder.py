@@ -62,7 +62,7 @@ class Board:
         raise self.diverged
 
 
-class Recorder:
+class CollectiveRecorder:
     """The collectives made while `recording`: (operation, group, shapes and dtypes)."""
 
     def __init__(self, board: Board):
@@ -87,9 +87,9 @@ def _described(args: tuple[Any, ...]) -> Iterator[str]:
 
 
 @contextmanager
-def recording(board: Board) -> Iterator[Recorder]:
+def recording(board: Board) -> Iterator[CollectiveRecorder]:
     """Inside, all collectives are compared; at the end also that all ranks end here, in the same way."""
-    recorder = Recorder(board)
+    recorder = CollectiveRecorder(board)
     library = torch.library.Library("c10d", "IMPL")
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, operation = name.partition("::")
@@ -108,7 +108,7 @@ def recording(board: Board) -> Iterator[Recorder]:
         library._destroy()
 
 
-def _noting(recorder: Recorder, operation: str) -> Any:
+def _noting(recorder: CollectiveRecorder, operation: str) -> Any:
     call = getattr(torch.ops.c10d, operation).default
 
     def noting(*args: Any) -> Any:

@@ -18,9 +18,9 @@ from sdft_ds.model import prefix_cache
 from sdft_ds.objectives.protocol import BatchUse
 from sdft_ds.rollouts.sampler import NonFiniteLogits
 from sdft_ds.teacher.scoring import Scorer
-from tests.distributed.collectives import Board, Diverged, recording
-from tests.distributed.scenarios import make_trainer, train
+from tests.distributed.collective_recorder import Board, Diverged, recording
 from tests.helpers import tiny
+from tests.helpers.trainers import make_trainer, train
 
 LONG = "word " * 60
 

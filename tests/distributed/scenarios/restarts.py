@@ -1,4 +1,4 @@
-"""What tests of starts that follow one another run on every rank: each start is a trainer of its own."""
+"""Starts that follow one another: each is a trainer of its own."""
 
 import io
 import json
@@ -13,8 +13,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sdft_ds.checkpoint import storage
 from sdft_ds.distributed import ranks, zero
-from tests.distributed.scenarios import DS_CONFIGS, Recorder, digest, make_trainer, shadow_pieces, trainable
 from tests.helpers import tiny
+from tests.helpers.trainers import DS_CONFIGS, Recorder, digest, make_trainer, shadow_pieces, trainable
 
 FOLLOWING = {"teacher_model_kind": "ema", "teacher_sync_steps": 1, "teacher_update_rate": 0.3}
 

@@ -1,0 +1,69 @@
+"""Rollouts of an engine."""
+
+from transformers import TrainerCallback
+
+from tests.helpers.trainers import Recorder, make_trainer
+
+
+def generate(stage, gather: bool, uneven: bool = False, warm: bool = False, **settings) -> list:
+    """Completions from an engine that was never used (cold), or that has trained a step (warm)."""
+    trainer = make_trainer(stage, ds3_gather_for_generation=gather, max_steps=1, **settings)
+    completions = []
+    rank = trainer.args.process_index
+    prompts = [[1, 2, 3], [4] * 9, [5, 6]]
+    if uneven:  # one rank has shorter prompts, and with them other lengths
+        prompts = prompts[rank:] + prompts[:rank]
+
+    def take() -> None:
+        made = trainer.rollouts.generate(prompts, ["a", "b", "c"], max_new_tokens=4 + 4 * rank * uneven)
+        completions.append([completion.ids for completion in made])
+
+    class Cold(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            take()
+
+    if not warm:
+        trainer.add_callback(Cold())
+    trainer.train()
+    if warm:
+        take()
+    return completions
+
+
+def train_evaluate_train(stage, gather: bool) -> list[float]:
+    """Losses of a run that evaluates after every step."""
+    recorder = Recorder()
+    trainer = make_trainer(
+        stage, ds3_gather_for_generation=gather, callbacks=[recorder], eval_strategy="steps", eval_steps=1,
+        per_device_eval_batch_size=2,
+    )  # fmt: skip
+    recorder.trainer = trainer
+    trainer.train()
+    return [log.get("loss", log.get("eval_loss")) for log in recorder.logs if "loss" in log or "eval_loss" in log]
+
+
+def exception_inside_generation(stage, gather: bool) -> list[float]:
+    """Generation raises on every rank before training; the run goes on as if nothing had been."""
+    recorder = Recorder()
+    trainer = make_trainer(stage, ds3_gather_for_generation=gather, callbacks=[recorder])
+    recorder.trainer = trainer
+
+    class Stumble(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            def broken(*args, **kwargs):
+                raise KeyError("on purpose")
+
+            inner = trainer.model.model.layers[0]
+            whole, inner.forward = inner.forward, broken
+            try:
+                trainer.rollouts.generate([[1, 2]], ["a"])
+            except KeyError:
+                pass
+            else:
+                raise AssertionError("nothing was raised")
+            finally:
+                inner.forward = whole
+
+    trainer.add_callback(Stumble())
+    trainer.train()
+    return [log["loss"] for log in recorder.logs if "loss" in log]
