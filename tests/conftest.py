@@ -1,6 +1,7 @@
 """`--full` adds the slow tests. Two-rank tests share one pair of worker processes. Everything runs on the CPU: GPUs
 are hidden from the tests and from the processes that they start, unless `--gpu` is given."""
 
+import gc
 import os
 import sys
 
@@ -35,6 +36,11 @@ def pytest_xdist_make_scheduler(config, log):
             return "ranks" if "tests/distributed/" in nodeid else nodeid.partition("::")[0]
 
     return ByFile(config, log)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # every trainer collects garbage, and would look through all that the test files have imported
 
 
 def pytest_collection_modifyitems(config, items):

@@ -2,13 +2,16 @@
 of tests.distributed.scenarios.
 
 A call that takes too long dumps every rank's stacks, kills the processes and fails; the next call starts new ones.
+They are forks of a process that does nothing but import what takes them seconds to import.
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +63,8 @@ class Ranks:
         self.processes = []
 
     def _start(self) -> None:
-        context, port = multiprocessing.get_context("spawn"), free_port()
+        context, port = multiprocessing.get_context("forkserver"), free_port()
+        context.set_forkserver_preload(["tests.helpers.trainers", "deepspeed"])
         self.pipes, self.logs = [], []
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
@@ -80,6 +84,8 @@ def _serve(pipe, rank: int, world_size: int, port: int, log: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)  # torch's, at every collective of DeepSpeed
+    gc.freeze()  # every trainer collects garbage, and would look through all that was imported
     stacks = open(log, "w")
     while True:
         function, args, kwargs, timeout = pipe.recv()
