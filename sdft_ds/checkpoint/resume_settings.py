@@ -8,6 +8,7 @@ settings are re-applied after loading.
 import json
 from collections.abc import Callable
 from dataclasses import fields
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def _names(args: SDFTConfig, what: OnResume) -> list[str]:
     return [f.name for f in fields(args) if on_resume(f.name) == what]
 
 
+@cache
 def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 

@@ -5,7 +5,7 @@ import pytest
 from tests.distributed.scenarios.communication import gathers, ranks_without_loss
 from tests.helpers.trainers import train
 
-SIX_STEPS = {"max_steps": 6, "gradient_accumulation_steps": 2}
+THREE_STEPS = {"max_steps": 3, "gradient_accumulation_steps": 2}
 KINDS = pytest.mark.parametrize(
     "kind, lora",
     [
@@ -23,7 +23,7 @@ def student(two_ranks):
 
     def get(lora):
         if lora not in made:
-            made[lora] = two_ranks.run(gathers, 3, teacher_model_kind="live", lora=lora, **SIX_STEPS)[0]
+            made[lora] = two_ranks.run(gathers, 3, teacher_model_kind="live", lora=lora, **THREE_STEPS)[0]
         return made[lora]
 
     return get
@@ -31,7 +31,7 @@ def student(two_ranks):
 
 @KINDS
 def test_teacher_and_student_gather_at_most_twice_what_the_student_does(two_ranks, student, kind, lora):
-    both = two_ranks.run(gathers, 3, teacher_model_kind=kind, lora=lora, **SIX_STEPS)[0]
+    both = two_ranks.run(gathers, 3, teacher_model_kind=kind, lora=lora, **THREE_STEPS)[0]
     for run in (both, student(lora)):
         assert run["trace is complete"] and run["teacher's trace is complete"]
         assert 0 < run["student"] + run["teacher"] <= 2 * student(lora)["student"]
@@ -40,14 +40,14 @@ def test_teacher_and_student_gather_at_most_twice_what_the_student_does(two_rank
 @pytest.mark.full
 def test_the_teachers_gathers_follow_its_own_batches(two_ranks):
     """Eight rows in one scoring batch or in four, whatever the student's accumulation is."""
-    one = two_ranks.run(gathers, 3, teacher_model_kind="base", per_device_train_batch_size=4, max_steps=6)[0]
+    one = two_ranks.run(gathers, 3, teacher_model_kind="base", per_device_train_batch_size=4, max_steps=3)[0]
     four = two_ranks.run(
         gathers,
         3,
         teacher_model_kind="base",
         per_device_train_batch_size=1,
         gradient_accumulation_steps=4,
-        max_steps=6,
+        max_steps=3,
     )[0]
     per_batch = one["teacher"]
     assert per_batch <= four["teacher"] <= 4 * per_batch

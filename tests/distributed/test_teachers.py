@@ -8,7 +8,7 @@ from tests.helpers.cases import covering
 from tests.helpers.trainers import PROBE, grown_student, train
 
 KINDS = ["live", "base", "ema"]
-RUN = {"max_steps": 6, "distillation_alpha": 0.0, "distillation_mode": "full_logits", "teacher_update_rate": 0.3,
+RUN = {"max_steps": 4, "distillation_alpha": 0.0, "distillation_mode": "full_logits", "teacher_update_rate": 0.3,
        "teacher_sync_steps": 2}  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from tests.helpers import tiny
 )
 def test_volumes_are_those_that_are_counted(two_ranks, stage, kind, accumulation, tied):
     counted = two_ranks.run(
-        received, stage, teacher_model_kind=kind, gradient_accumulation_steps=accumulation, max_steps=4, grown=True,
+        received, stage, teacher_model_kind=kind, gradient_accumulation_steps=accumulation, max_steps=2, grown=True,
         tied=tied,
     )[0]  # fmt: skip
     job = Job(
