@@ -11,6 +11,7 @@ import yaml
 
 from sdft_ds import train
 from sdft_ds.checkpoint import output_dir
+from sdft_ds.demo import run as demo
 from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -53,12 +54,18 @@ def test_a_model_and_data_of_ones_own(model_and_data, tmp_path):
             ["--distillation_alpha", "3"], "distillation_alpha must be in [0, 1], not 3.0", marks=pytest.mark.full
         ),
         pytest.param(["--learning_rat", "3"], "did you mean --learning_rate", marks=pytest.mark.full),
-        (["--resume_from_checkpoint", "nowhere"], "nowhere does not exist"),
+        pytest.param(["--resume_from_checkpoint", "nowhere"], "nowhere does not exist", marks=pytest.mark.full),
     ],
 )
 def test_a_mistake_is_one_line_and_a_status(model_and_data, tmp_path, wrong, words):
     done = command(*PLAIN, *model_and_data, *TWO_STEPS, "--output_dir", tmp_path, *wrong, check=False)
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_that_is_not_there(model_and_data, tmp_path):
+    flags = [*map(str, model_and_data), *TWO_STEPS, "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="nowhere does not exist"):
+        train.main([*flags, "--resume_from_checkpoint", "nowhere"])
 
 
 def test_a_finished_run_that_is_started_again_only_writes_its_end(model_and_data, tmp_path, monkeypatch, capsys):
@@ -104,7 +111,21 @@ def test_what_a_run_saved_of_its_settings_starts_it_again(model_and_data, tmp_pa
     assert weights[0] == weights[1]
 
 
-def test_the_demo_teaches_and_keeps(tmp_path):
+def test_the_demo_teaches_and_keeps(tmp_path, monkeypatch, capsys):
+    """The default run, and one baseline beside it, of one step."""
+    monkeypatch.setattr(demo, "BASELINES", {"sft": ["--method", "sft", "--max_steps", "1"]})
+    train.main(["--output_dir", str(tmp_path)])
+    figures = json.loads((tmp_path / "lessons.json").read_text())
+    assert [*figures] == ["before", "sdft", "sft"] and figures["sft"]["new_trained"] <= 0.5
+    assert figures["before"]["new_trained"] <= 0.10 and figures["before"]["old"] >= 0.97
+    assert figures["sdft"]["new_trained"] >= 0.95 and figures["sdft"]["new_held_out"] >= 0.95
+    assert figures["sdft"]["old"] >= 0.97
+    said = capsys.readouterr().out
+    assert "old facts" in said and "supervised fine-tuning kept" in said and f"Saved to {tmp_path}" in said
+
+
+@pytest.mark.full
+def test_the_demo_beside_its_baselines(tmp_path):
     """The default run, whole: what it promises in its table holds."""
     done = command(*PLAIN, "--output_dir", tmp_path)
     figures = json.loads((tmp_path / "lessons.json").read_text())

@@ -40,7 +40,7 @@ def test_a_resumed_run_is_the_run_that_was_interrupted(two_ranks, tmp_path, stag
     results = two_ranks.run(resume, stage, str(tmp_path), teacher_model_kind=kind, lora=lora, **settings)
     assert_exact(results)
     # Inside a generation batch the resumed run makes the second one only.
-    assert len(results[0]["resumed"]["completions"]) == (1 if inside else 3)
+    assert len(results[0]["resumed"]["completions"]) == (1 if inside else 2)
 
 
 @pytest.mark.parametrize(

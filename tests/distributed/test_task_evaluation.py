@@ -29,27 +29,41 @@ def alone(tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="module")
+def asked(two_ranks, tmp_path_factory):
+    """What two ranks come to, and write, for each way."""
+    made = {}
+
+    def get(stage, settings):
+        key = repr((stage, settings))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("asked")
+            made[key] = two_ranks.run(task_evaluation.examined, stage, str(folder), **settings), folder
+        return made[key]
+
+    return get
+
+
 @pytest.mark.parametrize("stage, settings", [pytest.param(None, {}, marks=pytest.mark.full), *WAYS])
-def test_the_figures_of_one_process(two_ranks, alone, tmp_path, stage, settings):
+def test_the_figures_of_one_process(asked, alone, stage, settings):
     expected, folder = alone(settings.get("lora", False))
-    results = two_ranks.run(task_evaluation.examined, stage, str(tmp_path), **settings)
+    results, written = asked(stage, settings)
     for got in results:
         for log, wanted in zip(got["logged"], expected["logged"], strict=True):
             assert log == pytest.approx(wanted, rel=2e-4)
     for step in (0, 2, 4):
         for name in ("vowels", "retention"):
             answers = f"evaluations/{name}-step-{step}.jsonl"
-            assert Path(tmp_path, answers).read_text() == Path(folder, answers).read_text()
-    lines = [json.loads(text) for text in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+            assert Path(written, answers).read_text() == Path(folder, answers).read_text()
+    lines = [json.loads(text) for text in (written / "evaluations.jsonl").read_text().splitlines()]
     assert [(line["step"], line["task"]) for line in lines] == [
         (step, name) for step in (0, 2, 4) for name in ("vowels", "retention")
     ]
 
 
 @pytest.mark.parametrize("stage, settings", [pytest.param(2, {}, marks=pytest.mark.full), *WAYS[1:]])
-def test_training_is_bit_by_bit_that_without_questions(two_ranks, tmp_path, stage, settings):
-    asked = two_ranks.run(task_evaluation.examined, stage, str(tmp_path / "asked"), every=1, **settings)
-    plain = two_ranks.run(task_evaluation.examined, stage, str(tmp_path / "plain"), tasks=False, **settings)
-    for with_questions, without in zip(asked, plain, strict=True):
+def test_training_is_bit_by_bit_that_without_questions(two_ranks, asked, tmp_path, stage, settings):
+    plain = two_ranks.run(task_evaluation.examined, stage, str(tmp_path), tasks=False, **settings)
+    for with_questions, without in zip(asked(stage, settings)[0], plain, strict=True):
         for what in ("losses", "completions", "weights", "random"):
             assert with_questions[what] == without[what], what

@@ -236,7 +236,7 @@ def test_rollouts_do_not_depend_on_the_global_generator():
 def test_training_learns_the_teacher():
     """A frozen teacher that knows more: the student's divergence from it falls."""
     result = train(
-        lora=True, max_steps=60, rows=1, num_generations=8, per_device_train_batch_size=8, distillation_alpha=0.0
+        lora=True, max_steps=30, rows=1, num_generations=8, per_device_train_batch_size=8, distillation_alpha=0.0
     )  # fmt: skip
     assert sum(result["losses"][-5:]) < 0.7 * sum(result["losses"][:5])
 

@@ -50,10 +50,9 @@ def peak(run) -> int:
     return most
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("overrides", [WIDE, {**WIDE, "hidden_size": 128, "num_key_value_heads": 4}])
-def test_activations_are_as_measured(bf16, checkpointing, overrides):
+@pytest.mark.parametrize("bf16, checkpointing", [(False, False), (False, True), (True, False), (True, True)])
+def test_activations_are_as_measured(overrides, bf16, checkpointing):
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = tiny.llama(dtype=dtype, num_hidden_layers=4, attention_dropout=0.0, **overrides)
     if checkpointing:

@@ -17,11 +17,11 @@ from tests.helpers.trainers import PROBE, Recorder, digest, make_trainer, shadow
 
 
 def resume(stage, folder: str, **settings) -> dict[str, Any]:
-    """Six steps in one go, and three, a new trainer, three more; what both end with."""
+    """Five steps in one go, and three, a new trainer, two more; what both end with."""
     warmup = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 6}  # another rate at every step
     settings = {"teacher_update_rate": 0.3, "teacher_sync_steps": 1, **warmup, **settings}
     ends = []
-    for steps, again in ((6, None), (3, None), (6, f"{folder}/parts/checkpoint-3")):
+    for steps, again in ((5, None), (3, None), (5, f"{folder}/parts/checkpoint-3")):
         recorder = Recorder()
         part = "whole" if len(ends) == 0 else "parts"
         trainer = make_trainer(
