@@ -1,10 +1,12 @@
-"""The screen, the JSON and the exit status, in processes of their own."""
+"""The screen, the JSON and the exit status."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from sdft_ds.doctor import __main__
 from sdft_ds.doctor.checks import FAIL, OK, WARN
@@ -30,10 +32,17 @@ def test_json_and_exit_status(tmp_path):
     assert f"free in {tmp_path}" in said["checks"]["disk"]["found"]
 
 
-def test_the_screen_says_what_fails_and_what_to_do():
-    done = run("-m", "sdft_ds.doctor", **UNEVEN)
-    assert done.returncode == 1, done.stderr
-    lines = done.stdout.splitlines()
+def test_the_screen_says_what_fails_and_what_to_do(monkeypatch, capsys):
+    for name, value in {**UNEVEN, "COLUMNS": "100"}.items():
+        monkeypatch.setenv(name, value)
+    todo = __main__.all_checks(Path("."))
+    quick = {name: check for name, check in todo.items() if name not in ("operators", "communication")}
+    monkeypatch.setattr(__main__, "all_checks", lambda output_dir: quick)
+    monkeypatch.setattr(sys, "argv", ["doctor"])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
     [at] = [i for i, line in enumerate(lines) if line.startswith("fail  slurm")]
     assert "job 7: 2 nodes" in lines[at] and "-> Every node needs" in lines[at + 1]
     assert lines[-1].startswith("This machine cannot train")
