@@ -16,7 +16,7 @@ ENGINES = [
     (0, {}, 8, 200),
     (1, {}, 8, 200),
     (2, {"teacher_model_kind": "base"}, 24, 400),
-    (3, {"teacher_model_kind": "ema", "teacher_sync_steps": 1}, 80, 1000),
+    (3, {"teacher_model_kind": "ema", "teacher_sync_steps": 1}, 60, 1000),
     (3, LAYER_BY_LAYER, 40, 800),
     (3, {"lora": True, "teacher_model_kind": "base"}, 0, 200),
 ]
