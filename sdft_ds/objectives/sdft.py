@@ -48,7 +48,7 @@ class SelfDistillation(Objective):
             )
         self.completion_log = CompletionLog(args, parts.tokenizer, ranks.rank() == 0)
         self.inspector = Inspector(args, self.completion_log)
-        self.callbacks = [self.completion_log, CollapseGuard()]
+        self.callbacks = [self.completion_log, CollapseGuard(held=parts.anchors is not None)]
 
     def _require_base_teacher(self) -> None:
         """Anchors hold the student to its start, which only a base teacher is."""
