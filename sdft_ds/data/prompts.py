@@ -7,6 +7,7 @@ the teacher's template, earlier messages of a conversation, and a row's own teac
 
 from collections import Counter
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any
@@ -132,6 +133,12 @@ class PromptBuilder:
         self.counts = Counter()
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special_tokens = sorted(special | set(tokenizer.all_special_tokens))
+
+    def unlimited(self) -> "PromptBuilder":
+        """The same builder without length limits."""
+        made = copy(self)
+        made.max_prompt_length = made.max_teacher_prompt_length = None
+        return made
 
     def build(self, example: Example, index: int) -> PromptPair:
         """Both prompts of row `index`. Raises PromptTooLong where the policy or the lengths rule out truncation, and
