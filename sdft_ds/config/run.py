@@ -59,7 +59,7 @@ class RunSettings:
     stop_on_collapse: bool = setting(
         False,
         "Save a checkpoint and end the run where completions repeat themselves, end at once, grow without end, or are "
-        "all alike. False: a warning only.",
+        "all alike, or where the retention set is forgotten. False: a warning only.",
         resume=FREE,
         read_by=("sdft",),
     )

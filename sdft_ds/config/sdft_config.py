@@ -44,7 +44,12 @@ class SDFTConfig(
     method: ClassVar[str] = "sdft"
 
     _argument_group_name = "training and self-distillation"
-    _OWN_DICT_FIELDS = ["model_init_kwargs", "generation_kwargs", "chat_template_kwargs"]
+    _OWN_DICT_FIELDS = [
+        "model_init_kwargs",
+        "generation_kwargs",
+        "chat_template_kwargs",
+        "teacher_chat_template_kwargs",
+    ]
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + _OWN_DICT_FIELDS
 
     def __post_init__(self) -> None:

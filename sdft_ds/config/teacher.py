@@ -1,7 +1,7 @@
 """Settings of the teacher: weights, prompt and scoring pass."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -40,6 +40,12 @@ class TeacherSettings:
         "What the teacher sees; both placeholders are needed, braces double.",
         resume=FREE,
         card=True,
+    )
+    teacher_chat_template_kwargs: dict[str, Any] | str | None = setting(
+        None,
+        "Over chat_template_kwargs (JSON) in the teacher's prompt, for example to let only the teacher think.",
+        resume=FREE,
+        read_by=("sdft",),
     )
     sync_ref_model: bool = setting(
         False, "An EMA teacher; the older name of teacher_model_kind ema.", resume=FREE, read_by=("sdft",)

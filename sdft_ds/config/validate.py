@@ -115,9 +115,10 @@ def _check_dicts(config: Any) -> None:
             f"model_init_kwargs: {secret!r} would be saved with the run: set the environment variable HF_TOKEN, or "
             "log in with `hf auth login`."
         )
-    for name in config.chat_template_kwargs or ():
-        if name in TEMPLATE_OPTIONS:
-            raise ValueError(f"chat_template_kwargs: {name!r} is set by this program: leave it out.")
+    for setting in ("chat_template_kwargs", "teacher_chat_template_kwargs"):
+        for name in getattr(config, setting) or ():
+            if name in TEMPLATE_OPTIONS:
+                raise ValueError(f"{setting}: {name!r} is set by this program: leave it out.")
     known = vars(GenerationConfig())
     for name in config.generation_kwargs or ():
         if name in OWN_GENERATION_FIELDS:

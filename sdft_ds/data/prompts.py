@@ -7,6 +7,7 @@ the teacher's template, earlier messages of a conversation, and a row's own teac
 
 from collections import Counter
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any
@@ -49,7 +50,8 @@ class PromptTooLong(DataError):
 class RenderedPrompt:
     """One prompt: the chat template's input, the rendered text, and the token ids.
 
-    tools: the chat template's tools. own: the row's own teacher prompt, rather than the filled template.
+    tools: the chat template's tools. own: the row's own teacher prompt, rather than the filled template. for_teacher:
+    rendered with the teacher's keyword arguments of the chat template.
     """
 
     prompt: Prompt
@@ -57,6 +59,7 @@ class RenderedPrompt:
     ids: list[int]
     tools: list[dict[str, Any]] | None = None
     own: bool = False
+    for_teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,10 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
 
 
 class PromptBuilder:
-    """Renders and tokenizes both prompts of an example within their limits; `counts` has the number truncated."""
+    """Renders and tokenizes both prompts of an example within their limits; `counts` has the number truncated.
+
+    teacher_chat_template_kwargs: override chat_template_kwargs in the teacher's prompt.
+    """
 
     def __init__(
         self,
@@ -115,6 +121,7 @@ class PromptBuilder:
         max_teacher_prompt_length: int | None,
         truncation: str = "truncate",
         chat_template_kwargs: dict[str, Any] | None = None,
+        teacher_chat_template_kwargs: dict[str, Any] | None = None,
     ):
         self.tokenizer = tokenizer
         self.template = parse_template(template)
@@ -122,9 +129,16 @@ class PromptBuilder:
         self.max_teacher_prompt_length = max_teacher_prompt_length
         self.truncation = truncation
         self.chat_template_kwargs = chat_template_kwargs or {}
+        self.teacher_chat_template_kwargs = self.chat_template_kwargs | (teacher_chat_template_kwargs or {})
         self.counts = Counter()
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special_tokens = sorted(special | set(tokenizer.all_special_tokens))
+
+    def unlimited(self) -> "PromptBuilder":
+        """The same builder without length limits."""
+        made = copy(self)
+        made.max_prompt_length = made.max_teacher_prompt_length = None
+        return made
 
     def build(self, example: Example, index: int) -> PromptPair:
         """Both prompts of row `index`. Raises PromptTooLong where the policy or the lengths rule out truncation, and
@@ -155,14 +169,16 @@ class PromptBuilder:
             ) from None
         return PromptPair(student, teacher)
 
-    def render(self, prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> RenderedPrompt:
+    def render(
+        self, prompt: Prompt, tools: list[dict[str, Any]] | None = None, for_teacher: bool = False
+    ) -> RenderedPrompt:
         """Render plain text unchanged, with the tokenizer's special tokens, or a conversation by the chat template."""
-        text = self._text(prompt, tools)
+        text = self._text(prompt, tools, for_teacher)
         ids = self._encoded(prompt, text)["input_ids"]
         # Some tokenizers append EOS to every text; the model would have to answer after the end.
         while isinstance(prompt, str) and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
             ids = ids[:-1]
-        return RenderedPrompt(prompt, text, ids, tools)
+        return RenderedPrompt(prompt, text, ids, tools, for_teacher=for_teacher)
 
     def problems(self, pair: PromptPair) -> list[str]:
         """The PROBLEMS of a row's prompts."""
@@ -189,8 +205,7 @@ class PromptBuilder:
             return False
         mark = next(mark for mark in MARKS if mark not in rendered.text)
         before, _, after = user_text(rendered.prompt).rpartition(part)
-        marked = _with_user_text(rendered.prompt, f"{before}{mark}{after}")
-        return self._text(marked, rendered.tools) == rendered.text
+        return self._text_with(rendered, f"{before}{mark}{after}") == rendered.text
 
     def generation_prompt(self, rendered: RenderedPrompt) -> str | None:
         """What the chat template appends after the user's text. None for a plain-text prompt, or if the template
@@ -199,8 +214,7 @@ class PromptBuilder:
             return None
         text = user_text(rendered.prompt)
         mark = next(mark for mark in MARKS if mark not in rendered.text)
-        marked = self._text(_with_user_text(rendered.prompt, mark + text), rendered.tools)
-        rest = marked.partition(mark)[2]
+        rest = self._text_with(rendered, mark + text).partition(mark)[2]
         return rest.removeprefix(text.rstrip()).lstrip() if rest.startswith(text.rstrip()) else None
 
     def spans(self, pair: PromptPair) -> tuple[list[Span], list[Span]]:
@@ -232,7 +246,11 @@ class PromptBuilder:
     def _encoded(self, prompt: Prompt, text: str, **options: Any) -> BatchEncoding:
         return self.tokenizer(text, add_special_tokens=isinstance(prompt, str), **options)
 
-    def _text(self, prompt: Prompt, tools: list[dict[str, Any]] | None) -> str:
+    def _text_with(self, rendered: RenderedPrompt, user_text: str) -> str:
+        """The text of a prompt if its user's text were another one."""
+        return self._text(_with_user_text(rendered.prompt, user_text), rendered.tools, rendered.for_teacher)
+
+    def _text(self, prompt: Prompt, tools: list[dict[str, Any]] | None, for_teacher: bool) -> str:
         if isinstance(prompt, str):
             return prompt
         if self.tokenizer.chat_template is None:
@@ -240,7 +258,8 @@ class PromptBuilder:
                 f"The prompt is a conversation, but the tokenizer {self.tokenizer.name_or_path!r} has no chat "
                 "template: use plain-text prompts, or set tokenizer.chat_template."
             )
-        options = {**self.chat_template_kwargs, **({"tools": tools} if tools else {})}
+        options = self.teacher_chat_template_kwargs if for_teacher else self.chat_template_kwargs
+        options = {**options, **({"tools": tools} if tools else {})}
         return self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
 
     def _render_for_teacher(self, example: Example, student: RenderedPrompt, context: str) -> RenderedPrompt:
@@ -248,9 +267,9 @@ class PromptBuilder:
         own = example.teacher_prompt
         if own is None:
             filled = self._fill(user_text(student.prompt), context)
-            return self.render(_with_user_text(example.prompt, filled), example.tools)
+            return self.render(_with_user_text(example.prompt, filled), example.tools, for_teacher=True)
         prompt = _with_user_text(example.prompt, own) if isinstance(own, str) else own
-        return replace(self.render(prompt, example.tools), own=True)
+        return replace(self.render(prompt, example.tools, for_teacher=True), own=True)
 
     def _fill(self, question: str, context: str) -> str:
         values = {"prompt": question, "privileged_context": context}
@@ -278,7 +297,7 @@ class PromptBuilder:
             return spans
         filled, text = user_text(rendered.prompt), rendered.text
         mark = next(mark for mark in MARKS if mark not in text)
-        marked = self._text(_with_user_text(rendered.prompt, f"{mark}{filled}{mark}"), rendered.tools)
+        marked = self._text_with(rendered, f"{mark}{filled}{mark}")
         start, end = len(marked.partition(mark)[0]), len(text) - len(marked.rpartition(mark)[2])
         stripped = filled.find(text[start:end]) if start <= end else -1  # characters stripped at its beginning
         if stripped < 0:

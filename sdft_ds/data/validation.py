@@ -179,8 +179,9 @@ def _generation_prompts(pair: PromptPair, index: int, builder: PromptBuilder) ->
         return ""
     return (
         f"after the user's text of row {index} the student's prompt ends with {student[-SHOWN_END:]!r}, the teacher's "
-        f"with {teacher[-SHOWN_END:]!r}, so that both answer in different ways: set chat_template_kwargs, such as "
-        "enable_thinking, or take out of the texts what switches the chat template."
+        f"with {teacher[-SHOWN_END:]!r}, so that both answer in different ways: set chat_template_kwargs, for the "
+        "teacher alone teacher_chat_template_kwargs, such as enable_thinking, or take out of the texts what switches "
+        "the chat template."
     )
 
 
@@ -247,6 +248,7 @@ def _cache_file(dataset: Dataset, builder: PromptBuilder, bad_rows: BadRows, anc
         builder.max_teacher_prompt_length,
         builder.truncation,
         builder.chat_template_kwargs,
+        builder.teacher_chat_template_kwargs,
         asdict(bad_rows),
         anchors,
         transformers.__version__,

@@ -22,7 +22,7 @@ from sdft_ds.data.schedule import evaluation_batches
 from sdft_ds.distributed import engines, ranks, zero
 from sdft_ds.evaluation import retention
 from sdft_ds.evaluation.retention import ReferenceContinuation
-from sdft_ds.evaluation.tasks import RETENTION, Task
+from sdft_ds.evaluation.tasks import RETENTION, Task, TaskRow
 from sdft_ds.files import atomic_write
 from sdft_ds.model import completion_forward
 from sdft_ds.model.modes import evaluating
@@ -55,6 +55,18 @@ class EvalModel:
     longest: int
     device: torch.device
 
+    @classmethod
+    def of(cls, trainer: MethodTrainer) -> "EvalModel":
+        """The model of a trainer. Prompts of tasks are never truncated."""
+        return cls(
+            engine=lambda: trainer.model_wrapped,
+            generate=lambda prompts, keys: trainer.rollouts.generate(prompts, keys, do_sample=False),
+            prompts=trainer.prompts.unlimited(),
+            batch_size=trainer.args.per_device_eval_batch_size,
+            longest=trainer.args.max_completion_length,
+            device=trainer.args.device,
+        )
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.prompts.tokenizer
@@ -71,28 +83,36 @@ class Result:
 
 @dataclass
 class TaskEvaluator:
-    """Evaluates a model on tasks. start: the retention set's reference continuations; None before the first pass."""
+    """Evaluates a model on tasks. start: the retention set's reference continuations; None before the first pass.
+
+    in_context: ask as the teacher is asked; every row needs a privileged context.
+    """
 
     tasks: list[Task]
     subject: EvalModel
     start: list[ReferenceContinuation] | None = None
+    in_context: bool = False
     ids: dict[str, list[list[int]]] = field(init=False)  # of each task's prompts
 
     def __post_init__(self) -> None:
         """Raises ValueError for a prompt that leaves no room for a completion: prompts are never truncated."""
-        self.ids = {
-            task.name: [self.subject.prompts.render(row.prompt).ids for row in task.rows] for task in self.tasks
-        }
+        self.ids = {task.name: [self._prompt(row) for row in task.rows] for task in self.tasks}
         model = completion_forward.causal_lm_of(engines.model_in(self.subject.engine()))
         longest, what = longest_row(model.config)
-        for name, prompts in self.ids.items():
-            for index, prompt in enumerate(prompts):
+        for task in self.tasks:
+            for index, (row, prompt) in enumerate(zip(task.rows, self.ids[task.name], strict=True)):
                 if longest is not None and len(prompt) + self.subject.longest > longest:
                     raise ValueError(
-                        f"Task {name}: Row {index} has {len(prompt)} tokens; with max_completion_length="
-                        f"{self.subject.longest} that is over {what}. Leave the row out, or lower "
-                        "max_completion_length."
+                        f"Task {task.name}: Row {index if row.number is None else row.number} has {len(prompt)} "
+                        f"tokens; with max_completion_length={self.subject.longest} that is over {what}. Leave the "
+                        "row out, or lower max_completion_length."
                     )
+
+    def _prompt(self, row: TaskRow) -> list[int]:
+        prompts = self.subject.prompts
+        if self.in_context:
+            return prompts.build(row.in_context, row.number).teacher.ids
+        return prompts.render(row.prompt).ids
 
     def evaluate(self) -> list[Result]:
         """One result per task, the same on every rank. Collective: each rank evaluates its share of the rows.
@@ -197,17 +217,7 @@ class TaskEvaluation(TrainerCallback):
         self.step: int | None = None  # of the last evaluation
         self.figures: Figures = {}  # of that evaluation: tasks/NAME/FIGURE
         self.folder = Path(args.output_dir)
-        self.examination = TaskEvaluator(
-            tasks,
-            EvalModel(
-                engine=lambda: trainer.model_wrapped,
-                generate=lambda prompts, keys: trainer.rollouts.generate(prompts, keys, do_sample=False),
-                prompts=trainer.prompts,
-                batch_size=args.per_device_eval_batch_size,
-                longest=args.max_completion_length,
-                device=args.device,
-            ),
-        )
+        self.examination = TaskEvaluator(tasks, EvalModel.of(trainer))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

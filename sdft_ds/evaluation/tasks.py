@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdft_ds.data.rows import Prompt, checked_prompt
+from sdft_ds.data.rows import Example, Prompt, checked_prompt, example_from_row
 from sdft_ds.evaluation import scorers
 
 RETENTION = "retention"
@@ -15,11 +15,14 @@ RETENTION = "retention"
 
 @dataclass(frozen=True)
 class TaskRow:
-    """A question. answer: the reference for `scorer`; may be None in the retention set only."""
+    """A question. answer: the reference for `scorer`; may be None in the retention set only. in_context: the question
+    with its privileged context, which the teacher check asks; None without one. number: its row in the file."""
 
     prompt: Prompt
     answer: Any
     scorer: str
+    in_context: Example | None = None
+    number: int | None = None
 
     def score(self, completion: str) -> bool | None:
         """Whether the completion is correct; None without an answer."""
@@ -31,14 +34,19 @@ class Task:
     name: str
     rows: list[TaskRow]
 
+    def with_contexts(self) -> "Task":
+        """The task with only those rows that have a context."""
+        return Task(self.name, [row for row in self.rows if row.in_context is not None])
+
 
 def read_tasks(values: list[str], retention: str | None = None, limit: int | None = None) -> list[Task]:
     """The tasks of `--eval_tasks`, then that of `--retention_file`; the first `limit` rows of each.
 
     A value is `FILE`, `NAME=FILE`, `FILE:SCORER` or `NAME=FILE:SCORER`; the name defaults to the file's stem. A file
-    is JSON Lines with `prompt` (text, or a conversation that ends with a user turn), `answer`, and optionally `system`
-    and `scorer`, which overrides the value's; the default is `exact`. The retention task is named `retention`, and its
-    rows need no answer. Raises ValueError or FileNotFoundError naming file, row and remedy.
+    is JSON Lines with `prompt` (text, or a conversation that ends with a user turn), `answer`, and optionally
+    `system`, `scorer`, which overrides the value's (the default is `exact`), and `privileged_context` or
+    `teacher_prompt`, as in training. The retention task is named `retention`, and its rows need no answer. Raises
+    ValueError or FileNotFoundError naming file, row and remedy.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"eval_task_rows must be at least 1, not {limit}.")
@@ -98,7 +106,9 @@ def _row(text: str, index: int, scorer: str, answer_needed: bool) -> TaskRow:
     if row.get("system") is not None:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         prompt = [{"role": "system", "content": row["system"]}, *turns]
-    made = TaskRow(prompt, row.get("answer"), row.get("scorer") or scorer)
+    told = {name: row[name] for name in ("privileged_context", "teacher_prompt") if row.get(name)}
+    in_context = example_from_row({"prompt": prompt, **told}, index) if told else None
+    made = TaskRow(prompt, row.get("answer"), row.get("scorer") or scorer, in_context, index)
     if made.answer is None and answer_needed:
         raise ValueError(f"Row {index}, column 'answer': found nothing; without it an answer cannot be scored.")
     try:

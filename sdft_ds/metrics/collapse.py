@@ -1,8 +1,9 @@
-"""Collapse guard: tells when rollouts degenerate, with the step and the likely cause, and can end the run.
+"""Collapse guard: tells when rollouts degenerate, or the retention set is forgotten, with the step and the likely
+cause, and can end the run.
 
 A student whose teacher follows it (live, or a fast EMA) can agree with anything. The loss is then 0 while every
-completion repeats one token, so the guard looks at what was sampled, in the metrics of each log line with a loss:
-these are the same on all ranks.
+completion repeats one token, so the guard looks at what was sampled, in the metrics of each log line with a loss, and
+at the figures of the retention set (evaluation/) where they are logged. Both are the same on all ranks.
 """
 
 import warnings
@@ -16,6 +17,7 @@ REPEATED = "completions/repeated_ratio"
 EMPTY = "completions/empty_ratio"
 LENGTH, CLIPPED = "completions/mean_length", "completions/clipped_ratio"
 ENTROPY = "entropy/student"
+KEPT, KL = "tasks/retention/accuracy", "tasks/retention/kl_to_start"
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,21 @@ LIMITS = (
 )
 LONGER = 4.0  # times the first log line's mean length, with more than half of the completions cut
 PATIENCE = 2  # log lines in a row
+# Of the retention set: the share of the accuracy at the start, and nats/token, for a set without answers. Runs that
+# keep their answers stay below 0.3; that half of them are lost shows at 0.2 to 0.7, depending on the set.
+LEAST_KEPT, MOST_KL = 0.5, 1.0
 
 
 class CollapseGuard(TrainerCallback):
-    """Warns once, and with stop_on_collapse saves a checkpoint and ends the run."""
+    """Warns once of each, and with stop_on_collapse saves a checkpoint and ends the run. held: there are anchors."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: bool = False) -> None:
+        self.held = held
         self.reset()
 
     def reset(self) -> None:
-        self.first_length: float | None = None
         self.in_a_row = 0
-        self.told = False
+        self.told: set[str] = set()
 
     def on_train_begin(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self.reset()
@@ -59,31 +64,55 @@ class CollapseGuard(TrainerCallback):
     def on_log(
         self, args: SDFTConfig, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: object
     ) -> None:
-        if "loss" not in logs or LENGTH not in logs:
-            return
-        if self.first_length is None:
-            self.first_length = logs[LENGTH]
-        signs = self._signs(logs)
-        self.in_a_row = self.in_a_row + 1 if signs else 0
-        if self.in_a_row < PATIENCE or self.told:
-            return
-        self.told = True
-        remedy = (
-            "it was saved, and the run ends here" if args.stop_on_collapse else "stop_on_collapse=True would end it"
-        )
-        warnings.warn(
-            f"The run has collapsed by step {state.global_step}: {'; '.join(signs)}. {_cause(args)} The weights are "
-            f"likely lost since the last checkpoint before it; {remedy}.",
-            stacklevel=2,
-        )
-        if args.stop_on_collapse:
-            control.should_save = control.should_training_stop = True
+        if "loss" in logs and LENGTH in logs:
+            signs = _signs_in_text(logs, _first(LENGTH, state))
+            self.in_a_row = self.in_a_row + 1 if signs else 0
+            if self.in_a_row >= PATIENCE:
+                lost = "The weights are likely lost since the last checkpoint before it"
+                self._tell("collapsed", signs, lost, args, state, control)
+        if signs := _signs_of_forgetting(logs, state):
+            hold = "" if self.held else "Anchors hold a model to what it was at the start (--anchor_path). "
+            kept = f"{hold}The last checkpoint before it may have kept more"
+            self._tell("forgotten the retention set", signs, kept, args, state, control)
 
-    def _signs(self, logs: dict[str, float]) -> list[str]:
-        signs = [f"{logs[limit.metric]:.2g} {limit.words}" for limit in LIMITS if limit.is_passed(logs)]
-        if logs[LENGTH] > LONGER * self.first_length and logs.get(CLIPPED, 0.0) > 0.5:
-            signs.append(f"completions have grown from {self.first_length:.0f} to {logs[LENGTH]:.0f} tokens")
-        return signs
+    def _tell(
+        self, what: str, signs: list[str], advice: str, args: SDFTConfig, state: TrainerState, control: TrainerControl
+    ) -> None:
+        if what in self.told:
+            return
+        self.told.add(what)
+        if control.should_training_stop:
+            remedy = "the run was at its end"
+        elif args.stop_on_collapse:
+            remedy = "it was saved, and the run ends here"
+            control.should_save = control.should_training_stop = True
+        else:
+            remedy = "stop_on_collapse=True would end it"
+        warnings.warn(
+            f"The run has {what} by step {state.global_step}: {'; '.join(signs)}. {_cause(args)} {advice}; {remedy}.",
+            stacklevel=3,
+        )
+
+
+def _first(metric: str, state: TrainerState) -> float:
+    """The metric's value when it was first logged, also before a resume."""
+    return next(line[metric] for line in state.log_history if metric in line)
+
+
+def _signs_in_text(logs: dict[str, float], first_length: float) -> list[str]:
+    signs = [f"{logs[limit.metric]:.2g} {limit.words}" for limit in LIMITS if limit.is_passed(logs)]
+    if logs[LENGTH] > LONGER * first_length and logs.get(CLIPPED, 0.0) > 0.5:
+        signs.append(f"completions have grown from {first_length:.0f} to {logs[LENGTH]:.0f} tokens")
+    return signs
+
+
+def _signs_of_forgetting(logs: dict[str, float], state: TrainerState) -> list[str]:
+    signs = []
+    if KEPT in logs and logs[KEPT] < LEAST_KEPT * (start := _first(KEPT, state)):
+        signs.append(f"{logs[KEPT]:.2f} of its answers are right, at the start {start:.2f}")
+    if logs.get(KL, 0.0) > MOST_KL:
+        signs.append(f"its KL from the start is {logs[KL]:.2g} nats/token")
+    return signs
 
 
 def _cause(args: SDFTConfig) -> str:

@@ -16,9 +16,10 @@ from sdft_ds.teacher.scoring import ScoredBatch
 
 @dataclass(frozen=True)
 class Picked:
-    """The first `sampled` inspected tokens of a request are for the metrics; the others are all tokens of `rows`,
-    logged after optimizer step `step`."""
+    """at_M: the inspected loss tokens, or None. The first `sampled` are for the metrics; the others are all tokens of
+    `rows`, logged after optimizer step `step`."""
 
+    at_M: Tensor | None
     sampled: int
     rows: list[int]
     step: int
@@ -32,17 +33,16 @@ class Inspector:
         self.args = args
         self.completion_log = completion_log
 
-    def pick(self, request: DistillationLoss, scored: ScoredBatch, step: int | None) -> Picked | None:
-        """Set the tokens that the request reports. step: None in an evaluation, where nothing is inspected."""
+    def pick(self, scored: ScoredBatch, step: int | None) -> Picked:
+        """The tokens that the request is to report. step: None in an evaluation, where nothing is inspected."""
         if step is None:
-            return None
+            return Picked(None, 0, [], 0)
         at_M = self._sample(scored.batch)
         sampled = len(at_M)
         rows = self.completion_log.wanted(step, scored)
         if rows:  # finding their tokens synchronizes with the device
             at_M = torch.cat([at_M, self.completion_log.tokens_of(rows, scored)])
-        request.inspect_M = at_M if len(at_M) else None
-        return Picked(sampled, rows, step)
+        return Picked(at_M if len(at_M) else None, sampled, rows, step)
 
     def _sample(self, batch: MicroBatch) -> Tensor:
         """Loss tokens, without those of anchors."""
@@ -52,12 +52,12 @@ class Inspector:
         others_M = (~anchor_N).nonzero().flatten()
         return others_M[evenly_spaced(len(others_M), self.args.inspect_tokens, self.args.device)]
 
-    def record(self, picked: Picked | None, request: DistillationLoss, scored: ScoredBatch, meters: Meters) -> None:
+    def record(self, picked: Picked, request: DistillationLoss, scored: ScoredBatch, meters: Meters) -> None:
         """Add what the forward reported to the metrics, and keep the rows to log."""
         meters.add_divergences(request.per_token_N, scored.batch.offsets_N, scored.batch.anchor_N)
-        if picked is None or request.seen is None:
+        if request.seen is None:
             return
-        sample_M, logged_M = request.inspect_M[: picked.sampled], request.inspect_M[picked.sampled :]
+        sample_M, logged_M = picked.at_M[: picked.sampled], picked.at_M[picked.sampled :]
         if picked.rows:
             seen = request.seen[picked.sampled :]
             self.completion_log.take(picked.step, picked.rows, scored, request.per_token_N[logged_M], seen)

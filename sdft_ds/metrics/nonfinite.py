@@ -1,6 +1,6 @@
 """Skips optimizer steps with non-finite gradients, counts them, and aborts after N consecutive ones. Also warns of a
-runaway divergence or completion length, of a run that learns nothing, and of a top-k that misses much of the teacher's
-probability mass."""
+runaway divergence, of a run that learns nothing, and of a top-k that misses much of the teacher's probability mass;
+metrics/collapse.py watches what is sampled."""
 
 import math
 import warnings
@@ -13,9 +13,9 @@ from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.distributed import engines
 from sdft_ds.metrics.meters import Meters
 
-# A metric runs away if it exceeds RUNAWAY times the mean of at least LINES_BEFORE earlier log lines.
-RUNAWAY, LINES_BEFORE = 5.0, 5
-WATCHED = {"sdft/distillation_loss": 0.5, "completions/mean_length": 16.0}  # and exceeds this absolute value
+DIVERGENCE = "sdft/distillation_loss"
+# It runs away if it exceeds LEAST nats, and RUNAWAY times the mean of at least LINES_BEFORE earlier log lines.
+LEAST, RUNAWAY, LINES_BEFORE = 0.5, 5.0, 5
 MISSED = 0.02  # warn at this share of the teacher's mass outside the student's top-k, and again each time it doubles
 
 
@@ -36,7 +36,7 @@ class NonFiniteGuard(TrainerCallback):
         self.in_a_row = 0
         self.learns = False  # whether any gradient so far was not exactly 0
         self.logged = False
-        self.history: dict[str, list[float]] = {name: [] for name in WATCHED}
+        self.divergences: list[float] = []  # of each log line
         self.missed = MISSED / 2  # the largest share warned about so far
 
     def on_train_begin(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -70,20 +70,21 @@ class NonFiniteGuard(TrainerCallback):
         if "loss" in (logs or {}) and not self.logged:
             self.logged = True
             self._warn_of_nothing_learned(logs, state.global_step)
-        for name, least in WATCHED.items():
-            value, before = (logs or {}).get(name), self.history[name]
-            if value is None:
-                continue
-            if len(before) >= LINES_BEFORE and value > max(least, RUNAWAY * sum(before) / len(before)):
-                warnings.warn(
-                    f"{name} is {value:.3g} at step {state.global_step}, and was {sum(before) / len(before):.3g} on "
-                    "average before: it may be running away. A lower learning_rate or an ema teacher helps.",
-                    stacklevel=2,
-                )
-            before.append(value)
+        if DIVERGENCE in (logs or {}):
+            self._warn_of_runaway(logs[DIVERGENCE], state.global_step)
         mass = (logs or {}).get("topk/teacher_mass")
         if mass is not None and args.distillation_mode == "topk_logits" and not args.distillation_add_tail:
             self._check_support(1.0 - mass, args, state.global_step)
+
+    def _warn_of_runaway(self, divergence: float, step: int) -> None:
+        before = self.divergences
+        if len(before) >= LINES_BEFORE and divergence > max(LEAST, RUNAWAY * sum(before) / len(before)):
+            warnings.warn(
+                f"{DIVERGENCE} is {divergence:.3g} at step {step}, and was {sum(before) / len(before):.3g} on "
+                "average before: it may be running away. A lower learning_rate or an ema teacher helps.",
+                stacklevel=3,
+            )
+        before.append(divergence)
 
     def _warn_of_nothing_learned(self, logs: dict[str, float], step: int) -> None:
         """Called at the first log line."""

@@ -274,6 +274,7 @@ def prompt_builder(
         *_prompt_limits(model_config, args),
         args.truncation,
         args.chat_template_kwargs,
+        args.teacher_chat_template_kwargs,
     )
 
 

@@ -48,7 +48,7 @@ class SelfDistillation(Objective):
             )
         self.completion_log = CompletionLog(args, parts.tokenizer, ranks.rank() == 0)
         self.inspector = Inspector(args, self.completion_log)
-        self.callbacks = [self.completion_log, CollapseGuard()]
+        self.callbacks = [self.completion_log, CollapseGuard(held=parts.anchors is not None)]
 
     def _require_base_teacher(self) -> None:
         """Anchors hold the student to its start, which only a base teacher is."""
@@ -163,14 +163,17 @@ class SelfDistillation(Objective):
     def loss(
         self, model: nn.Module, scored: ScoredBatch, weights: LossWeights, meters: Meters, step: int | None
     ) -> Tensor:
-        request = self.loss_request(scored, weights)
-        picked = self.inspector.pick(request, scored, step)
+        picked = self.inspector.pick(scored, step)
+        request = self.loss_request(scored, weights, picked.at_M)
         loss = model(**scored.batch.student.inputs, request=request)
         self.inspector.record(picked, request, scored, meters)
         return loss * self.args.distillation_weight
 
-    def loss_request(self, scored: ScoredBatch, weights: LossWeights) -> DistillationLoss:
-        """The request to the student's forward: the loss of a micro-batch, and the divergence of each token."""
+    def loss_request(
+        self, scored: ScoredBatch, weights: LossWeights, inspect_M: Tensor | None = None
+    ) -> DistillationLoss:
+        """The request to the student's forward: the loss of a micro-batch, the divergence of each token, and the
+        diagnostics of those with indices inspect_M."""
         return DistillationLoss(
             positions_N=scored.batch.student.positions_N,
             terms=LossTerms(
@@ -184,6 +187,7 @@ class SelfDistillation(Objective):
             ),
             scale=weights.scale,
             chunk_tokens=self.args.loss_chunk_tokens,
+            inspect_M=inspect_M,
         )
 
     # ---- the teacher over a run -------------------------------------------------------------------------------------

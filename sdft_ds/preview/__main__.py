@@ -3,7 +3,8 @@ statistics of the full data set.
 
     python -m sdft_ds.preview [flags of training]               no weights are loaded
     python -m sdft_ds.preview --score [flags of training]       also answers, with the KL at each token, and whether
-                                                                this teacher can teach
+                                                                this teacher can teach; the rows of --eval_tasks that
+                                                                have a context are asked without and with it
 
 All flags of training apply (launch/train.py --help); those about ranks and batches are ignored: it runs in one
 process, without DeepSpeed. Without a model and a data set: the embedded demo.
@@ -27,6 +28,7 @@ from sdft_ds.cli.arguments import ModelArguments
 from sdft_ds.cli.terminal import quiet_unless_first_rank
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.demo import run as demo
+from sdft_ds.evaluation.tasks import read_tasks
 from sdft_ds.model import loading
 from sdft_ds.preview import page, terminal
 from sdft_ds.preview.preview import Preview, preview
@@ -85,6 +87,7 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
     builder = loading.prompt_builder(tokenizer, loading.config_of(model.model_name_or_path, args), args)
     stream = isinstance(dataset, IterableDataset)
     rows = islice(dataset, STREAMED) if stream else dataset
+    tasks = read_tasks(script.eval_tasks or [], limit=script.eval_task_rows) if score else []
     progress = track(
         rows, "Reading rows", None if stream else len(dataset), console=Console(stderr=True), transient=True
     )
@@ -103,7 +106,7 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
             examples = {index: vars(shown.look.example) for index, shown in used.items()}
             found = scores(trainer, examples)
             golden = {index: text for index, text in view.golden.items() if index in used}
-            view.verdict = check(trainer, examples, golden).lines
+            view.verdict = check(trainer, examples, golden, tasks).lines
             teacher = trainer.args.teacher_model_kind
         for index, completion in found.items():
             used[index].scored = completion

@@ -1,6 +1,5 @@
 """One row as training's own code handles it: its prompts, what is truncated, or why it is refused."""
 
-import copy
 from dataclasses import dataclass
 
 from sdft_ds.data.prompts import PromptBuilder, PromptPair, PromptTooLong, user_text
@@ -30,8 +29,7 @@ class Looker:
 
     def __init__(self, builder: PromptBuilder):
         self.builder = builder
-        self.unlimited = copy.copy(builder)
-        self.unlimited.max_prompt_length = self.unlimited.max_teacher_prompt_length = None
+        self.unlimited = builder.unlimited()
 
     def look(self, example: Example, index: int) -> Look:
         uncut, refusal = self.unlimited.build(example, index), ""

@@ -41,10 +41,9 @@ def _scores(trainer: SDFTTrainer, rows: dict[int, dict[str, Any]]) -> dict[int, 
 
 def _seen(trainer: SDFTTrainer, scored: ScoredBatch) -> DistillationLoss:
     """The student's forward over a micro-batch, with diagnostics at every loss token."""
-    weights_N = torch.ones(len(scored.batch.tokens_N), device=trainer.args.device)
-    weights = LossWeights(weights_N, scale=torch.ones((), device=trainer.args.device))
-    loss = trainer.objective.loss_request(scored, weights)
-    loss.inspect_M = torch.arange(len(weights_N), device=trainer.args.device)
+    device, tokens = trainer.args.device, len(scored.batch.tokens_N)
+    weights = LossWeights(torch.ones(tokens, device=device), scale=torch.ones((), device=device))
+    loss = trainer.objective.loss_request(scored, weights, inspect_M=torch.arange(tokens, device=device))
     with torch.no_grad(), evaluating(trainer.model), trainer.compute_loss_context_manager():
         trainer.model_wrapped(**scored.batch.student.inputs, request=loss)
     return loss

@@ -1,6 +1,8 @@
 """Can this teacher teach? Compares the model's answers with and without the privileged context, before training."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -8,11 +10,22 @@ import torch
 from sdft_ds.data.batch import Completion, Rollout
 from sdft_ds.data.prompts import PromptPair, RenderedPrompt
 from sdft_ds.data.rows import Example, example_from_row
+from sdft_ds.evaluation.task_evaluation import EvalModel, TaskEvaluator
+from sdft_ds.evaluation.tasks import Task
 from sdft_ds.trainer import SDFTTrainer
 
 # Nats per token below which a context does not help. On SmolLM2-135M contexts that say the answer gain 1.5 to 1.9, and
 # others -0.3 to 0.1.
 LEAST_GAIN = 0.1
+
+
+@dataclass(frozen=True)
+class TaskAccuracy:
+    """Of the rows of a task that have a context: the student's and the teacher's accuracy."""
+
+    rows: int
+    student: float
+    teacher: float
 
 
 @dataclass(frozen=True)
@@ -22,13 +35,15 @@ class TeacherCheck:
     same: rows whose two answers are equal. gain: how much likelier the teacher's answers are with the context than
     without, nats per token, the mean over rows. golden: how much likelier the golden response of each row is with its
     context than without, and than with the context of another row, whichever is less: any context makes an answer that
-    says something likelier to a model that would decline. Empty without golden responses.
+    says something likelier to a model that would decline. Empty without golden responses. tasks: by name, those with
+    a context in any row.
     """
 
     rows: int
     same: int
     gain: float
     golden: dict[int, float]
+    tasks: dict[str, TaskAccuracy] = field(default_factory=dict)
 
     @property
     def lines(self) -> list[str]:
@@ -40,10 +55,18 @@ class TeacherCheck:
         if self.golden:
             mean = sum(self.golden.values()) / len(self.golden)
             said.append(f"By its own context a golden response gets {mean:.2g} nats per token likelier.")
+        said += [
+            f"Task {name}, {task.rows} rows with a context: {task.student:.2f} of them are answered right without it, "
+            f"{task.teacher:.2f} with it."
+            for name, task in self.tasks.items()
+        ]
         return [*said, self.verdict]
 
     @property
     def verdict(self) -> str:
+        return " ".join([self._of_rows(), *self._of_tasks()])
+
+    def _of_rows(self) -> str:
         if self.gain < LEAST_GAIN or self.same == self.rows:
             return (
                 "This teacher has nothing to teach: it answers as the student does. Look at the rows' contexts and at "
@@ -60,40 +83,56 @@ class TeacherCheck:
             return f"This teacher can teach, but not from the context of row {named}: it does not help."
         if self.golden:
             return "This teacher can teach: the context makes the golden responses likelier."
+        if self._of_tasks():
+            return "This teacher answers otherwise with the context."
         return (
             "This teacher answers otherwise with the context; whether better, only you can see: read the answers, or "
             "give the rows a golden response."
         )
 
+    def _of_tasks(self) -> list[str]:
+        """A sentence on the tasks that the context helps with, and on those that it does not; none on a task that the
+        student does not need it for."""
+        taught = [name for name, task in self.tasks.items() if task.teacher > task.student]
+        untaught = [name for name, task in self.tasks.items() if task.teacher <= task.student < 1.0]
+        said = []
+        if taught:
+            said.append(f"It answers {', '.join(taught)} better with the context than without, and can teach that.")
+        if untaught:
+            said.append(f"It answers {', '.join(untaught)} no better with the context, and cannot teach that.")
+        return said
 
-def check(trainer: SDFTTrainer, rows: dict[int, dict[str, Any]], golden: dict[int, str]) -> TeacherCheck:
+
+def check(
+    trainer: SDFTTrainer, rows: dict[int, dict[str, Any]], golden: dict[int, str], tasks: Sequence[Task] = ()
+) -> TeacherCheck:
     """rows: by index; golden: response of the rows that have one. Trains nothing."""
     prompts, tokenizer = trainer.prompts, trainer.prompts.tokenizer
     examples = {index: example_from_row(row, index) for index, row in rows.items()}
     pairs = {index: prompts.build(example, index) for index, example in examples.items()}
     with trainer.prepared(), torch.no_grad():
         trainer.check_head()
-        answers = {}
-        for side in ("teacher", "student"):
-            ids = [getattr(pair, side).ids for pair in pairs.values()]
-            made = trainer.rollouts.generate(ids, [""] * len(ids), do_sample=False)
-            answers[side] = [completion.ids for completion in made]
-        gains = _gains(trainer, list(pairs.values()), answers["teacher"])
+        asked = {side: [getattr(pair, side) for pair in pairs.values()] for side in ("student", "teacher")}
+        answers = {side: _answers(trainer, side, each) for side, each in asked.items()}
+        gains = _differences(
+            _log_probs(trainer, "teacher", asked["teacher"], answers["teacher"]),
+            _log_probs(trainer, "student", asked["student"], answers["teacher"]),
+        )
         responses = {index: tokenizer(golden[index], add_special_tokens=False)["input_ids"] for index in golden}
         responses = {index: ids for index, ids in responses.items() if ids}
-        asked = [pairs[index] for index in responses]
-        found = _gains(trainer, asked, list(responses.values()))
+        said = list(responses.values())
+        told = _log_probs(trainer, "teacher", [pairs[index].teacher for index in responses], said)
+        untold = _log_probs(trainer, "student", [pairs[index].student for index in responses], said)
         others = _with_the_next_context(trainer, {index: examples[index] for index in responses})
-        against = _gains(
-            trainer, [PromptPair(o, p.teacher) for o, p in zip(others, asked, strict=True)], list(responses.values())
+        told_else = _log_probs(trainer, "teacher", others, said)
+        found = map(min, _differences(told, untold), _differences(told, told_else))
+        return TeacherCheck(
+            rows=len(pairs),
+            same=sum(a == b for a, b in zip(*answers.values(), strict=True)),
+            gain=sum(gains) / len(gains),
+            golden=dict(zip(responses, found, strict=True)),
+            tasks=_accuracies(trainer, tasks),
         )
-        found = [min(gains) for gains in zip(found, against, strict=True)]
-    return TeacherCheck(
-        rows=len(pairs),
-        same=sum(a == b for a, b in zip(*answers.values(), strict=True)),
-        gain=sum(gains) / len(gains),
-        golden=dict(zip(responses, found, strict=True)),
-    )
 
 
 def _with_the_next_context(trainer: SDFTTrainer, examples: dict[int, Example]) -> list[RenderedPrompt]:
@@ -111,17 +150,48 @@ def _with_the_next_context(trainer: SDFTTrainer, examples: dict[int, Example]) -
     return found
 
 
-def _gains(trainer: SDFTTrainer, pairs: list[PromptPair], answers: list[list[int]]) -> list[float]:
-    """Log-probability of each answer with the context minus that without, per token, in nats."""
-    if not pairs:
+def _weights(trainer: SDFTTrainer, side: str) -> AbstractContextManager[None]:
+    """Context in which the model is a side's. A teacher with weights of its own still has the student's."""
+    teacher = trainer.teacher
+    return nullcontext() if side == "student" or teacher.has_state else teacher.weights(trainer.model_wrapped)
+
+
+def _answers(trainer: SDFTTrainer, side: str, prompts: list[RenderedPrompt]) -> list[list[int]]:
+    """A side's greedy answers."""
+    with _weights(trainer, side):
+        made = trainer.rollouts.generate([each.ids for each in prompts], [""] * len(prompts), do_sample=False)
+    return [completion.ids for completion in made]
+
+
+def _log_probs(
+    trainer: SDFTTrainer, side: str, prompts: list[RenderedPrompt], answers: list[list[int]]
+) -> list[float]:
+    """A side's log-probability of each answer, per token, in nats."""
+    if not prompts:
         return []
-    scorer = trainer.objective.scorer(trainer.args.device)
-    totals = []
-    for side in ("teacher", "student"):
-        rendered = [getattr(pair, side) for pair in pairs]
-        rollouts = [
-            Rollout(i, PromptPair(prompt, prompt), Completion(ids, truncated=False))
-            for i, (prompt, ids) in enumerate(zip(rendered, answers, strict=True))
-        ]
-        totals.append([values.mean().item() for values in scorer.student_log_probs(rollouts)])
-    return [told - untold for told, untold in zip(*totals, strict=True)]
+    rollouts = [
+        Rollout(i, PromptPair(prompt, prompt), Completion(ids, truncated=False))
+        for i, (prompt, ids) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    with _weights(trainer, side):
+        found = trainer.objective.scorer(trainer.args.device).student_log_probs(rollouts)
+    return [values.mean().item() for values in found]
+
+
+def _differences(first: list[float], second: list[float]) -> list[float]:
+    return [a - b for a, b in zip(first, second, strict=True)]
+
+
+def _accuracies(trainer: SDFTTrainer, tasks: Sequence[Task]) -> dict[str, TaskAccuracy]:
+    """Both sides' accuracy on the rows that have a context, for the tasks that have such rows."""
+    asked = [task.with_contexts() for task in tasks if any(row.in_context is not None for row in task.rows)]
+    found = {}
+    for side in ("student", "teacher"):
+        with _weights(trainer, side):
+            found[side] = TaskEvaluator(asked, EvalModel.of(trainer), in_context=side == "teacher").evaluate()
+    return {
+        student.task.name: TaskAccuracy(
+            len(student.task.rows), student.figures["accuracy"], teacher.figures["accuracy"]
+        )
+        for student, teacher in zip(found["student"], found["teacher"], strict=True)
+    }

@@ -17,6 +17,7 @@ CASES = {
         "--eval_steps", "5", "--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--distillation_topk", "none",
         "--distillation_alpha", "1", "--gradient_accumulation_steps", "4", "--generation_batch_size", "64",
         "--generation_kwargs", '{"typical_p": 0.9}', "--chat_template_kwargs", '{"enable_thinking": false}',
+        "--teacher_chat_template_kwargs", '{"enable_thinking": true}',
         "--teacher_model_kind", "ema", "--teacher_update_rate", "0.01", "--teacher_prompt_template",
         "--- {prompt}: \n{{ü}} # {privileged_context}", "--max_prompt_length", "none", "--bf16", "false",
         "--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"num_cycles": 1}', "--save_strategy", "no",

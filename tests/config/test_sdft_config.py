@@ -137,6 +137,8 @@ def test_teacher_in_old_and_new_names(settings, kind, rate, steps):
         ({"generation_kwargs": "{bad"}, "generation_kwargs must be a JSON object"),
         ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs must be a JSON object, not list"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: 'tokenize' is set by this program"),
+        ({"teacher_chat_template_kwargs": "[1]"}, "teacher_chat_template_kwargs must be a JSON object, not list"),
+        ({"teacher_chat_template_kwargs": {"tokenize": True}}, "teacher_chat_template_kwargs: 'tokenize' is set by"),
         ({"generation_kwargs": {"typical": 0.9}}, "has no 'typical'; did you mean 'typical_p'"),
         ({"generation_kwargs": {"max_new_tokens": 9}}, "has a setting of its own: max_completion_length"),
         ({"model_init_kwargs": {"token": "hf_secret"}}, "model_init_kwargs: 'token' would be saved.*HF_TOKEN"),

@@ -67,6 +67,44 @@ def test_chat_template_kwargs_reach_the_template(tokenizer):
     assert pair.student.text == "Q!" and pair.teacher.text == "Q\n\nH!"
 
 
+# As templates of thinking models do: a switch ends the generation prompt with an empty thought.
+THINKING = (
+    "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if strict %}!{% endif %}<assistant>"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+)
+
+
+def thinking(**kwargs):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = THINKING
+    return builder(tokenizer, **kwargs)
+
+
+def test_the_teachers_chat_template_kwargs_go_over_those_of_both():
+    both = {"enable_thinking": False, "strict": True}
+    prompts = thinking(chat_template_kwargs=both, teacher_chat_template_kwargs={"enable_thinking": True})
+    pair = prompts.build(Example(chat(("user", "Q")), "H"), 0)
+    assert pair.student.text == "<user>Q!<assistant><think></think>"
+    assert pair.teacher.text == "<user>Q\n\nH!<assistant>"
+    own = prompts.build(Example(chat(("user", "Q")), "", teacher_prompt="Told: Q"), 0)
+    assert own.teacher.text == "<user>Told: Q!<assistant>"
+    # An anchor holds the student to what it answers to its own prompt.
+    anchor = prompts.build(Example(chat(("user", "Q")), None), 0)
+    assert anchor.student == anchor.teacher == pair.student
+
+
+def test_what_is_read_from_a_teachers_prompt_is_read_with_its_own_kwargs():
+    prompts = thinking(teacher_chat_template_kwargs={"enable_thinking": False, "strict": True})
+    pair = prompts.build(Example(chat(("user", "Why?")), "It is so."), 0)
+    assert prompts.generation_prompt(pair.student) == "<assistant>"
+    assert prompts.generation_prompt(pair.teacher) == "!<assistant><think></think>"
+    assert prompts.problems(pair) == []
+    _, spans = prompts.spans(pair)
+    assert cut_out(pair.teacher.text, spans) == [("prompt", "Why?"), ("privileged_context", "It is so.")]
+    prompts.tokenizer.chat_template = "{{ '' if strict else messages[-1].content }}<assistant>"
+    assert prompts.problems(prompts.build(Example(chat(("user", "Why?")), "It is so."), 0)) == ["context dropped"]
+
+
 def test_a_conversation_needs_a_chat_template():
     bare = tiny.tokenizer()
     bare.chat_template = None

@@ -85,7 +85,7 @@ def test_a_data_set_on_disk_is_looked_at_once(tokenizer, tmp_path, monkeypatch):
 
     def look(policy=SKIP, **options):
         looked.clear()
-        prompts = Counting(tokenizer, "{prompt} {privileged_context}", options.pop("limit", 4), None)
+        prompts = Counting(tokenizer, "{prompt} {privileged_context}", options.pop("limit", 4), None, **options)
         with pytest.warns(UserWarning, match="2 of 5 rows are invalid"):
             return validate_dataset(stored(tmp_path, MIXED), "train_dataset", prompts, policy)["prompt"]
 
@@ -93,6 +93,7 @@ def test_a_data_set_on_disk_is_looked_at_once(tokenizer, tmp_path, monkeypatch):
     assert look() == ["Q0", "Q2", "Q4"] and looked == []
     assert look(limit=3) and looked  # with other settings, or other rows, anew
     assert look(BadRows("skip", 7)) and looked
+    assert look(teacher_chat_template_kwargs={"quick": True}) and looked
     stored(tmp_path, MIXED[::-1])
     assert look() and looked
 
@@ -184,7 +185,26 @@ def test_generation_prompts_that_differ(tokenizer, stream):
             validate_dataset(data, "train_dataset", prompts)
 
 
+BY_A_FLAG = (
+    "{% for m in messages %}<user>{{ m.content }}{% endfor %}<assistant>{% if quick %}<think></think>{% endif %}"
+)
+
+
+def flagged(tokenizer, both, teacher):
+    return PromptBuilder(
+        templated(tokenizer, BY_A_FLAG), "{prompt} {privileged_context}", None, None,
+        chat_template_kwargs=both, teacher_chat_template_kwargs=teacher,
+    )  # fmt: skip
+
+
+def test_generation_prompts_that_the_teachers_kwargs_set_apart(tokenizer):
+    words = "row 0 .*'<assistant><think></think>', .*'<assistant>', .*teacher_chat_template_kwargs"
+    with pytest.warns(UserWarning, match=words):
+        validate_dataset(turns("Why?"), "train_dataset", flagged(tokenizer, {"quick": True}, {"quick": False}))
+
+
 def test_generation_prompts_that_do_not_differ(tokenizer, recwarn):
     validate_dataset(turns("a", " assistant\n"), "train_dataset", builder(tokenizer))
+    validate_dataset(turns("a"), "train_dataset", flagged(tokenizer, {"quick": True}, {"loud": True}))
     validate_dataset(turns("a /no_think"), "train_dataset", builder(templated(tokenizer, SWITCHED)))
     assert not [each for each in recwarn if each.category is UserWarning]

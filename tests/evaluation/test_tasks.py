@@ -51,6 +51,21 @@ def test_rows(tmp_path):
     assert task.rows[1].score("in Norge") is True and task.rows[0].score("in Norge") is False
 
 
+def test_a_row_may_have_a_context_for_the_teacher(tmp_path):
+    rows = [
+        ROW | {"privileged_context": "Oslo is in Norway.", "system": "Be brief."},
+        ROW | {"privileged_context": ""},
+        ROW | {"teacher_prompt": "Where is Oslo, in Norway?"},
+    ]
+    (task,) = read_tasks([written(tmp_path / "t.jsonl", *rows)])
+    first, none, own = task.rows
+    assert first.in_context.prompt == first.prompt and first.in_context.privileged_context == "Oslo is in Norway."
+    assert none.in_context is None and own.in_context.teacher_prompt == "Where is Oslo, in Norway?"
+    assert [row.number for row in task.with_contexts().rows] == [0, 2]
+    with pytest.raises(ValueError, match="t.jsonl: Row 0, column 'privileged_context': found int"):
+        read_tasks([written(tmp_path / "t.jsonl", ROW | {"privileged_context": 7})])
+
+
 def test_the_limit_and_the_retention_set(tmp_path):
     file = written(tmp_path / "t.jsonl", ROW, {"prompt": "Tell me a story."}, {"prompt": ""})
     task, kept = read_tasks([file], limit=1) + read_tasks([], file, limit=2)

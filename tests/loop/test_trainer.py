@@ -405,12 +405,19 @@ def test_no_token_is_saved(tmp_path):
     assert not [path for path in files if b"hf_secret123" in path.read_bytes()]
 
 
-def test_a_metric_that_runs_away_is_warned_about_by_name():
+def test_a_divergence_that_runs_away_is_warned_about():
     guard, state = NonFiniteGuard(meters=None, limit=5), TrainerState(global_step=60)
     for value in (0.2, 0.3, 0.2, 0.3, 0.25, 0.9, 1.0):
         guard.on_log(None, state, None, logs={"sdft/distillation_loss": value})
     with pytest.warns(UserWarning, match="sdft/distillation_loss is 4 at step 60"):
         guard.on_log(None, state, None, logs={"sdft/distillation_loss": 4.0})
+
+
+def test_only_the_collapse_guard_watches_the_length_of_completions(recwarn):
+    guard, state = NonFiniteGuard(meters=None, limit=5), TrainerState(global_step=60)
+    for length in (*[4.0] * 6, 100.0):
+        guard.on_log(None, state, None, logs={"completions/mean_length": length})
+    assert not recwarn.list
 
 
 def test_a_top_k_that_misses_the_teachers_mass_is_warned_about_and_again_when_it_gets_worse():

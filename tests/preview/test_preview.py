@@ -116,6 +116,21 @@ def test_the_question_is_never_cut_in_the_teachers_view_nor_are_the_templates(fl
             assert whole in (shown.look.uncut.student.text, shown.look.uncut.teacher.text)
 
 
+def test_the_teachers_chat_template_kwargs_show_in_its_prompt_alone(flags, tmp_path):
+    model = tmp_path / "thinks"
+    shutil.copytree(MODEL_DIR, model)
+    tokenizer = demo_tokenizer()
+    tokenizer.chat_template += "{% if enable_thinking %}<think>{% endif %}"
+    tokenizer.save_pretrained(model)
+    flags[1] = str(model)
+    thinks = ["--teacher_chat_template_kwargs", '{"enable_thinking": true}', "--bad_rows", "skip"]
+    view = look([*flags, *thinks, "--max_completion_length", "4"], 2, score=True)
+    for shown in view.rows:
+        assert "".join(piece.text for piece in shown.student).endswith("<|im_start|>assistant\n")
+        assert "".join(piece.text for piece in shown.teacher).endswith("<|im_start|>assistant\n<think>")
+        assert shown.scored.teacher_prompt == shown.look.taken.teacher.text  # as training renders it
+
+
 def test_training_counts_the_same_cuts(flags):
     view = look(flags)
     builder = PromptBuilder(demo_tokenizer(), "{prompt}\n\n{privileged_context}", *view.limits.values())

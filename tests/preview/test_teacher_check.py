@@ -1,15 +1,18 @@
 import json
 
 import pytest
+import torch
 
 from sdft_ds.demo import world
 from sdft_ds.demo.build import MODEL_DIR
 from sdft_ds.preview import __main__ as command
-from sdft_ds.preview.teacher_check import TeacherCheck
+from sdft_ds.preview.teacher_check import TaskAccuracy, TeacherCheck, check
+from tests.distributed.scenarios import make_trainer
 
 
-def verdict(gain=1.0, same=0, golden=()):
-    return TeacherCheck(rows=4, same=same, gain=gain, golden=dict(enumerate(golden))).verdict
+def verdict(gain=1.0, same=0, golden=(), tasks=()):
+    by_name = {f"t{i}": TaskAccuracy(8, *accuracies) for i, accuracies in enumerate(tasks)}
+    return TeacherCheck(rows=4, same=same, gain=gain, golden=dict(enumerate(golden)), tasks=by_name).verdict
 
 
 def test_the_verdict():
@@ -20,11 +23,23 @@ def test_the_verdict():
     assert "does not teach the golden responses" in verdict(golden=[0.0, -1.0])
 
 
+def test_the_verdict_uses_the_tasks():
+    said = verdict(tasks=[(0.0, 1.0), (0.5, 0.5), (1.0, 1.0)])
+    assert said == (
+        "This teacher answers otherwise with the context. It answers t0 better with the context than without, and can "
+        "teach that. It answers t1 no better with the context, and cannot teach that."
+    )
+    assert "only you can see" in verdict(tasks=[(1.0, 1.0)])  # nothing that the context could help with
+    said = verdict(golden=[1.0], tasks=[(0.5, 0.25)])
+    assert said.endswith("likelier. It answers t0 no better with the context, and cannot teach that.")
+    assert "nothing to teach" in verdict(gain=0.0, tasks=[(0.0, 1.0)])
+
+
 @pytest.fixture
 def look(tmp_path):
     """The check of demo rows with the given contexts, on the demo model."""
 
-    def run(contexts, golden=True):
+    def run(contexts, golden=True, tasks=()):
         facts = world.new_facts()[: len(contexts)]
         rows = [
             {
@@ -37,6 +52,7 @@ def look(tmp_path):
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         flags = ["--model_name_or_path", str(MODEL_DIR), "--dataset_path", str(file), "--recipe", "trl"]
+        flags += ["--eval_tasks", *map(str, tasks)] if tasks else []
         return command.look([*flags, "--max_completion_length", "14"], len(rows), score=True).verdict
 
     return run
@@ -55,3 +71,38 @@ def test_a_row_whose_context_says_nothing_is_named(look):
 def test_without_golden_responses_the_answers_are_compared(look):
     first, said = look([None] * 3, golden=False)
     assert "another one in 3 of them" in first and "only you can see" in said
+
+
+def test_tasks_are_asked_without_and_with_their_contexts(look, tmp_path):
+    facts = world.new_facts()[4:8]
+    rows = [{"prompt": world.user(f.said(f.relation.held_out_wordings[0])), "answer": f.value} for f in facts]
+    told = [row | {"privileged_context": f.said(f.relation.demonstration)} for row, f in zip(rows, facts, strict=True)]
+    # The teacher's prompt of a row's own counts as well, and a row without a context is left out.
+    own = told[0]["prompt"][0]["content"] + "\n\n" + told[0]["privileged_context"]
+    mixed = [rows[0] | {"teacher_prompt": own}, *told[1:], rows[0] | {"answer": "unknown"}]
+    elsewhere = [row | {"privileged_context": "The pet of Uwe is the dog."} for row in rows]
+    tasks = []
+    for name, each in {"told": mixed, "elsewhere": elsewhere, "plain": rows}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+        tasks.append(f"{tmp_path / name}.jsonl:contains")
+    *_, first, second, said = look([None] * 3, golden=False, tasks=tasks)
+    assert first == "Task told, 4 rows with a context: 0.00 of them are answered right without it, 1.00 with it."
+    assert second.startswith("Task elsewhere, 4 rows with a context: 0.00 ") and second.endswith(" 0.00 with it.")
+    assert "It answers told better" in said and "It answers elsewhere no better" in said and "plain" not in said
+    (tmp_path / "told.jsonl").write_text(
+        json.dumps(rows[0]) + "\n" + json.dumps(told[1] | {"privileged_context": "word " * 600})
+    )
+    with pytest.raises(ValueError, match="Task told: Row 1 has .* tokens"):
+        look([None], golden=False, tasks=tasks)
+
+
+def test_the_teachers_answers_are_its_own():
+    """An adapter that was trained before is not part of a base teacher: equal prompts have different answers."""
+    trainer = make_trainer(lora=True, teacher_model_kind="base")
+    for name, param in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(param, std=0.5)
+    prompt = world.user("Why?")
+    found = check(trainer, {0: {"prompt": prompt, "teacher_prompt": prompt}}, {})
+    assert found.same == 0 and found.gain > 0.1
+    assert check(make_trainer(), {0: {"prompt": prompt, "teacher_prompt": prompt}}, {}).same == 1
