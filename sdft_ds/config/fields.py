@@ -5,7 +5,7 @@ read it, and whether the model card shows it. The command line, validation, conf
 are derived from that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from types import NoneType
@@ -74,6 +74,7 @@ def setting(
     *,
     needs: Range | None = None,
     choices: Sequence[str] | None = None,
+    only_with: tuple[str, ...] = (),
     resume: OnResume | None = None,
     read_by: tuple[str, ...] = METHODS,
     otherwise: Any = MISSING,
@@ -83,12 +84,14 @@ def setting(
 ) -> Any:
     """A dataclass field that HfArgumentParser turns into a flag.
 
-    needs: range of a value that is not None. choices: valid names; omitted for a Literal. resume: see OnResume.
+    needs: range of a value that is not None. choices: valid names; omitted for a Literal. only_with: the settings
+    without which it has no effect, each NAME or NAME=VALUE, or alternatives joined by " or ". resume: see OnResume.
     read_by: methods that read it; otherwise: its value under the other methods, by default its default. card: shown on
     the model card; a string: only for that kind of teacher. secret: never printed or saved. derived: computed from
     other settings, so not saved.
     """
     about = {"needs": needs, "resume": resume, "read_by": read_by, "card": card, "secret": secret, "derived": derived}
+    about["only_with"] = only_with
     about["otherwise"] = default if otherwise is MISSING else otherwise
     shown = {} if choices is None else {"choices": choices}
     return field(default=default, metadata=_Metadata(help=help, **shown, **about))
@@ -159,3 +162,28 @@ def check_ranges(config: Any) -> None:
         if needs is not None and (value is None or not needs.holds(value)):
             words = f"{needs.words} or None" if optional else needs.words
             raise ValueError(f"{f.name} must be {words}, not {value!r}.")
+
+
+def without_effect(
+    config_class: type, given: Mapping[str, Any], values: Mapping[str, Any], dashes: str = ""
+) -> Iterator[str]:
+    """Yields a sentence for each setting that is given (not at its default) without those it needs.
+
+    values: of the settings in effect, those of other classes included. dashes: before a name on the command line.
+    """
+    for f in own_fields(config_class):
+        if given[f.name] == default_of(f):
+            continue
+        missing = [needed for needed in f.metadata.get("only_with", ()) if not _is_met(needed, values)]
+        if missing:
+            named = " and ".join(" or ".join(dashes + name for name in each.split(" or ")) for each in missing)
+            yield f"{dashes}{f.name}={given[f.name]!r} has no effect without {named}."
+
+
+def _is_met(needed: str, values: Mapping[str, Any]) -> bool:
+    """Whether one of the alternatives is set; for NAME=VALUE, to that value."""
+    for each in needed.split(" or "):
+        name, _, value = each.partition("=")
+        if str(values[name]) == value if value else values[name] not in (None, False, 0, "", "no", []):
+            return True
+    return False

@@ -33,6 +33,7 @@ class RunSettings:
     hub_upload_run_files: bool = setting(
         False,
         "Upload the run's page, logs and completions as well: they hold prompts and privileged contexts.",
+        only_with=("push_to_hub",),
         resume=FREE,
     )
     log_completions: int = setting(
@@ -41,8 +42,12 @@ class RunSettings:
         needs=at_least(0),
         resume=FREE,
     )
-    log_completions_rows: int = setting(4, "How many completions are written then.", needs=at_least(1), resume=FREE)
-    print_completions: bool = setting(False, "Print them in the terminal as well.", resume=FREE)
+    log_completions_rows: int = setting(
+        4, "How many completions are written then.", needs=at_least(1), only_with=("log_completions",), resume=FREE
+    )
+    print_completions: bool = setting(
+        False, "Print them in the terminal as well.", only_with=("log_completions",), resume=FREE
+    )
     inspect_tokens: int = setting(
         16,
         "Tokens of each micro-batch at which entropies, agreement and top-k mass are measured; 0: none.",

@@ -222,7 +222,7 @@ def test_the_formats_of_the_authors_data(name):
         ({"dataset_format": "messages_output_text", "prompt_column": "q"}, "prompt_column=q contradicts"),
         ({"dataset_path": ["a"], "dataset_name": "b"}, "both set"),
         ({"dataset_path": ["a"], "dataset_revision": "b"}, "dataset_revision needs --dataset_name"),
-        ({"eval_fraction": 1.0}, "eval_fraction must be between 0 and 1"),
+        ({"eval_fraction": 1.0}, "eval_fraction must be in \\(0, 1\)"),
         ({"eval_fraction": 0.1, "dataset_streaming": True}, "eval_fraction cannot be taken of a stream"),
     ],
 )
