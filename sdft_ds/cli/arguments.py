@@ -18,7 +18,7 @@ from sdft_ds.cli.model_arguments import ModelArguments
 from sdft_ds.config import recipes
 from sdft_ds.config.fields import Range, at_least, check_ranges, setting, unread_by, without_effect
 from sdft_ds.config.sdft_config import SDFTConfig
-from sdft_ds.config.sft_config import SFTConfig
+from sdft_ds.trainer import TRAINERS
 
 FORMATS = {
     "prompt_golden_response": {"prompt_column": "prompt", "golden_response_column": "golden_response"},
@@ -35,9 +35,10 @@ class ScriptArguments:
 
     _argument_group_name = "method and data"
 
-    method: Literal["sdft", "sft"] = setting(
+    method: str = setting(
         "sdft",
         "sdft: self-distillation; sft: supervised fine-tuning on the demonstrations of the same rows, to compare.",
+        choices=tuple(TRAINERS),
     )
     recipe: str | None = setting(
         None,
@@ -188,13 +189,13 @@ def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
         below |= recipes.recipe(recipe) | recipes.OF_THE_COMMAND_LINE[recipe] | {"recipe": recipe}
     if recipe != given.recipe:
         _give_way(below, given)
-    if given.method == "sft":  # warn of unread settings only if given, not if they come from recipe or demo
-        below = {name: value for name, value in below.items() if name not in unread_by(SFTConfig, "sft")}
+    config = TRAINERS[given.method].config_class
+    # Settings that the method does not read are warned about if given, not if they come from recipe or demo.
+    below = {name: value for name, value in below.items() if name not in unread_by(config, given.method)}
     # null and empty lists count as given too, but cannot be expressed as tokens.
     below |= {name: value for name, value in from_file.items() if value is None or value == []}
     parser.set_defaults(**below)
     values = vars(parser.parse_args(tokens))
-    config = SFTConfig if given.method == "sft" else SDFTConfig
     script, args, model = (
         kind(**{f.name: values[f.name] for f in fields(kind) if f.init})
         for kind in (ScriptArguments, config, ModelArguments)

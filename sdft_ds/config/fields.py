@@ -11,8 +11,6 @@ from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-METHODS = ("sdft", "sft")
-
 # ---- valid values of a setting --------------------------------------------------------------------------------------
 
 
@@ -76,7 +74,7 @@ def setting(
     choices: Sequence[str] | None = None,
     only_with: tuple[str, ...] = (),
     resume: OnResume | None = None,
-    read_by: tuple[str, ...] = METHODS,
+    read_by: tuple[str, ...] | None = None,
     otherwise: Any = MISSING,
     card: bool | str = False,
     secret: bool = False,
@@ -86,9 +84,9 @@ def setting(
 
     needs: range of a value that is not None. choices: valid names; omitted for a Literal. only_with: the settings
     without which it has no effect, each NAME or NAME=VALUE, or alternatives joined by " or ". resume: see OnResume.
-    read_by: methods that read it; otherwise: its value under the other methods, by default its default. card: shown on
-    the model card; a string: only for that kind of teacher. secret: never printed or saved. derived: computed from
-    other settings, so not saved.
+    read_by: methods that read it, None for all; otherwise: its value under the other methods, by default its default.
+    card: shown on the model card; a string: only for that kind of teacher. secret: never printed or saved. derived:
+    computed from other settings, so not saved.
     """
     about = {"needs": needs, "resume": resume, "read_by": read_by, "card": card, "secret": secret, "derived": derived}
     about["only_with"] = only_with
@@ -101,7 +99,7 @@ def unused(default: Any, reason: str) -> Any:
     """A field of the TRL interface that self-distillation never reads: any value but its default is refused, because
     a setting without effect misleads."""
     help = "Accepted at its default only; see docs/trl.md."
-    return field(default=default, metadata=_Metadata(help=help, unused=reason, resume=FREE, read_by=METHODS))
+    return field(default=default, metadata=_Metadata(help=help, unused=reason, resume=FREE, read_by=None))
 
 
 def default(config: Any, name: str) -> Any:
@@ -146,7 +144,11 @@ def with_flag(config_class: type, flag: str) -> set[str]:
 
 def unread_by(config_class: type, method: str) -> dict[str, Any]:
     """Settings that a method does not read -> their fixed values there."""
-    return {f.name: f.metadata["otherwise"] for f in own_fields(config_class) if method not in f.metadata["read_by"]}
+    return {f.name: f.metadata["otherwise"] for f in own_fields(config_class) if not is_read_by(method, f)}
+
+
+def is_read_by(method: str, f: Field) -> bool:
+    return f.metadata["read_by"] is None or method in f.metadata["read_by"]
 
 
 def check_ranges(config: Any) -> None:

@@ -33,7 +33,6 @@ class RunSettings:
     hub_upload_run_files: bool = setting(
         False,
         "Upload the run's page, logs and completions as well: they hold prompts and privileged contexts.",
-        only_with=("push_to_hub",),
         resume=FREE,
     )
     log_completions: int = setting(

@@ -3,6 +3,7 @@ import warnings
 import pytest
 
 from sdft_ds.cli.arguments import parse
+from sdft_ds.trainer import TRAINERS
 
 RECIPE = {
     "max_steps": 250,
@@ -184,6 +185,16 @@ def test_a_flag_with_what_it_needs_or_set_by_a_recipe_is_not_warned_about():
 def test_the_range_of_a_flag_is_enforced_as_that_of_a_field(flag, words):
     with pytest.raises(ValueError, match=words):
         parse([*OWN, flag], {})
+
+
+def test_the_methods_are_those_that_have_a_trainer(capsys):
+    assert list(TRAINERS) == ["sdft", "sft"]
+    for method, trainer in TRAINERS.items():
+        _, args, _ = parse(["--method", method, *OWN], {})
+        assert type(args) is trainer.config_class and args.method == method
+    with pytest.raises(SystemExit):
+        parse(["--method", "dpo"], {})
+    assert "invalid choice: 'dpo' (choose from 'sdft', 'sft')" in capsys.readouterr().err
 
 
 def test_only_the_first_rank_speaks(capsys, monkeypatch):
