@@ -138,7 +138,9 @@ def _outcome(log_history: list[dict[str, float]], objective: Objective) -> str:
     """One sentence about what was learned, from the objective's distance as logged first and last."""
     distances = [log[objective.distance] for log in log_history if objective.distance in log]
     if not distances:
-        return "No step was logged: lower logging_steps to see what was learned."
+        if not any("loss" in log for log in log_history):
+            return "No step was logged: lower logging_steps to see what was learned."
+        return "Nothing was learned: no completion had a token that counts in the loss."
     return objective.outcome.format(first=distances[0], last=distances[-1])
 
 

@@ -12,6 +12,7 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from sdft_ds.cli import yaml_config
 from sdft_ds.cli.model_arguments import ModelArguments
@@ -164,6 +165,25 @@ class ScriptArguments:
             setattr(self, name, column)
 
 
+# Name of a flag elsewhere -> its name here.
+COMMON_NAMES = {
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "data": "dataset_path",
+    "dataset": "dataset_path",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "max_length": "max_completion_length",
+    "max_new_tokens": "max_completion_length",
+    "lora": "use_peft",
+    "resume": "resume_from_checkpoint",
+    "output": "output_dir",
+}
+# Of TRL's interface, refused unless at their default: not to be suggested.
+UNUSED = {f.name for f in fields(SDFTConfig) if "unused" in f.metadata}
+
 Parsed = tuple[ScriptArguments, SDFTConfig, ModelArguments]
 KINDS = (ScriptArguments, SDFTConfig, ModelArguments)
 
@@ -252,6 +272,8 @@ def _parser() -> argparse.ArgumentParser:
         # An optional number accepts none: --distillation_topk none.
         if action.type in (int, float) and action.dest in optional:
             action.type = _optional(action.type)
+        elif action.type is string_to_bool and action.nargs is None:  # a switch that is on or off by itself if unset
+            action.nargs, action.const = "?", True
     return parser
 
 
@@ -307,5 +329,7 @@ def _unknown(tokens: list[str], parser: argparse.ArgumentParser) -> str:
     flag = next((token.split("=")[0] for token in tokens if token.startswith("-")), None)
     if flag is None:
         return f"unexpected value {tokens[0]!r}"
-    close = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
+    name = flag.removeprefix("--").replace("-", "_")
+    used = [option for option in parser._option_string_actions if option.removeprefix("--") not in UNUSED]
+    close = [f"--{COMMON_NAMES[name]}"] if name in COMMON_NAMES else difflib.get_close_matches(flag, used, n=1)
     return f"unknown setting {flag}" + (f"; did you mean {close[0]}?" if close else "")

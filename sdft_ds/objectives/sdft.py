@@ -48,7 +48,10 @@ class SelfDistillation(Objective):
             self._require_base_teacher()
         self.teacher = teacher.make(parts.model, args)
         if args.save_teacher and not self.teacher.has_state:
-            raise ValueError(f"save_teacher: a {args.teacher_model_kind} teacher has no weights of its own here.")
+            raise ValueError(
+                f"save_teacher=True: a {args.teacher_model_kind} teacher has no weights of its own here, as an EMA "
+                "teacher has (teacher_model_kind='ema'). Leave save_teacher False."
+            )
         if args.load_best_model_at_end and args.save_only_model and self.teacher.has_state:
             raise ValueError(
                 f"load_best_model_at_end loads the best checkpoint's {args.teacher_model_kind} teacher, too, which "

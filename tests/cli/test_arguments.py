@@ -42,6 +42,10 @@ def test_yaml_settings_and_the_command_line_over_them(tmp_path):
     "argv, words",
     [
         (["--learning_rat", "1"], "unknown setting --learning_rat; did you mean --learning_rate?"),
+        (["--model", "m"], "unknown setting --model; did you mean --model_name_or_path?"),
+        (["--lr=1"], "unknown setting --lr; did you mean --learning_rate?"),
+        (["--batch-size", "4"], "unknown setting --batch-size; did you mean --per_device_train_batch_size?"),
+        (["--vllm_mod", "4"], "unknown setting --vllm_mod"),
         (["--max_steps", "many"], "invalid int value: 'many'"),
         (["stray"], "unexpected value 'stray'"),
         (["--loss_type", "mean"], "invalid choice: 'mean'"),
@@ -195,6 +199,10 @@ def test_the_methods_are_those_that_have_a_trainer(capsys):
     with pytest.raises(SystemExit):
         parse(["--method", "dpo"], {})
     assert "invalid choice: 'dpo' (choose from 'sdft', 'sft')" in capsys.readouterr().err
+
+
+def test_a_switch_needs_no_value():
+    assert parse([*OWN, "--bf16"], {})[1].bf16 is True and parse([*OWN, "--bf16", "false"], {})[1].bf16 is False
 
 
 def test_only_the_first_rank_speaks(capsys, monkeypatch):

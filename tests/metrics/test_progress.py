@@ -57,6 +57,7 @@ def test_the_end_says_how_far_the_student_came():
     history = [{"sdft/distillation_loss": 1.25}, {"eval_loss": 1.0}, {"sdft/distillation_loss": 0.125}]
     assert "1.25 nats per token from the teacher's at first and 0.125 at last" in _outcome(history, SelfDistillation)
     assert "lower logging_steps" in _outcome([], SelfDistillation)
+    assert "no completion had a token that counts" in _outcome([{"step": 1, "loss": 0.0}], SelfDistillation)
 
 
 def test_every_metric_says_its_unit_and_is_joined_by_a_known_reduction():
