@@ -8,18 +8,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from sdft_ds.config.fields import own_fields
+from sdft_ds.config.fields import is_read_by, own_fields
 from sdft_ds.config.inherited import ON_THE_CARD
 from sdft_ds.config.sdft_config import SDFTConfig
 
-METHODS = {
-    "sdft": (
-        "Self-distilled fine-tuning ([SDFT](https://arxiv.org/abs/2601.19897)): a student that sees the prompt alone "
-        "learned, over its own answers, to say what the same network says when it sees a demonstration or a hint "
-        "besides."
-    ),
-    "sft": "Supervised fine-tuning on demonstrations, as a baseline of self-distilled fine-tuning.",
-}
 CITATION = """\
 ```bibtex
 @misc{sdft,
@@ -59,10 +51,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Facts:
-    """Contents of a model card. log: the Trainer's log history; rows: of the data set, None for a stream;
-    finetuned_from, dataset: hub ids or local paths, of which only the last component is shown."""
+    """Contents of a model card. method: a sentence about it; log: the Trainer's log history; rows: of the data set,
+    None for a stream; finetuned_from, dataset: hub ids or local paths, of which only the last component is shown."""
 
     model_name: str
+    method: str
     args: SDFTConfig
     log: Sequence[dict[str, Any]]
     steps: int
@@ -100,7 +93,7 @@ def render(facts: Facts) -> str:
     }
     parts = [
         f"---\n{metadata.to_yaml()}\n---\n\n# {facts.model_name}",
-        METHODS[args.method],
+        facts.method,
         "\n".join(f"- {name}: {value}" for name, value in about.items() if value),
         "## Results",
         _table(("", "first", "last"), _results(facts.log)),
@@ -117,7 +110,7 @@ def _names(args: SDFTConfig) -> list[str]:
     declared = [
         f.name
         for f in own_fields(type(args))
-        if f.metadata.get("card") in (True, args.teacher_model_kind) and args.method in f.metadata["read_by"]
+        if f.metadata.get("card") in (True, args.teacher_model_kind) and is_read_by(args.method, f)
     ]
     return [*ON_THE_CARD, *declared]
 

@@ -24,6 +24,7 @@ from sdft_ds.evaluation.tasks import Task, read_tasks
 from sdft_ds.metrics.completions import ShowCompletions
 from sdft_ds.metrics.nonfinite import TooManyNonFiniteSteps
 from sdft_ds.model import loading
+from sdft_ds.objectives.protocol import Objective
 from sdft_ds.rollouts.sampler import NonFiniteLogits
 from sdft_ds.trainer import TRAINERS, MethodTrainer
 
@@ -71,7 +72,7 @@ def _main(argv: Sequence[str], stack: ExitStack) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
-        print(_learned(trainer.state.log_history, args.method))
+        print(_outcome(trainer.state.log_history, trainer.objective))
         print(f"Saved to {args.output_dir}")
     about = {"dataset": script.source, "recipe": script.recipe}
     trainer.create_model_card(**about)
@@ -133,19 +134,14 @@ def _resume(value: str | None) -> str | bool | None:
     return {"true": True, "false": None}.get((value or "false").lower(), value)
 
 
-def _learned(log_history: list[dict[str, float]], method: str) -> str:
-    """One-sentence summary: the distance of the student from its teacher, or the loss on its demonstrations, first and
-    last."""
-    metric = {"sdft": "sdft/distillation_loss", "sft": "loss"}[method]
-    distances = [log[metric] for log in log_history if metric in log]
+def _outcome(log_history: list[dict[str, float]], objective: Objective) -> str:
+    """One sentence about what was learned, from the objective's distance as logged first and last."""
+    distances = [log[objective.distance] for log in log_history if objective.distance in log]
     if not distances:
-        return "No step was logged: lower logging_steps to see what was learned."
-    if method == "sft":
-        return f"The loss on the demonstrations was {distances[0]:.3g} at first and {distances[-1]:.3g} at last."
-    return (
-        f"The student's answers without the context were {distances[0]:.3g} nats per token from the teacher's at "
-        f"first and {distances[-1]:.3g} at last."
-    )
+        if not any("loss" in log for log in log_history):
+            return "No step was logged: lower logging_steps to see what was learned."
+        return "Nothing was learned: no completion had a token that counts in the loss."
+    return objective.outcome.format(first=distances[0], last=distances[-1])
 
 
 if __name__ == "__main__":

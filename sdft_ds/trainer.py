@@ -160,6 +160,7 @@ class MethodTrainer(StepTrainer):
         if self.is_world_process_zero():
             facts = model_card.Facts(
                 model_name=model_name or Path(self.args.hub_model_id or os.path.abspath(self.args.output_dir)).name,
+                method=self.objective_class.description,
                 args=self.args,
                 log=self.state.log_history,
                 steps=self.state.global_step,
@@ -201,7 +202,7 @@ class SFTTrainer(MethodTrainer):
     config_class = SFTConfig
 
 
-# method -> its trainer
+# method -> its trainer; the choices of --method
 TRAINERS: dict[str, type[MethodTrainer]] = {
-    trainer.objective_class.name: trainer for trainer in (SDFTTrainer, SFTTrainer)
+    trainer.config_class.method: trainer for trainer in (SDFTTrainer, SFTTrainer)
 }

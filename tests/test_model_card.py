@@ -8,6 +8,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from sdft_ds import SDFTConfig, SFTConfig
 from sdft_ds.model_card import Facts, render
+from sdft_ds.trainer import TRAINERS
 from tests.cli.test_train import PLAIN, TWO_STEPS, command, model_and_data  # noqa: F401
 from tests.helpers.hub import Hub
 from tests.helpers.trainers import make_trainer
@@ -23,7 +24,8 @@ LOG = [
 
 def facts(args=None, **changes):
     args = args or SDFTConfig(teacher_model_kind="ema", teacher_update_rate=0.01, teacher_sync_steps=1)
-    sources = {"finetuned_from": "org/base", "dataset": "org/rows"}
+    method = TRAINERS[args.method].objective_class.description
+    sources = {"finetuned_from": "org/base", "dataset": "org/rows", "method": method}
     return Facts(**{"model_name": "mine", "args": args, "log": LOG, "steps": 2, "adapter": False, "rows": 7, **sources,
                     **changes})  # fmt: skip
 

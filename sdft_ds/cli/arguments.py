@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from datetime import date
@@ -11,18 +12,22 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from sdft_ds.cli import yaml_config
 from sdft_ds.cli.model_arguments import ModelArguments
 from sdft_ds.config import recipes
-from sdft_ds.config.fields import setting, unread_by
+from sdft_ds.config.fields import Range, at_least, check_ranges, setting, unread_by, without_effect
 from sdft_ds.config.sdft_config import SDFTConfig
-from sdft_ds.config.sft_config import SFTConfig
+from sdft_ds.trainer import TRAINERS
 
 FORMATS = {
     "prompt_golden_response": {"prompt_column": "prompt", "golden_response_column": "golden_response"},
     "messages_output_text": {"prompt_column": "messages", "golden_response_column": "output_text"},
 }
+
+# The demo has rows of its own.
+OF_DATA = ("dataset_path or dataset_name",)
 
 
 @dataclass
@@ -31,9 +36,10 @@ class ScriptArguments:
 
     _argument_group_name = "method and data"
 
-    method: Literal["sdft", "sft"] = setting(
+    method: str = setting(
         "sdft",
         "sdft: self-distillation; sft: supervised fine-tuning on the demonstrations of the same rows, to compare.",
+        choices=tuple(TRAINERS),
     )
     recipe: str | None = setting(
         None,
@@ -51,39 +57,57 @@ class ScriptArguments:
         "pattern, or a folder of them.",
     )
     dataset_format: Literal["prompt_golden_response", "messages_output_text"] | None = setting(
-        None, "The columns of the SDFT authors' data sets, in place of --prompt_column and --golden_response_column."
+        None,
+        "The columns of the SDFT authors' data sets, in place of --prompt_column and --golden_response_column.",
+        only_with=OF_DATA,
     )
-    dataset_train_split: str = setting("train", "The split to train on.")
-    dataset_test_split: str = setting("test", "The split to evaluate on, where eval_strategy asks for it.")
+    dataset_train_split: str = setting("train", "The split to train on.", only_with=OF_DATA)
+    dataset_test_split: str = setting(
+        "test", "The split to evaluate on, where eval_strategy asks for it.", only_with=OF_DATA
+    )
     eval_fraction: float | None = setting(
-        None, "Evaluate on this share of the training split, chosen by the seed and not trained on, instead."
+        None,
+        "Evaluate on this share of the training split, chosen by the seed and not trained on, instead.",
+        needs=Range(lambda value: 0 < value < 1, "in (0, 1)"),
+        only_with=OF_DATA,
     )
     dataset_streaming: bool = setting(
-        False, "Read the training split as a stream, in its order, without loading it; needs --max_steps."
+        False,
+        "Read the training split as a stream, in its order, without loading it; needs --max_steps.",
+        only_with=OF_DATA,
     )
-    prompt_column: str = setting("prompt", "Column that holds the prompt: text, or a conversation.")
+    prompt_column: str = setting("prompt", "Column that holds the prompt: text, or a conversation.", only_with=OF_DATA)
     prompt_as: Literal["user", "text"] | None = setting(
         None,
         "What a prompt that is a text becomes: user, the user's turn of a conversation; text, itself. Unset: user "
         "where the tokenizer has a chat template.",
+        only_with=OF_DATA,
     )
     system_column: str | None = setting(
-        None, "Column that holds a system message; the prompt's text then becomes the user's turn of a conversation."
+        None,
+        "Column that holds a system message; the prompt's text then becomes the user's turn of a conversation.",
+        only_with=OF_DATA,
     )
     privileged_context_column: str = setting(
-        "privileged_context", "Column that holds what only the teacher sees: text, or messages."
+        "privileged_context", "Column that holds what only the teacher sees: text, or messages.", only_with=OF_DATA
     )
     teacher_prompt_column: str = setting(
-        "teacher_prompt", "Column that holds what the teacher sees in place of the filled template, where it is set."
+        "teacher_prompt",
+        "Column that holds what the teacher sees in place of the filled template, where it is set.",
+        only_with=OF_DATA,
     )
-    tools_column: str = setting("tools", "Column that holds function schemas for the chat template, or their JSON.")
+    tools_column: str = setting(
+        "tools", "Column that holds function schemas for the chat template, or their JSON.", only_with=OF_DATA
+    )
     golden_response_column: str = setting(
         "golden_response",
         "Column that holds a demonstration, used where a row has no privileged context, and by method sft.",
+        only_with=OF_DATA,
     )
     demonstration_template: str = setting(
         "Example response: $output_text",
         "Makes the privileged context from a golden response: $output_text is the response, $orig_content the prompt.",
+        only_with=OF_DATA,
     )
     anchor_path: list[str] | None = setting(
         None,
@@ -92,15 +116,20 @@ class ScriptArguments:
         "each row only the prompt is read, and for --method sft its golden response. See anchor_fraction.",
     )
     eval_num_prompts: int | None = setting(
-        8, "Evaluation prompts whose completions are printed after training; 0: none."
+        8,
+        "Evaluation prompts whose completions are printed after training; 0: none.",
+        needs=at_least(0),
+        only_with=(*OF_DATA, "eval_strategy"),
     )
     eval_tasks: list[str] | None = setting(
         None,
         "Questions asked before and after training: JSON Lines files with prompt and answer, each FILE, NAME=FILE or "
         "NAME=FILE:SCORER; scorers: exact, contains, choice, answer_letter, regex, action.",
     )
-    eval_tasks_steps: int | None = setting(None, "Ask them, and the retention set, every N steps as well.")
-    eval_task_rows: int | None = setting(None, "Ask only the first N rows of each file.")
+    eval_tasks_steps: int | None = setting(
+        None, "Ask them, and the retention set, every N steps as well.", needs=at_least(1)
+    )
+    eval_task_rows: int | None = setting(None, "Ask only the first N rows of each file.", needs=at_least(1))
     retention_file: str | None = setting(
         None, "Prompts, and answers if there are any, on which the model is compared with the one it was at the start."
     )
@@ -117,14 +146,13 @@ class ScriptArguments:
         return f"{first} and {len(more)} more" if more else first
 
     def __post_init__(self) -> None:
-        """Raises ValueError for settings that contradict each other or have no effect."""
+        """Raises ValueError for values out of range, and for settings that contradict each other."""
+        check_ranges(self)
         if self.dataset_path and self.dataset_name:
             raise ValueError("--dataset_path and --dataset_name are both set: give one of them.")
         for name in ("dataset_config", "dataset_revision"):
             if getattr(self, name) is not None and self.dataset_name is None:
                 raise ValueError(f"--{name} needs --dataset_name: a data set on disk has none.")
-        if self.eval_fraction is not None and not 0.0 < self.eval_fraction < 1.0:
-            raise ValueError(f"--eval_fraction must be between 0 and 1, not {self.eval_fraction}.")
         if self.eval_fraction is not None and self.dataset_streaming:
             raise ValueError("--eval_fraction cannot be taken of a stream: set --dataset_test_split instead.")
         for name, column in FORMATS.get(self.dataset_format, {}).items():
@@ -136,6 +164,25 @@ class ScriptArguments:
                 )
             setattr(self, name, column)
 
+
+# Name of a flag elsewhere -> its name here.
+COMMON_NAMES = {
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "data": "dataset_path",
+    "dataset": "dataset_path",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "max_length": "max_completion_length",
+    "max_new_tokens": "max_completion_length",
+    "lora": "use_peft",
+    "resume": "resume_from_checkpoint",
+    "output": "output_dir",
+}
+# Of TRL's interface, refused unless at their default: not to be suggested.
+UNUSED = {f.name for f in fields(SDFTConfig) if "unused" in f.metadata}
 
 Parsed = tuple[ScriptArguments, SDFTConfig, ModelArguments]
 KINDS = (ScriptArguments, SDFTConfig, ModelArguments)
@@ -162,17 +209,20 @@ def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
         below |= recipes.recipe(recipe) | recipes.OF_THE_COMMAND_LINE[recipe] | {"recipe": recipe}
     if recipe != given.recipe:
         _give_way(below, given)
-    if given.method == "sft":  # warn of unread settings only if given, not if they come from recipe or demo
-        below = {name: value for name, value in below.items() if name not in unread_by(SFTConfig, "sft")}
+    config = TRAINERS[given.method].config_class
+    # Settings that the method does not read are warned about if given, not if they come from recipe or demo.
+    below = {name: value for name, value in below.items() if name not in unread_by(config, given.method)}
     # null and empty lists count as given too, but cannot be expressed as tokens.
     below |= {name: value for name, value in from_file.items() if value is None or value == []}
     parser.set_defaults(**below)
     values = vars(parser.parse_args(tokens))
-    config = SFTConfig if given.method == "sft" else SDFTConfig
     script, args, model = (
         kind(**{f.name: values[f.name] for f in fields(kind) if f.init})
         for kind in (ScriptArguments, config, ModelArguments)
     )
+    for kind in (ScriptArguments, ModelArguments):  # SDFTConfig has warned of its own
+        for sentence in without_effect(kind, vars(given), values, "--"):
+            warnings.warn(sentence, stacklevel=2)
     is_given = any(token.split("=")[0] == "--learning_rate" for token in tokens)
     script.rate_of_recipe = args.method == "sdft" and script.recipe == recipes.OF_OWN_DATA and not is_given
     script.recipe_unnamed = recipe != given.recipe
@@ -184,6 +234,8 @@ def _give_way(recipe: dict[str, Any], given: argparse.Namespace) -> None:
     support = ("distillation_topk", "distillation_add_tail", "distillation_support", "full_logit_distillation")
     if any(getattr(given, name) != SDFTConfig.__dataclass_fields__[name].default for name in support):
         del recipe["distillation_mode"]
+    if given.generate_from_teacher:
+        del recipe["teacher_rollout_fraction"]
     if given.sync_ref_model:
         del recipe["teacher_model_kind"]
     if given.sync_ref_model or given.teacher_model_kind not in (None, "base"):  # not the start, to which anchors hold
@@ -220,6 +272,8 @@ def _parser() -> argparse.ArgumentParser:
         # An optional number accepts none: --distillation_topk none.
         if action.type in (int, float) and action.dest in optional:
             action.type = _optional(action.type)
+        elif action.type is string_to_bool and action.nargs is None:  # a switch that is on or off by itself if unset
+            action.nargs, action.const = "?", True
     return parser
 
 
@@ -275,5 +329,7 @@ def _unknown(tokens: list[str], parser: argparse.ArgumentParser) -> str:
     flag = next((token.split("=")[0] for token in tokens if token.startswith("-")), None)
     if flag is None:
         return f"unexpected value {tokens[0]!r}"
-    close = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
+    name = flag.removeprefix("--").replace("-", "_")
+    used = [option for option in parser._option_string_actions if option.removeprefix("--") not in UNUSED]
+    close = [f"--{COMMON_NAMES[name]}"] if name in COMMON_NAMES else difflib.get_close_matches(flag, used, n=1)
     return f"unknown setting {flag}" + (f"; did you mean {close[0]}?" if close else "")

@@ -1,6 +1,7 @@
 """Loads data sets from files, folders or the hub, and maps their columns to those that the trainer reads."""
 
 import glob
+import json
 import os
 import re
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from datasets import (
 )
 
 from sdft_ds.cli.arguments import ScriptArguments
-from sdft_ds.data.rows import OPTIONAL_COLUMNS, check_columns, message_text
+from sdft_ds.data.rows import OPTIONAL_COLUMNS, DataError, check_columns, message_text
 from sdft_ds.data.streams import reading
 from sdft_ds.data.validation import ROW_NUMBER
 
@@ -178,7 +179,12 @@ def _load_files(files: dict[str, list[Path]], args: ScriptArguments, flag: str) 
     for file in everything:
         _check_beginning(file, where)
     names = {split: [str(file) for file in some] for split, some in files.items()}
-    return _load(where, args, LOADERS[suffixes.pop()], data_files=names)
+    try:
+        return _load(where, args, LOADERS[suffixes.pop()], data_files=names)
+    except DataError:  # which names no line, or another one's
+        for file in everything:
+            _check_text(file, where)
+        raise
 
 
 def _check_beginning(file: Path, where: str) -> None:
@@ -193,6 +199,23 @@ def _check_beginning(file: Path, where: str) -> None:
             f"{where} cannot be read: {file} begins with {begins[:10].decode(errors='replace')!r}; expected JSON "
             "Lines, one object a line, or a list of objects."
         )
+
+
+def _check_text(file: Path, where: str) -> None:
+    """Raises DataError for a text file that is not UTF-8, or for the first line of JSON Lines that is no JSON."""
+    if file.suffix not in (".csv", ".json", ".jsonl"):
+        return
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} cannot be read: {file} is not UTF-8 ({error.reason}): save it as UTF-8.") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip() and file.suffix == ".jsonl":
+            try:
+                json.loads(line)
+            except json.JSONDecodeError as error:
+                what = f"line {number}, column {error.colno}: {error.msg}"
+                raise DataError(f"{where} cannot be read: {file}, {what}.") from None
 
 
 def _load(where: str, args: ScriptArguments, kind: str, **options: Any) -> DatasetDict | IterableDatasetDict:

@@ -1,25 +1,19 @@
 """Command line flags of the model: name, dtype, quantization and adapter."""
 
-import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from sdft_ds.config.fields import setting
+from sdft_ds.config.fields import Range, at_least, check_ranges, setting
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.model import loading
 
-# Prefix of flags -> the flag they require.
-NEEDED = {
-    "lora_": "use_peft",
-    "use_rslora": "use_peft",
-    "use_dora": "use_peft",
-    "bnb_4bit_": "load_in_4bit",
-    "use_bnb_": "load_in_4bit",
-}
+# The demo has a model of its own.
+OF_MODEL = ("model_name_or_path",)
+OF_LORA, OF_4_BITS = ("use_peft",), ("load_in_4bit",)
 
 
 @dataclass
@@ -29,36 +23,51 @@ class ModelArguments:
     _argument_group_name = "model and adapter"
 
     model_name_or_path: str | None = setting(None, "The model: a hub id or a folder. Unset: the embedded demo model.")
-    model_revision: str = setting("main", "Branch, tag or commit on the hub.")
+    model_revision: str = setting("main", "Branch, tag or commit on the hub.", only_with=OF_MODEL)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = setting(
-        None, "Load the weights in this dtype. Unset: float32, or that of DeepSpeed's engine."
+        None, "Load the weights in this dtype. Unset: float32, or that of DeepSpeed's engine.", only_with=OF_MODEL
     )
-    attn_implementation: str | None = setting(None, "Attention: eager, sdpa, flash_attention_2, ...")
+    attn_implementation: str | None = setting(
+        None, "Attention: eager, sdpa, flash_attention_2, ...", only_with=OF_MODEL
+    )
     use_peft: bool = setting(False, "Train a LoRA adapter instead of all weights.")
-    lora_r: int = setting(16, "Rank of LoRA.")
-    lora_alpha: int = setting(32, "Scale of LoRA, divided by its rank.")
-    lora_dropout: float = setting(0.05, "Dropout of LoRA; disable_dropout sets it to 0.")
-    lora_target_modules: list[str] | None = setting(None, "Modules to adapt; all-linear for every linear layer.")
-    lora_target_parameters: list[str] | None = setting(None, "Parameters to adapt, such as fused expert weights.")
-    lora_modules_to_save: list[str] | None = setting(None, "Modules to train in full beside the adapter.")
-    lora_task_type: str = setting("CAUSAL_LM", "Task type of the adapter.")
-    use_rslora: bool = setting(False, "Scale by lora_alpha / sqrt(lora_r).")
-    use_dora: bool = setting(False, "Weight-decomposed LoRA.")
-    load_in_4bit: bool = setting(False, "QLoRA: hold the frozen weights in 4 bits (bitsandbytes); needs use_peft.")
-    load_in_8bit: bool = setting(False, "Hold the frozen weights in 8 bits; needs use_peft, not possible with ZeRO-3.")
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = setting("nf4", "The 4-bit type.")
+    lora_r: int = setting(16, "Rank of LoRA.", needs=at_least(1), only_with=OF_LORA)
+    lora_alpha: int = setting(32, "Scale of LoRA, divided by its rank.", needs=at_least(1), only_with=OF_LORA)
+    lora_dropout: float = setting(
+        0.05,
+        "Dropout of LoRA; disable_dropout sets it to 0.",
+        needs=Range(lambda value: 0 <= value < 1, "in [0, 1)"),
+        only_with=(*OF_LORA, "disable_dropout=False"),
+    )
+    lora_target_modules: list[str] | None = setting(
+        None, "Modules to adapt; all-linear for every linear layer.", only_with=OF_LORA
+    )
+    lora_target_parameters: list[str] | None = setting(
+        None, "Parameters to adapt, such as fused expert weights.", only_with=OF_LORA
+    )
+    lora_modules_to_save: list[str] | None = setting(
+        None, "Modules to train in full beside the adapter.", only_with=OF_LORA
+    )
+    lora_task_type: str = setting("CAUSAL_LM", "Task type of the adapter.", only_with=OF_LORA)
+    use_rslora: bool = setting(False, "Scale by lora_alpha / sqrt(lora_r).", only_with=OF_LORA)
+    use_dora: bool = setting(False, "Weight-decomposed LoRA.", only_with=OF_LORA)
+    load_in_4bit: bool = setting(
+        False, "QLoRA: hold the frozen weights in 4 bits (bitsandbytes); needs use_peft.", only_with=OF_MODEL
+    )
+    load_in_8bit: bool = setting(
+        False, "Hold the frozen weights in 8 bits; needs use_peft, not possible with ZeRO-3.", only_with=OF_MODEL
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = setting("nf4", "The 4-bit type.", only_with=OF_4_BITS)
     bnb_4bit_quant_storage: str | None = setting(
         None,
         "Dtype that packs the 4-bit weights. Unset: the engine's under ZeRO-3, which shards floats only; else uint8.",
+        only_with=OF_4_BITS,
     )
-    use_bnb_nested_quant: bool = setting(False, "Quantize the 4-bit scales as well.")
+    use_bnb_nested_quant: bool = setting(False, "Quantize the 4-bit scales as well.", only_with=OF_4_BITS)
 
     def __post_init__(self) -> None:
-        """Warns of settings without effect."""
-        for prefix, flag in NEEDED.items():
-            for f in fields(self):
-                if f.name.startswith(prefix) and not getattr(self, flag) and getattr(self, f.name) != f.default:
-                    warnings.warn(f"--{f.name} has no effect without --{flag}.", stacklevel=3)
+        """Raises ValueError for values out of range."""
+        check_ranges(self)
 
     def init_kwargs(self, args: SDFTConfig) -> dict[str, Any]:
         """Keyword arguments of from_pretrained."""

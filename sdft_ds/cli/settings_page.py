@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 from sdft_ds.cli.arguments import ScriptArguments
 from sdft_ds.cli.model_arguments import ModelArguments
 from sdft_ds.config import divergence, model, prompts, rollouts, run, teacher
-from sdft_ds.config.fields import FREE, METHODS, choices_of, own_fields
+from sdft_ds.config.fields import FREE, choices_of, own_fields
 from sdft_ds.config.inherited import IGNORED_FIELDS, ON_RESUME, REFUSED_FIELDS
 from sdft_ds.config.sdft_config import SDFTConfig
 
@@ -69,7 +69,7 @@ def _row(kind: type, f: Field, resume: bool) -> list[str]:
     row = [f"`{f.name}`", value, f"`{f.default!r}`".replace("\\n", "⏎"), f.metadata["help"]]
     if resume:
         about, done = [], f.metadata["resume"]
-        if f.metadata["read_by"] != METHODS:
+        if f.metadata["read_by"] is not None:
             about.append("SDFT")
         if done is not FREE:
             about.append(f"resume: {done.kind}")

@@ -44,6 +44,7 @@ class DivergenceSettings:
     full_logit_distillation: bool = setting(
         False,
         "With distillation_topk None: the full vocabulary instead of the sampled token.",
+        only_with=("distillation_topk=None",),
         resume=FREE,
         read_by=("sdft",),
     )

@@ -5,13 +5,11 @@ read it, and whether the model card shows it. The command line, validation, conf
 are derived from that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-METHODS = ("sdft", "sft")
 
 # ---- valid values of a setting --------------------------------------------------------------------------------------
 
@@ -74,8 +72,9 @@ def setting(
     *,
     needs: Range | None = None,
     choices: Sequence[str] | None = None,
+    only_with: tuple[str, ...] = (),
     resume: OnResume | None = None,
-    read_by: tuple[str, ...] = METHODS,
+    read_by: tuple[str, ...] | None = None,
     otherwise: Any = MISSING,
     card: bool | str = False,
     secret: bool = False,
@@ -83,12 +82,14 @@ def setting(
 ) -> Any:
     """A dataclass field that HfArgumentParser turns into a flag.
 
-    needs: range of a value that is not None. choices: valid names; omitted for a Literal. resume: see OnResume.
-    read_by: methods that read it; otherwise: its value under the other methods, by default its default. card: shown on
-    the model card; a string: only for that kind of teacher. secret: never printed or saved. derived: computed from
-    other settings, so not saved.
+    needs: range of a value that is not None. choices: valid names; omitted for a Literal. only_with: the settings
+    without which it has no effect, each NAME or NAME=VALUE, or alternatives joined by " or ". resume: see OnResume.
+    read_by: methods that read it, None for all; otherwise: its value under the other methods, by default its default.
+    card: shown on the model card; a string: only for that kind of teacher. secret: never printed or saved. derived:
+    computed from other settings, so not saved.
     """
     about = {"needs": needs, "resume": resume, "read_by": read_by, "card": card, "secret": secret, "derived": derived}
+    about["only_with"] = only_with
     about["otherwise"] = default if otherwise is MISSING else otherwise
     shown = {} if choices is None else {"choices": choices}
     return field(default=default, metadata=_Metadata(help=help, **shown, **about))
@@ -98,7 +99,7 @@ def unused(default: Any, reason: str) -> Any:
     """A field of the TRL interface that self-distillation never reads: any value but its default is refused, because
     a setting without effect misleads."""
     help = "Accepted at its default only; see docs/trl.md."
-    return field(default=default, metadata=_Metadata(help=help, unused=reason, resume=FREE, read_by=METHODS))
+    return field(default=default, metadata=_Metadata(help=help, unused=reason, resume=FREE, read_by=None))
 
 
 def default(config: Any, name: str) -> Any:
@@ -143,7 +144,11 @@ def with_flag(config_class: type, flag: str) -> set[str]:
 
 def unread_by(config_class: type, method: str) -> dict[str, Any]:
     """Settings that a method does not read -> their fixed values there."""
-    return {f.name: f.metadata["otherwise"] for f in own_fields(config_class) if method not in f.metadata["read_by"]}
+    return {f.name: f.metadata["otherwise"] for f in own_fields(config_class) if not is_read_by(method, f)}
+
+
+def is_read_by(method: str, f: Field) -> bool:
+    return f.metadata["read_by"] is None or method in f.metadata["read_by"]
 
 
 def check_ranges(config: Any) -> None:
@@ -159,3 +164,28 @@ def check_ranges(config: Any) -> None:
         if needs is not None and (value is None or not needs.holds(value)):
             words = f"{needs.words} or None" if optional else needs.words
             raise ValueError(f"{f.name} must be {words}, not {value!r}.")
+
+
+def without_effect(
+    config_class: type, given: Mapping[str, Any], values: Mapping[str, Any], dashes: str = ""
+) -> Iterator[str]:
+    """Yields a sentence for each setting that is given (not at its default) without those it needs.
+
+    values: of the settings in effect, those of other classes included. dashes: before a name on the command line.
+    """
+    for f in own_fields(config_class):
+        if given[f.name] == default_of(f):
+            continue
+        missing = [needed for needed in f.metadata.get("only_with", ()) if not _is_met(needed, values)]
+        if missing:
+            named = " and ".join(" or ".join(dashes + name for name in each.split(" or ")) for each in missing)
+            yield f"{dashes}{f.name}={given[f.name]!r} has no effect without {named}."
+
+
+def _is_met(needed: str, values: Mapping[str, Any]) -> bool:
+    """Whether one of the alternatives is set; for NAME=VALUE, to that value."""
+    for each in needed.split(" or "):
+        name, _, value = each.partition("=")
+        if str(values[name]) == value if value else values[name] not in (None, False, 0, "", "no", []):
+            return True
+    return False

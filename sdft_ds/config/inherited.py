@@ -329,6 +329,8 @@ def idle_settings(config: Any) -> Iterator[tuple[str, str]]:
     for name, needed in (("liger_kernel_config", "use_liger_kernel"), ("fsdp_config", "fsdp")):
         if getattr(config, name) and not getattr(config, needed):
             yield f"{name}={getattr(config, name)!r}", f"{needed} is not set"
+    if config.eval_steps is not None and config.eval_strategy == "no":
+        yield f"eval_steps={config.eval_steps!r}", "eval_strategy is no; set it to steps"
     own = {} if config.hf_deepspeed_config is None else config.hf_deepspeed_config.config
     for name, section in (("optim", "optimizer"), ("lr_scheduler_type", "scheduler")):
         if section in own and getattr(config, name) != default(config, name):

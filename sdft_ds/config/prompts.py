@@ -40,6 +40,7 @@ class PromptSettings:
         100,
         "Most rows that bad_rows=skip skips in a data set, or in a pass of a stream.",
         needs=at_least(0),
+        only_with=("bad_rows=skip",),
         resume=FREE,
     )
     chat_template_kwargs: dict[str, Any] | str | None = setting(

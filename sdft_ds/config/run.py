@@ -41,8 +41,12 @@ class RunSettings:
         needs=at_least(0),
         resume=FREE,
     )
-    log_completions_rows: int = setting(4, "How many completions are written then.", needs=at_least(1), resume=FREE)
-    print_completions: bool = setting(False, "Print them in the terminal as well.", resume=FREE)
+    log_completions_rows: int = setting(
+        4, "How many completions are written then.", needs=at_least(1), only_with=("log_completions",), resume=FREE
+    )
+    print_completions: bool = setting(
+        False, "Print them in the terminal as well.", only_with=("log_completions",), resume=FREE
+    )
     inspect_tokens: int = setting(
         16,
         "Tokens of each micro-batch at which entropies, agreement and top-k mass are measured; 0: none.",

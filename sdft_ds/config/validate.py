@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from sdft_ds.config.fields import check_ranges
+from sdft_ds.config.fields import check_ranges, without_effect
 from sdft_ds.config.inherited import idle_settings
 from sdft_ds.config.teacher import EMA_RATES, EMA_STEPS
 from sdft_ds.config.trl_compat import VLLM
@@ -157,11 +157,17 @@ def warn_of_ineffective(config: Any) -> None:
             config.teacher_model_kind == "live" and config.teacher_shadow_device == "cpu",
             "a live teacher has no values of its own",
         ),
+        "teacher_rollout_fraction": (
+            config.generate_from_teacher and config.teacher_rollout_fraction > 0,
+            "generate_from_teacher=True rolls out every row from the teacher's prompt",
+        ),
         "ds3_gather_for_generation": (not config.ds3_gather_for_generation and not zero3, "the run is not ZeRO-3"),
     }
     own = [(f"{name}={getattr(config, name)!r}", reason) for name, (idle, reason) in ineffective.items() if idle]
     for setting, reason in [*own, *idle_settings(config)]:
         warnings.warn(f"{setting} has no effect: {reason}.", stacklevel=4)
+    for sentence in without_effect(type(config), vars(config), vars(config)):
+        warnings.warn(sentence, stacklevel=4)
 
 
 def warn_of_still_teacher(config: Any, max_steps: int) -> None:

@@ -68,7 +68,7 @@ class StepTrainer(EvaluationTrainer):
         for meters in self.meters.values():
             meters.reset()
         if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags([self.objective.name])
+            self.model.add_model_tags([self.args.method])
 
     def _engine_ready(self) -> None:
         """Setup once per run, before the first step, that needs the engine with loaded weights."""

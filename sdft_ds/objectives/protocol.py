@@ -81,9 +81,15 @@ class RunParts:
 
 
 class Objective(ABC):
-    """One training method in one run. In distributed runs all ranks call all methods in the same order."""
+    """One training method in one run. In distributed runs all ranks call all methods in the same order.
 
-    name: ClassVar[str]
+    description: for the model card. distance: a logged metric; outcome: the sentence at the end of a run about its
+    first and last value, with the placeholders {first} and {last}.
+    """
+
+    description: ClassVar[str]
+    distance: ClassVar[str]
+    outcome: ClassVar[str]
 
     def __init__(self, parts: RunParts):
         self.parts = parts

@@ -31,7 +31,15 @@ from sdft_ds.teacher.scoring import ScoredBatch, Scorer
 
 
 class SelfDistillation(Objective):
-    name = "sdft"
+    description = (
+        "Self-distilled fine-tuning ([SDFT](https://arxiv.org/abs/2601.19897)): a student that sees only the prompt "
+        "learned, on its own answers, to match the same network when it also sees a demonstration or a hint."
+    )
+    distance = "sdft/distillation_loss"
+    outcome = (
+        "The student's answers without the context were {first:.3g} nats per token from the teacher's at first and "
+        "{last:.3g} at last."
+    )
 
     def __init__(self, parts: RunParts):
         super().__init__(parts)
@@ -40,7 +48,10 @@ class SelfDistillation(Objective):
             self._require_base_teacher()
         self.teacher = teacher.make(parts.model, args)
         if args.save_teacher and not self.teacher.has_state:
-            raise ValueError(f"save_teacher: a {args.teacher_model_kind} teacher has no weights of its own here.")
+            raise ValueError(
+                f"save_teacher=True: a {args.teacher_model_kind} teacher has no weights of its own here, as an EMA "
+                "teacher has (teacher_model_kind='ema'). Leave save_teacher False."
+            )
         if args.load_best_model_at_end and args.save_only_model and self.teacher.has_state:
             raise ValueError(
                 f"load_best_model_at_end loads the best checkpoint's {args.teacher_model_kind} teacher, too, which "

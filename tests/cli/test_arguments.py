@@ -1,6 +1,9 @@
+import warnings
+
 import pytest
 
 from sdft_ds.cli.arguments import parse
+from sdft_ds.trainer import TRAINERS
 
 RECIPE = {
     "max_steps": 250,
@@ -39,6 +42,10 @@ def test_yaml_settings_and_the_command_line_over_them(tmp_path):
     "argv, words",
     [
         (["--learning_rat", "1"], "unknown setting --learning_rat; did you mean --learning_rate?"),
+        (["--model", "m"], "unknown setting --model; did you mean --model_name_or_path?"),
+        (["--lr=1"], "unknown setting --lr; did you mean --learning_rate?"),
+        (["--batch-size", "4"], "unknown setting --batch-size; did you mean --per_device_train_batch_size?"),
+        (["--vllm_mod", "4"], "unknown setting --vllm_mod"),
         (["--max_steps", "many"], "invalid int value: 'many'"),
         (["stray"], "unexpected value 'stray'"),
         (["--loss_type", "mean"], "invalid choice: 'mean'"),
@@ -125,10 +132,77 @@ def test_numbers_can_be_none_where_they_may(capsys):
     assert "invalid int value: 'none'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag, needed", [("--lora_r=8", "use_peft"), ("--bnb_4bit_quant_type=fp4", "load_in_4bit")])
-def test_flags_of_something_that_is_not_asked_for_are_warned_about(flag, needed):
-    with pytest.warns(UserWarning, match=f"has no effect without --{needed}"):
-        parse(["--model_name_or_path", "m", flag], RECIPE)
+OWN = ["--model_name_or_path", "m", "--dataset_path", "d"]
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        ([*OWN, "--lora_r=8"], "--lora_r=8 has no effect without --use_peft."),
+        (
+            [*OWN, "--lora_dropout=0.2"],
+            "--lora_dropout=0.2 has no effect without --use_peft and --disable_dropout=False.",
+        ),
+        ([*OWN, "--bnb_4bit_quant_type=fp4"], "--bnb_4bit_quant_type='fp4' has no effect without --load_in_4bit."),
+        ([*OWN, "--eval_num_prompts=3"], "--eval_num_prompts=3 has no effect without --eval_strategy."),
+        (
+            [*OWN, "--recipe=facts", "--generate_from_teacher"],
+            "teacher_rollout_fraction=1.0 has no effect: generate_from_teacher=True rolls out every row from the "
+            "teacher's prompt.",
+        ),
+        (
+            [*OWN, "--recipe=trl", "--full_logit_distillation"],
+            "full_logit_distillation=True has no effect without distillation_topk=None.",
+        ),
+        (["--dtype=float16"], "--dtype='float16' has no effect without --model_name_or_path."),
+        (["--prompt_column=q"], "--prompt_column='q' has no effect without --dataset_path or --dataset_name."),
+        ([*OWN, "--max_bad_rows=3"], "max_bad_rows=3 has no effect without bad_rows=skip."),
+        ([*OWN, "--eval_steps=3"], "eval_steps=3.0 has no effect: eval_strategy is no; set it to steps."),
+    ],
+)
+def test_a_flag_without_what_it_needs_is_warned_about(argv, sentence):
+    with pytest.warns(UserWarning) as told:
+        parse(argv, {})
+    assert [str(each.message) for each in told] == [sentence]
+
+
+def test_a_flag_with_what_it_needs_or_set_by_a_recipe_is_not_warned_about():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parse([*OWN, "--use_peft", "--lora_r=8", "--lora_dropout=0.2", "--disable_dropout", "false"], {})
+        parse([*OWN, "--bad_rows=skip", "--max_bad_rows=3", "--eval_strategy=steps", "--eval_num_prompts=3"], {})
+        parse([*OWN, "--generate_from_teacher"], {})
+        parse(["--recipe", "paper"], RECIPE)  # which sets demonstration_template, and the demo reads none
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--lora_r=0", "lora_r must be at least 1, not 0."),
+        ("--lora_dropout=1", r"lora_dropout must be in \[0, 1\), not 1.0."),
+        ("--eval_fraction=1.5", r"eval_fraction must be in \(0, 1\) or None, not 1.5."),
+        ("--eval_task_rows=0", "eval_task_rows must be at least 1 or None, not 0."),
+        ("--eval_tasks_steps=0", "eval_tasks_steps must be at least 1 or None, not 0."),
+        ("--eval_num_prompts=-1", "eval_num_prompts must be at least 0 or None, not -1."),
+    ],
+)
+def test_the_range_of_a_flag_is_enforced_as_that_of_a_field(flag, words):
+    with pytest.raises(ValueError, match=words):
+        parse([*OWN, flag], {})
+
+
+def test_the_methods_are_those_that_have_a_trainer(capsys):
+    assert list(TRAINERS) == ["sdft", "sft"]
+    for method, trainer in TRAINERS.items():
+        _, args, _ = parse(["--method", method, *OWN], {})
+        assert type(args) is trainer.config_class and args.method == method
+    with pytest.raises(SystemExit):
+        parse(["--method", "dpo"], {})
+    assert "invalid choice: 'dpo' (choose from 'sdft', 'sft')" in capsys.readouterr().err
+
+
+def test_a_switch_needs_no_value():
+    assert parse([*OWN, "--bf16"], {})[1].bf16 is True and parse([*OWN, "--bf16", "false"], {})[1].bf16 is False
 
 
 def test_only_the_first_rank_speaks(capsys, monkeypatch):

@@ -222,7 +222,7 @@ def test_the_formats_of_the_authors_data(name):
         ({"dataset_format": "messages_output_text", "prompt_column": "q"}, "prompt_column=q contradicts"),
         ({"dataset_path": ["a"], "dataset_name": "b"}, "both set"),
         ({"dataset_path": ["a"], "dataset_revision": "b"}, "dataset_revision needs --dataset_name"),
-        ({"eval_fraction": 1.0}, "eval_fraction must be between 0 and 1"),
+        ({"eval_fraction": 1.0}, "eval_fraction must be in \\(0, 1\)"),
         ({"eval_fraction": 0.1, "dataset_streaming": True}, "eval_fraction cannot be taken of a stream"),
     ],
 )
@@ -312,3 +312,21 @@ def test_a_text_prompt_becomes_the_users_turn_where_there_is_a_chat_template(
     write(tmp_path / "c.jsonl", [{"prompt": turn, "golden_response": "So."}])
     load(ScriptArguments(dataset_path=[str(tmp_path / "c.jsonl")]), False, 0, has_chat_template=True, tell=told.append)
     assert len(told) == as_user  # nothing becomes of a conversation
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.csv", "prompt,privileged_context\nhé,it is\n".encode("cp1252"), "a.csv is not UTF-8 .*: save it as UTF-8"),
+        ("b.csv", "prompt,privileged_context\nhi,it is\n".encode("utf-16"), "b.csv is not UTF-8"),
+        (
+            "c.jsonl",
+            b'{"prompt": "a"}\n\n{"prompt": "b}\n{"prompt": "c"}\n',
+            "c.jsonl, line 3, column 12: Unterminated string",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_by_line_or_encoding(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        load_splits(ScriptArguments(dataset_path=[str(tmp_path / name)]))

@@ -3,7 +3,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from sdft_ds.metrics.meters import METRICS, Meters
 from sdft_ds.metrics.progress import TrainingProgress, summary, time_report
-from sdft_ds.train import _learned
+from sdft_ds.objectives.sdft import SelfDistillation
+from sdft_ds.train import _outcome
 
 
 def test_a_line_says_loss_length_and_where_time_goes():
@@ -54,8 +55,9 @@ def test_a_phase_within_a_phase_has_its_own_time(monkeypatch):
 
 def test_the_end_says_how_far_the_student_came():
     history = [{"sdft/distillation_loss": 1.25}, {"eval_loss": 1.0}, {"sdft/distillation_loss": 0.125}]
-    assert "1.25 nats per token from the teacher's at first and 0.125 at last" in _learned(history, "sdft")
-    assert "lower logging_steps" in _learned([], "sdft")
+    assert "1.25 nats per token from the teacher's at first and 0.125 at last" in _outcome(history, SelfDistillation)
+    assert "lower logging_steps" in _outcome([], SelfDistillation)
+    assert "no completion had a token that counts" in _outcome([{"step": 1, "loss": 0.0}], SelfDistillation)
 
 
 def test_every_metric_says_its_unit_and_is_joined_by_a_known_reduction():
