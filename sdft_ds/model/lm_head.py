@@ -25,6 +25,10 @@ class HeadTensors:
     def present(self) -> list[Tensor]:
         return [tensor for tensor in (self.weight, self.bias, self.down, self.up) if tensor is not None]
 
+    def is_that_of(self, other: "HeadTensors") -> bool:
+        """Whether both are the same tensors."""
+        return all(a is b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
+
     def values(self) -> HeadValues:
         """The values to compute with, where the tensors are unsharded; a 4-bit weight is dequantized."""
         adapter = None if self.down is None else Adapter(self.down, self.up, self.scale)

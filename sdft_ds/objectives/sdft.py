@@ -26,7 +26,7 @@ from sdft_ds.model.completion_forward import DistillationLoss
 from sdft_ds.objectives import generation_batch
 from sdft_ds.objectives.protocol import BatchUse, GenerationBatch, Objective, RunParts
 from sdft_ds.rollouts.draws import uniforms
-from sdft_ds.teacher import state
+from sdft_ds.teacher import Teacher, state
 from sdft_ds.teacher.scoring import ScoredBatch, Scorer
 
 
@@ -44,8 +44,7 @@ class SelfDistillation(Objective):
     def __init__(self, parts: RunParts):
         super().__init__(parts)
         args = self.args
-        if parts.anchors is not None:
-            self._require_base_teacher()
+        self.start_model = None if parts.anchors is None else self._model_at_the_start()
         self.teacher = teacher.make(parts.model, args)
         if args.save_teacher and not self.teacher.has_state:
             raise ValueError(
@@ -61,14 +60,19 @@ class SelfDistillation(Objective):
         self.inspector = Inspector(args, self.completion_log)
         self.callbacks = [self.completion_log, CollapseGuard(held=parts.anchors is not None)]
 
-    def _require_base_teacher(self) -> None:
-        """Anchors hold the student to its start, which only a base teacher is."""
-        if self.args.teacher_model_kind not in (None, "base"):
+    def _model_at_the_start(self) -> Teacher | None:
+        """What anchors hold the student to, where that is not the teacher itself, a base teacher."""
+        kind = self.args.teacher_model_kind
+        if kind in (None, "base"):
+            self.args.teacher_model_kind = "base"
+            return None
+        start = teacher.adapter_off(self.parts.model, self.args)
+        if start is None:
             raise ValueError(
-                f"Anchors hold the student to the model at the start, and the teacher is "
-                f"{self.args.teacher_model_kind}: set teacher_model_kind=base, or give no anchors."
+                f"Anchors hold the student to the model at the start, and the teacher is {kind}: set "
+                "teacher_model_kind=base, train a LoRA adapter that leaves the head alone, or give no anchors."
             )
-        self.args.teacher_model_kind = "base"
+        return start
 
     # ---- a generation batch -----------------------------------------------------------------------------------------
 
@@ -147,6 +151,7 @@ class SelfDistillation(Objective):
             temperature=self.args.temperature,
             tokens_per_batch=self.args.scoring_batch_tokens,
             packing=self.parts.packing,
+            start=self.start_model,
         )
 
     @property
@@ -207,6 +212,8 @@ class SelfDistillation(Objective):
         validate.warn_of_still_teacher(self.args, max_steps)
         if not resumed:
             self.teacher.start(engine)
+            if self.start_model is not None:
+                self.start_model.start(engine)
 
     def after_step(self, engine: nn.Module, step: int) -> None:
         self.teacher.after_step(engine, step)

@@ -7,7 +7,7 @@ from torch import nn
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.config.teacher import TEACHER_KINDS
 from sdft_ds.teacher.ema import Ema
-from sdft_ds.teacher.frozen import FrozenShadow, base_of_adapter
+from sdft_ds.teacher.frozen import FrozenShadow, adapter_off, base_of_adapter
 from sdft_ds.teacher.live import Live
 from sdft_ds.teacher.protocol import Teacher
 
@@ -37,4 +37,4 @@ def add_kind(name: str, full: Maker, adapter: Maker | None = None) -> None:
         TEACHER_KINDS.append(name)
 
 
-__all__ = ["KINDS", "Teacher", "add_kind", "make"]
+__all__ = ["KINDS", "Teacher", "adapter_off", "add_kind", "make"]

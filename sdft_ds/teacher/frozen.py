@@ -14,6 +14,8 @@ from torch import nn
 
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.distributed import zero
+from sdft_ds.model.completion_forward import head_of
+from sdft_ds.model.lm_head import tensors_of
 from sdft_ds.model.modes import requires_grad_kept
 from sdft_ds.teacher.protocol import Teacher
 from sdft_ds.teacher.shadow import ShadowTeacher
@@ -60,6 +62,18 @@ def base_of_adapter(model: PeftModel, args: SDFTConfig) -> Teacher:
     lora = model.active_peft_config
     plain = lora.peft_type == PeftType.LORA and (not _changes_something(model) or lora.init_lora_weights in SEPARATE)
     return (AdapterOff if plain and _all_is_switched_off(model) else FrozenShadow)(model, args)
+
+
+def adapter_off(model: nn.Module, args: SDFTConfig) -> AdapterOff | None:
+    """The model at the start beside a teacher that is another one: with adapters disabled, where that is the start and
+    has the head of the student; None elsewhere, where it would be a second shadow, or a second head."""
+    start = base_of_adapter(model, args) if hasattr(model, "peft_config") else None
+    if not isinstance(start, AdapterOff):
+        return None
+    head = head_of(model)
+    students = tensors_of(head)
+    with start.weights(model):
+        return start if tensors_of(head).is_that_of(students) else None
 
 
 def _changes_something(model: PeftModel) -> bool:

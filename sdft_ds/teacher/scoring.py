@@ -46,7 +46,8 @@ class ScoredBatch:
 class Scorer:
     """dtype: compute dtype, in which the head multiplies. keep_on: device that stores hidden states until the loss.
 
-    temperature: of the old log-probabilities. tokens_per_batch: the token budget, including padding.
+    temperature: of the old log-probabilities. tokens_per_batch: the token budget, including padding. start: scores
+    anchors in the teacher's place; its head is the student's.
     """
 
     engine: nn.Module
@@ -58,6 +59,7 @@ class Scorer:
     temperature: float
     tokens_per_batch: int
     packing: Packing
+    start: Teacher | None = None
 
     @torch.no_grad()
     def score(self, rollouts: list[Rollout], head_changes: bool) -> TeacherStates:
@@ -74,11 +76,14 @@ class Scorer:
             evaluating(self.engine),
             self.teacher.weights(self.engine),
         ):
-            hidden = self._hidden_states(forward, rollouts)
+            anchors = [i for i, each in enumerate(rollouts) if each.prompts.anchor] if self.start is not None else []
+            others = [i for i, each in enumerate(rollouts) if self.start is None or not each.prompts.anchor]
+            hidden = self._hidden_states(forward, rollouts, others)
+            if self.start is not None:
+                with self.start.weights(self.engine):
+                    hidden |= self._hidden_states(forward, rollouts, anchors)
             teacher_head = head_tensors(head)
-            other = any(
-                a is not b for a, b in zip(vars(teacher_head).values(), vars(student_head).values(), strict=True)
-            )
+            other = not teacher_head.is_that_of(student_head)
             values = None
             # Whether to copy the head. If not, the loss uses the student's tensors with their values at that time.
             #
@@ -96,7 +101,7 @@ class Scorer:
                     None if tensor is None else tensor.to(self.dtype) for tensor in (values.weight_VD, values.bias_V)
                 )
                 values = replace(values, weight_VD=weight, bias_V=bias)
-        return TeacherStates(hidden, values)
+        return TeacherStates([hidden[i] for i in range(len(rollouts))], values)
 
     @torch.no_grad()
     def student_log_probs(self, rollouts: list[Rollout]) -> list[Tensor]:
@@ -121,7 +126,10 @@ class Scorer:
     def _device(self) -> torch.device:
         return self.teacher.args.device
 
-    def _hidden_states(self, forward: nn.Module, rollouts: list[Rollout]) -> list[Tensor]:
+    def _hidden_states(self, forward: nn.Module, rollouts: list[Rollout], at: list[int]) -> dict[int, Tensor]:
+        """Those of the rollouts with indices `at`. A rank with none of them computes another one, because every rank
+        must run a forward."""
+        rollouts = [rollouts[i] for i in at or [0]]
         kept: list[Tensor] = [torch.empty(0)] * len(rollouts)
         prompts = [rollout.prompts.teacher.ids for rollout in rollouts]
         # Decided by settings, not by which prompts a rank's rows share: all ranks must run the same forwards.
@@ -133,7 +141,7 @@ class Scorer:
             states = states_of(forward, [rollouts[i] for i in batch])
             for i, states_ND in zip(batch, states, strict=True):
                 kept[i] = states_ND.to(self.dtype).to(self.keep_on)
-        return kept
+        return dict(zip(at, kept, strict=False))
 
     def _batches(self, lengths: list[int], prompts: list[list[int]]) -> list[list[int]]:
         """Row indices, in batches within the budget. Where a forward is collective, equally many on every rank: one

@@ -50,17 +50,19 @@ def per_row(s, t, alpha, topk, tail, support):
 
 def step_loss(
     student, teacher, micro_batches, loss_type="dapo", alpha=0.5, topk=None, tail=False, skip=0, temperature=1.0,
-    max_completion_length=8, mask_truncated=False, support="student",
+    max_completion_length=8, mask_truncated=False, support="student", start=None,
 ):  # fmt: skip
-    """The loss of one optimizer step. micro_batches: lists of Rollout; bnpo's are those of all ranks together."""
+    """The loss of one optimizer step. micro_batches: lists of Rollout; bnpo's are those of all ranks together. start:
+    the teacher of anchors, where it is another model."""
     sums, counts = [], []
     for rollouts in micro_batches:
         sums.append([])
         counts.append([])
         for rollout in rollouts:
             ids = rollout.completion.ids
+            held_to = start if rollout.prompts.anchor and start is not None else teacher
             with torch.no_grad():
-                t = logits_of_completion(teacher, rollout.prompts.teacher.ids, ids, temperature)
+                t = logits_of_completion(held_to, rollout.prompts.teacher.ids, ids, temperature)
             s = logits_of_completion(student, rollout.prompts.student.ids, ids, temperature)
             mask = torch.arange(len(ids)) >= skip
             if rollout.empty or (mask_truncated and rollout.completion.truncated):
@@ -95,6 +97,7 @@ def train(student, rollouts_by_step, kind, lora=False, rate=0.6, sync_steps=512,
     """Train with a literal second model as the teacher; (losses, gradient norms, teacher) over the given rollouts."""
     student.eval()
     teacher = copy.deepcopy(student).requires_grad_(False)
+    loss["start"] = WithoutAdapter(teacher) if lora else None
     if lora and kind == "base":
         teacher = WithoutAdapter(teacher)
     trained = {name: param for name, param in student.named_parameters() if param.requires_grad}

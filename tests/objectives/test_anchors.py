@@ -1,5 +1,7 @@
 """Anchors: prompts without context on which the student is held to its start; supervised fine-tuning replays them."""
 
+import functools
+
 import pytest
 import torch
 from datasets import Dataset
@@ -8,10 +10,10 @@ from sdft_ds import SDFTTrainer, SFTConfig
 from sdft_ds.data.rows import DataError, RowError
 from tests.distributed.scenarios import checkpoints
 from tests.distributed.test_resume import INSIDE, assert_exact
-from tests.helpers import tiny
+from tests.helpers import reference, tiny
 from tests.helpers.cases import covering
 from tests.helpers.steps import check_against_the_reference, first_step
-from tests.helpers.trainers import Recorder, make_trainer, train
+from tests.helpers.trainers import Recorder, grown_student, make_trainer, train
 
 # Of other lengths than the rows, so that ranks and micro-batches differ.
 ANCHORS = [
@@ -94,10 +96,64 @@ def test_without_a_teacher_kind_it_is_the_start():
     assert make_trainer(anchors=ANCHORS).args.teacher_model_kind == "base"
 
 
-@pytest.mark.parametrize("kind", ["live", "ema"])
-def test_another_teacher_is_refused(kind):
+@pytest.mark.parametrize(
+    "kind, lora", [("live", False), ("ema", False), ("ema", "on the head"), ("live", "head saved")]
+)
+def test_another_teacher_is_refused(kind, lora):
     with pytest.raises(ValueError, match=f"the teacher is {kind}: set teacher_model_kind=base"):
-        make_trainer(anchors=ANCHORS, teacher_model_kind=kind)
+        make_trainer(anchors=ANCHORS, teacher_model_kind=kind, lora=lora)
+
+
+# ---- beside another teacher, with the adapter off -------------------------------------------------------------------
+
+FEW = {**HELD, "anchor_fraction": 0.25, "grown": True, "lora": True, "max_steps": 6, "distillation_alpha": 0.0,
+       "distillation_mode": "full_logits"}  # fmt: skip
+
+KINDS = {
+    "live": {"teacher_model_kind": "live"},
+    "ema": {"teacher_model_kind": "ema", "teacher_update_rate": 0.3, "teacher_sync_steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def literal():
+    """(losses, gradient norms) of a plain loop with a second model, whose anchors are held to the one without adapter,
+    and ours."""
+
+    @functools.cache
+    def get(kind):
+        ours = train(**{**FEW, **KINDS[kind]}, per_device_train_batch_size=4)
+        losses, norms, _ = reference.train(
+            grown_student(True), ours["rollouts"], kind, True, rate=0.3, sync_steps=2, alpha=0.0
+        )
+        return losses, norms, ours
+
+    return get
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_beside_another_teacher_anchors_are_held_to_the_model_without_its_adapter(literal, kind):
+    losses, norms, ours = literal(kind)
+    assert ours["losses"] == pytest.approx(losses, rel=5e-6) and ours["grad_norms"] == pytest.approx(norms, rel=2e-5)
+    assert ours["logs"][0]["anchors/distillation_loss"] > 1e-3  # an adapter that changes something
+
+
+@pytest.mark.parametrize("stage, kind", covering((2, 3), tuple(KINDS)))
+def test_so_they_are_where_a_rank_has_none(two_ranks, literal, stage, kind):
+    losses, norms, _ = literal(kind)
+    ranks = two_ranks.run(train, stage, **{**FEW, **KINDS[kind]})
+    held = [
+        [sum(each.prompts.anchor for batch in step for each in batch) for step in got["rollouts"]] for got in ranks
+    ]
+    assert held == [[0] * 6, [1] * 6]
+    for got in ranks:
+        assert got["losses"] == pytest.approx(losses, rel=5e-6)
+        assert got["grad_norms"] == pytest.approx(norms, rel=2e-5)
+
+
+def test_a_resumed_run_beside_another_teacher_is_the_run_that_was_interrupted(two_ranks, tmp_path):
+    settings = {**HELD, **INSIDE, "teacher_model_kind": "ema", "lora": True}
+    assert_exact(two_ranks.run(checkpoints.resume, 2, str(tmp_path), **settings))
 
 
 def test_bad_anchors_are_named():
