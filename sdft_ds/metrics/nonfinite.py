@@ -77,7 +77,7 @@ class NonFiniteGuard(TrainerCallback):
             if len(before) >= LINES_BEFORE and value > max(least, RUNAWAY * sum(before) / len(before)):
                 warnings.warn(
                     f"{name} is {value:.3g} at step {state.global_step}, and was {sum(before) / len(before):.3g} on "
-                    "average before: it may be running away. A lower learning_rate or an ema teacher helps.",
+                    "average before: training may be diverging. A lower learning_rate or an EMA teacher helps.",
                     stacklevel=2,
                 )
             before.append(value)
@@ -89,14 +89,15 @@ class NonFiniteGuard(TrainerCallback):
         """Called at the first log line."""
         if logs.get("completions/loss_tokens") == 0:
             warnings.warn(
-                f"Up to step {step} no token counted in the loss, and nothing was learned: completions were empty, "
-                "skipped whole (num_loss_tokens_to_skip), or cut off and masked (mask_truncated_completions).",
+                f"Up to step {step} no token contributed to the loss, and nothing was learned: completions were "
+                "empty, skipped entirely (num_loss_tokens_to_skip), or cut off and masked "
+                "(mask_truncated_completions).",
                 stacklevel=2,
             )
         elif not self.learns:
             warnings.warn(
-                f"Up to step {step} the gradient was exactly 0, and nothing was learned: the student says what the "
-                "teacher says. Does the teacher see more? python -m sdft_ds.preview shows both prompts.",
+                f"Up to step {step} the gradient was exactly 0, and nothing was learned: student and teacher gave "
+                "the same distribution. Does the teacher see more? python -m sdft_ds.preview shows both prompts.",
                 stacklevel=2,
             )
 

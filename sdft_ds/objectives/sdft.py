@@ -66,7 +66,8 @@ class SelfDistillation(Objective):
         if self.args.teacher_model_kind not in (None, "base"):
             raise ValueError(
                 f"Anchors hold the student to the model at the start, and the teacher is "
-                f"{self.args.teacher_model_kind}: set teacher_model_kind=base, or give no anchors."
+                f"{self.args.teacher_model_kind}: set teacher_model_kind=base, or leave anchor_dataset "
+                "(--anchor_path) out."
             )
         self.args.teacher_model_kind = "base"
 
