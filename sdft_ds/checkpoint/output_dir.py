@@ -66,8 +66,8 @@ def _take(path: Path) -> tuple[int | None, str | None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            warnings.warn(f"{path}: this file system has no locks ({error.strerror}); two jobs would not see each "
-                          "other.", stacklevel=2)  # fmt: skip
+            warnings.warn(f"{path}: this file system has no locks ({error.strerror}); two jobs in this folder "
+                          "would not notice each other.", stacklevel=2)  # fmt: skip
             return descriptor, None
         holder = os.pread(descriptor, 4096, 0).decode() or "{}"
         os.close(descriptor)
@@ -102,8 +102,8 @@ def refuse_others(folder: str, run: str | None = None) -> None:
     newest = ranks.all_gather_objects(newest)[0]
     if newest is not None:
         raise OutputFolderInUse(
-            f"output_dir {folder} holds checkpoints of an earlier run, the newest {newest.name}. To go on with that "
-            f"run, resume from it (resume_from_checkpoint: true, or {newest}); to start another one, choose another "
+            f"output_dir {folder} holds checkpoints of an earlier run, the newest {newest.name}. To continue that "
+            f"run, resume from it (resume_from_checkpoint: true, or {newest}); to start a new one, choose another "
             "output_dir, or move them away."
         )
 

@@ -80,8 +80,8 @@ class Preemption:
         if ranks.rank() == 0:
             self._mark(step)
             (self.folder / STOP).unlink(missing_ok=True)
-            print(f"sdft_ds: Stopped on request after step {step} with exit code {self.exit_code}. A resume goes on.",
-                  flush=True)  # fmt: skip
+            print(f"sdft_ds: Stopped on request after step {step} with exit code {self.exit_code}. Resume with "
+                  "resume_from_checkpoint=True.", flush=True)  # fmt: skip
         ranks.barrier()
         raise Preempted(self.exit_code)
 

@@ -117,7 +117,7 @@ def compare(
     if others:
         what = "; ".join(f"{name} is {after!r} and was {before!r}" for name, (before, after) in others.items())
         raise CannotResume(
-            f"The checkpoint was made by another run: {what}. Resume with its settings, or start anew in another "
+            f"The checkpoint was made by another run: {what}. Resume with its settings, or start a new run in another "
             "output_dir."
         )
     for name, (before, after) in different.items():

@@ -43,7 +43,7 @@ class ScriptArguments:
     )
     recipe: str | None = setting(
         None,
-        f"Settings that belong together, below all that are given: {', '.join(recipes.RECIPES)}. facts: what taught a "
+        f"A preset of settings, which explicit settings override: {', '.join(recipes.RECIPES)}. facts: what taught a "
         "small model most in few steps, with anchors against forgetting; it applies where no recipe is named. paper: "
         "forward KL, full vocabulary, EMA teacher; trl: SDFTConfig's defaults, which are TRL 1.5.1's; trl-1.16: those "
         "of TRL 1.16.",
@@ -79,7 +79,7 @@ class ScriptArguments:
     prompt_column: str = setting("prompt", "Column that holds the prompt: text, or a conversation.", only_with=OF_DATA)
     prompt_as: Literal["user", "text"] | None = setting(
         None,
-        "What a prompt that is a text becomes: user, the user's turn of a conversation; text, itself. Unset: user "
+        "How a plain-text prompt is read: user, as the user's turn of a conversation; text, as it is. Unset: user "
         "where the tokenizer has a chat template.",
         only_with=OF_DATA,
     )
@@ -127,11 +127,11 @@ class ScriptArguments:
         "NAME=FILE:SCORER; scorers: exact, contains, choice, answer_letter, regex, action.",
     )
     eval_tasks_steps: int | None = setting(
-        None, "Ask them, and the retention set, every N steps as well.", needs=at_least(1)
+        None, "Evaluate them, and the retention set, every N steps as well.", needs=at_least(1)
     )
-    eval_task_rows: int | None = setting(None, "Ask only the first N rows of each file.", needs=at_least(1))
+    eval_task_rows: int | None = setting(None, "Use only the first N rows of each file.", needs=at_least(1))
     retention_file: str | None = setting(
-        None, "Prompts, and answers if there are any, on which the model is compared with the one it was at the start."
+        None, "Prompts, and answers if there are any, on which the model is compared with the starting model."
     )
 
     rate_of_recipe: bool = field(default=False, init=False)  # the learning rate is the recipe's, for the model's width
@@ -154,7 +154,9 @@ class ScriptArguments:
             if getattr(self, name) is not None and self.dataset_name is None:
                 raise ValueError(f"--{name} needs --dataset_name: a data set on disk has none.")
         if self.eval_fraction is not None and self.dataset_streaming:
-            raise ValueError("--eval_fraction cannot be taken of a stream: set --dataset_test_split instead.")
+            raise ValueError(
+                "--eval_fraction is not possible with --dataset_streaming: set --dataset_test_split instead."
+            )
         for name, column in FORMATS.get(self.dataset_format, {}).items():
             default = type(self).__dataclass_fields__[name].default
             if getattr(self, name) not in (default, column):
@@ -317,7 +319,7 @@ def _tokens(name: str, value: Any, parser: argparse.ArgumentParser) -> list[str]
     if isinstance(value, list) and action.nargs not in ("+", "*"):
         parser.error(f"{name}: one value is needed, found a list")
     if not a_dict and not all(isinstance(each, str | int | float | date) for each in scalars):
-        parser.error(f"{name}: found {type(scalars[0]).__name__}, which it cannot be")
+        parser.error(f"{name}: a {type(scalars[0]).__name__} is not a valid value")
     if isinstance(value, bool) and action.type is str and name != "resume_from_checkpoint":
         parser.error(f"{name}: a text is needed, found {value}; quote it if it is one")
     if isinstance(value, list):

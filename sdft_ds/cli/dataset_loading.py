@@ -197,7 +197,7 @@ def _check_beginning(file: Path, where: str) -> None:
     if LOADERS[file.suffix] == "json" and begins[:1] not in (b"{", b"["):
         raise ValueError(
             f"{where} cannot be read: {file} begins with {begins[:10].decode(errors='replace')!r}; expected JSON "
-            "Lines, one object a line, or a list of objects."
+            "Lines, one object per line, or a list of objects."
         )
 
 
@@ -273,7 +273,10 @@ def map_columns(
         with reading(source):
             first = next(iter(dataset), {}).get(args.prompt_column)
         if isinstance(first, str):
-            tell("Each prompt that is a text becomes the user's turn of a conversation; as it is: --prompt_as text.")
+            tell(
+                "Each plain-text prompt becomes the user's turn of a conversation; to leave it as it is: --prompt_as "
+                "text."
+            )
     how = {"remove_columns": columns}
     if isinstance(dataset, Dataset):
         folders = {os.path.dirname(file["filename"]) for file in dataset.cache_files}

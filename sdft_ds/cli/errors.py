@@ -17,5 +17,5 @@ def leave(error: Exception) -> NoReturn:
     rank, text = os.environ.get("RANK", "0"), " ".join(str(error).split())
     if not isinstance(error, ValueError | OSError | FloatingPointError):
         where = f"rank {rank}: " if rank != "0" else ""
-        sys.exit(f"sdft_ds: {where}{type(error).__name__}: {text} (SDFT_TRACEBACK=1 shows where it comes from)")
+        sys.exit(f"sdft_ds: {where}{type(error).__name__}: {text} (SDFT_TRACEBACK=1 shows the traceback)")
     sys.exit(f"sdft_ds: {text}" if rank == "0" else 1)

@@ -103,8 +103,8 @@ class ModelArguments:
             (self.load_in_8bit and zero3, "8-bit weights cannot be sharded by ZeRO-3: use --load_in_4bit, or ZeRO-2."),
             (
                 zero3 and self.bnb_4bit_quant_storage not in (None, "bfloat16", "float16", "float32"),
-                f"ZeRO-3 shards floats only: bnb_4bit_quant_storage={self.bnb_4bit_quant_storage} cannot be; leave it "
-                "unset.",
+                f"ZeRO-3 shards floats only: bnb_4bit_quant_storage={self.bnb_4bit_quant_storage} is not "
+                "possible; leave it unset.",
             ),
         ]
         for refused, reason in refusals:

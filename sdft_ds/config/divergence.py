@@ -26,7 +26,7 @@ class DivergenceSettings:
     )
     distillation_mode: str | None = setting(
         None,
-        "Support of the divergence, the newer name: the student's top-k, the full vocabulary or the sampled token. "
+        "Support of the divergence (newer name): the student's top-k, the full vocabulary or the sampled token. "
         "Unset: from distillation_topk and full_logit_distillation.",
         choices=MODES,
         resume=FREE,
@@ -71,7 +71,7 @@ class DivergenceSettings:
         read_by=("sdft",),
         card=True,
     )
-    distillation_weight: float = setting(1.0, "Factor of the loss.", needs=at_least(0), resume=FREE)
+    distillation_weight: float = setting(1.0, "Factor applied to the loss.", needs=at_least(0), resume=FREE)
     loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = setting(
         "dapo",
         "Aggregation over tokens: dapo, mean over all loss tokens of the optimizer step; grpo, mean of each "
@@ -93,7 +93,7 @@ class DivergenceSettings:
     )
     loss_chunk_tokens: int | None = setting(
         None,
-        "Tokens whose logits are in memory at once. Unset: as many as 8 Mi logits hold.",
+        "Tokens whose logits are in memory at once. Unset: as many as make 8 Mi logits.",
         needs=positive(),
         resume=FREE,
     )
@@ -134,12 +134,12 @@ class DivergenceSettings:
         if self.distillation_add_tail and self.distillation_mode != "topk_logits":
             raise ValueError(
                 f"distillation_add_tail=True has no effect with distillation_mode={self.distillation_mode!r}: "
-                "there is no tail without a top-k."
+                "only a top-k has a tail."
             )
         if self.distillation_support != "student" and self.distillation_mode != "topk_logits":
             raise ValueError(
                 f"distillation_support={self.distillation_support!r} has no effect with distillation_mode="
-                f"{self.distillation_mode!r}: there is no support without a top-k."
+                f"{self.distillation_mode!r}: only a top-k has a support."
             )
         if self.distillation_mode != "topk_logits":
             default = type(self).__dataclass_fields__["distillation_topk"].default

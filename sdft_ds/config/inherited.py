@@ -58,7 +58,7 @@ _WHOLE_LAYERS = (
     "each rank computes complete rows with complete layers. Leave it unset: ZeRO (deepspeed) shards the weights"
 )
 _COMPILED = (
-    "the loss is computed inside the model's forward, of which no compiler knows. Leave it unset: "
+    "the loss is computed inside the model's forward, which torch.compile cannot see. Leave it unset: "
     "cache_implementation='static' compiles the decode step of rollouts on a GPU"
 )
 _FULL_EVAL = (
@@ -182,9 +182,9 @@ def refuse_lone_processes() -> None:
         count = os.environ.get(name, "1")
         if count.isdigit() and int(count) > 1:
             raise ValueError(
-                f"{count} processes were started ({name}), and each believes to be alone, for RANK is not set: start "
-                "them with torchrun or deepspeed; or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT "
-                "for each, as launch/slurm/train.sbatch does."
+                f"{count} processes were started ({name}), and each takes itself for the only one, because "
+                "RANK is not set: start them with torchrun or deepspeed; or set RANK, LOCAL_RANK, WORLD_SIZE, "
+                "MASTER_ADDR and MASTER_PORT for each, as launch/slurm/train.sbatch does."
             )
 
 
@@ -215,8 +215,8 @@ def refuse_settings(config: Any) -> None:
         raise ValueError("accelerator_config: num_steps is not supported: set gradient_accumulation_steps.")
     if config.full_determinism and not config.use_cpu:
         raise ValueError(
-            "full_determinism=True is not supported on a GPU: sampling sums probabilities, which CUDA does in no "
-            "deterministic way. Leave it False: draws follow from the seed in any case."
+            "full_determinism=True is not supported on a GPU: sampling sums probabilities, which CUDA does not do "
+            "deterministically. Leave it False: the random draws depend on the seed only in any case."
         )
     if config.use_liger_kernel:
         _refuse_liger(config)
@@ -244,7 +244,7 @@ def _refuse_optimizer(config: Any) -> None:
     name = config.optim.value
     if name.startswith(REFUSED_OPTIMIZERS):
         raise ValueError(
-            f"optim={name} is not supported: its steps are not those of the weights that forwards see. Use "
+            f"optim={name} is not supported: its steps do not update the weights that forwards compute with. Use "
             "adamw_torch; an adapter (use_peft) trains fewer weights."
         )
     try:
@@ -283,13 +283,13 @@ def _refused_in_deepspeed(config: Any, get: Any) -> Iterator[tuple[str, str]]:
         if get("data_types.grad_accum_dtype") not in (None, "bf16", "bfloat16"):
             yield (
                 "data_types.grad_accum_dtype",
-                "below stage 2 its optimizer keeps weights that cannot be swapped. Leave it out, or take stage 2",
+                "below stage 2 its optimizer keeps weights that cannot be swapped. Leave it out, or use stage 2",
             )
     for what in ("offload_param", "offload_optimizer"):
         if get(f"zero_optimization.{what}.device") == "nvme":
             yield (
                 f'zero_optimization.{what}.device="nvme"',
-                'such runs hang at start, or resume from the weights of the start. Write "cpu"',
+                'such runs hang at the start, or resume from the initial weights. Write "cpu"',
             )
     for half in ("bf16", "fp16"):
         if get(f"{half}.{half}_master_weights_and_grads"):
@@ -312,7 +312,7 @@ def _refused_in_deepspeed(config: Any, get: Any) -> Iterator[tuple[str, str]]:
     ):
         yield (
             "zero_optimization.offload_optimizer",
-            f"Adam would run in the place of optim={config.optim.value}. Set optim to one of "
+            f"Adam would run instead of optim={config.optim.value}. Set optim to one of "
             f"{', '.join(OFFLOADED_OPTIMIZERS)}, or do not offload the optimizer",
         )
 

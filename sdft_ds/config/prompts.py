@@ -16,11 +16,11 @@ from sdft_ds.data.validation import BadRows
 @dataclass
 class PromptSettings:
     max_prompt_length: int | None = setting(
-        512, "Most tokens of a student's prompt. None: no limit.", needs=positive(), resume=FREE, card=True
+        512, "Maximum tokens of a student's prompt. None: no limit.", needs=positive(), resume=FREE, card=True
     )
     max_teacher_prompt_length: int | None = setting(
         None,
-        "Most tokens of a teacher's prompt. Unset: the model's context minus max_completion_length.",
+        "Maximum tokens of a teacher's prompt. Unset: the model's context minus max_completion_length.",
         needs=positive(),
         resume=FREE,
     )
@@ -38,7 +38,7 @@ class PromptSettings:
     )
     max_bad_rows: int = setting(
         100,
-        "Most rows that bad_rows=skip skips in a data set, or in a pass of a stream.",
+        "Maximum rows that bad_rows=skip skips in a data set, or in a pass of a stream.",
         needs=at_least(0),
         only_with=("bad_rows=skip",),
         resume=FREE,
@@ -48,11 +48,11 @@ class PromptSettings:
     )
     padding_free: bool | None = setting(
         None,
-        "Compute the student's rows one after the other instead of padding them to the longest. Unset: with flash "
+        "Pack the student's rows into one sequence instead of padding them to the longest. Unset: with flash "
         "attention, and elsewhere where it costs less.",
         resume=FREE,
     )
-    shuffle_dataset: bool = setting(True, "Shuffle the training rows anew in every epoch.", resume=ANOTHER_RUN)
+    shuffle_dataset: bool = setting(True, "Reshuffle the training rows in every epoch.", resume=ANOTHER_RUN)
 
     @property
     def bad_rows_policy(self) -> BadRows:

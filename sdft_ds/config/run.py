@@ -42,21 +42,21 @@ class RunSettings:
         resume=FREE,
     )
     log_completions_rows: int = setting(
-        4, "How many completions are written then.", needs=at_least(1), only_with=("log_completions",), resume=FREE
+        4, "Number of completions written each time.", needs=at_least(1), only_with=("log_completions",), resume=FREE
     )
     print_completions: bool = setting(
         False, "Print them in the terminal as well.", only_with=("log_completions",), resume=FREE
     )
     inspect_tokens: int = setting(
         16,
-        "Tokens of each micro-batch at which entropies, agreement and top-k mass are measured; 0: none.",
+        "Tokens sampled from each micro-batch to measure entropies, agreement and top-k mass; 0: none.",
         needs=at_least(0),
         resume=FREE,
     )
     logging_nan_inf_filter: bool = setting(False, "Hide losses that are not finite from the log.", resume=FREE)
     max_nonfinite_steps: int = setting(
         5,
-        "Optimizer steps in a row whose gradient is not finite, each of them skipped, after which the run ends.",
+        "Consecutive optimizer steps with a non-finite gradient, each skipped, after which the run ends.",
         needs=at_least(1),
         resume=FREE,
     )
@@ -69,10 +69,13 @@ class RunSettings:
     )
     preemption_exit_code: int = setting(
         99,
-        "Exit code after a SIGTERM or SIGUSR1 was obeyed: saved, and marked by the file PREEMPTED in output_dir.",
+        "Exit code after a SIGTERM or SIGUSR1: a checkpoint was saved, and the file PREEMPTED in output_dir marks it.",
         needs=within(1, 255),
         resume=FREE,
     )
     preemption_deadline_seconds: float = setting(
-        300.0, "Seconds from such a signal after which the process ends, saved or not.", needs=positive(), resume=FREE
+        300.0,
+        "Seconds after such a signal until the process ends, whether or not it has saved.",
+        needs=positive(),
+        resume=FREE,
     )

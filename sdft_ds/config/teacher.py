@@ -37,7 +37,7 @@ class TeacherSettings:
     )
     teacher_prompt_template: str = setting(
         "{prompt}\n\n{privileged_context}",
-        "What the teacher sees; both placeholders are needed, braces double.",
+        "The teacher's prompt; both placeholders are needed, literal braces are doubled.",
         resume=FREE,
         card=True,
     )
@@ -74,7 +74,7 @@ class TeacherSettings:
     )
     teacher_shadow_device: Literal["device", "cpu"] = setting(
         "device",
-        "Where a base or EMA teacher's values wait between scoring passes: with the weights, or in host memory.",
+        "Where a base or EMA teacher's weights are kept between scoring passes: on the device, or in host memory.",
         resume=FREE,
         read_by=("sdft",),
     )
@@ -86,13 +86,13 @@ class TeacherSettings:
     )
     teacher_states_device: Literal["device", "cpu"] = setting(
         "device",
-        "Where the teacher's hidden states of a generation batch wait for the loss.",
+        "Where the teacher's hidden states of a generation batch are kept until the loss.",
         resume=FREE,
         read_by=("sdft",),
     )
     scoring_batch_tokens: int = setting(
         16384,
-        "Most tokens, prompts and padding included, that the teacher's pass computes at once.",
+        "Maximum tokens of a batch of the scoring pass, prompts and padding included.",
         needs=at_least(1),
         resume=FREE,
         read_by=("sdft",),

@@ -98,8 +98,8 @@ def refuse_contradictions(config: Any) -> None:
         )
     if config.auto_find_batch_size:
         raise ValueError(
-            "auto_find_batch_size=True contradicts generation batches of a fixed size: leave it False, and lower "
-            "per_device_train_batch_size."
+            "auto_find_batch_size=True is not supported, because generation batches have a fixed size: leave it "
+            "False, and lower per_device_train_batch_size."
         )
     if config.eval_strategy == "no" and (config.load_best_model_at_end or config.save_strategy == "best"):
         raise ValueError(
@@ -118,7 +118,7 @@ def _check_dicts(config: Any) -> None:
     for setting in ("chat_template_kwargs", "teacher_chat_template_kwargs"):
         for name in getattr(config, setting) or ():
             if name in TEMPLATE_OPTIONS:
-                raise ValueError(f"{setting}: {name!r} is set by this program: leave it out.")
+                raise ValueError(f"{setting}: {name!r} is set by sdft_ds itself: leave it out.")
     known = vars(GenerationConfig())
     for name in config.generation_kwargs or ():
         if name in OWN_GENERATION_FIELDS:
@@ -137,8 +137,8 @@ def warn_of_starved_gradient(config: Any) -> None:
     alpha = config.distillation_alpha
     if 0.0 < alpha < 0.1 or 0.9 < alpha < 1.0:
         warnings.warn(
-            f"distillation_alpha={alpha}: so near to an end the gradient of the generalised JSD is that of a KL times "
-            f"about alpha (1 - alpha) = {alpha * (1 - alpha):.2g} (0.25 at alpha 0.5). Set distillation_alpha="
+            f"distillation_alpha={alpha}: so close to 0 or 1 the gradient of the generalised JSD is that of a KL "
+            f"times about alpha (1 - alpha) = {alpha * (1 - alpha):.2g} (0.25 at alpha 0.5). Set distillation_alpha="
             f"{round(alpha)}, which is the {('forward', 'reverse')[round(alpha)]} KL itself, or a value from 0.1 to "
             "0.9.",
             stacklevel=4,
@@ -174,8 +174,8 @@ def warn_of_still_teacher(config: Any, max_steps: int) -> None:
     """Warns of a run too short for its EMA teacher to be updated even once."""
     if config.teacher_model_kind == "ema" and max_steps < config.teacher_sync_steps:
         warnings.warn(
-            f"The EMA teacher will never move: it follows every teacher_sync_steps={config.teacher_sync_steps} steps, "
-            f"and the run has {max_steps}. Set teacher_sync_steps=1 and a small teacher_update_rate (0.05), or "
-            "teacher_model_kind='base'.",
+            f"The EMA teacher will never be updated: that is due every teacher_sync_steps="
+            f"{config.teacher_sync_steps} steps, and the run has {max_steps}. Set teacher_sync_steps=1 and a small "
+            "teacher_update_rate (0.05), or teacher_model_kind='base'.",
             stacklevel=2,
         )

@@ -145,7 +145,7 @@ def _tools(value: Any, prompt: Prompt, index: int) -> list[dict[str, Any]] | Non
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise RowError(index, "tools", f"found {_describe(value)}; expected a list of function schemas, or its JSON.")
     if isinstance(prompt, str):
-        raise RowError(index, "tools", "'prompt' is a text, which knows no tools; make it a conversation.")
+        raise RowError(index, "tools", "'prompt' is a text, and tools need a conversation; make it one.")
     return _without_nones(value)
 
 
@@ -190,7 +190,9 @@ def _clean(text: str, index: int, column: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise RowError(
-            index, column, f"found half of a surrogate pair at position {error.start}; it is no text, remove it."
+            index,
+            column,
+            f"found half of a surrogate pair at position {error.start}; it is not valid text; remove it.",
         ) from None
     return text
 

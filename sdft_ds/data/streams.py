@@ -74,7 +74,7 @@ class Stream:
                 elif len(screen.reasons) > bad and passes == 0:
                     warnings.warn(f"{screen.where}: skipped: {screen.reasons[-1]}", stacklevel=2)
             if not used:
-                raise DataError(f"{screen.where} is a stream without a row that can be used.")
+                raise DataError(f"{screen.where} is a stream without any usable row.")
             passes += 1
 
     def _stored(self) -> Iterator[dict[str, Any]]:

@@ -100,7 +100,7 @@ class RowValidator:
             self.reasons.append(str(error))
         except RowError as error:
             if self.bad_rows.policy == "error":
-                raise DataError(f"{self.where}: {error} Or leave such rows out: bad_rows='skip'.") from None
+                raise DataError(f"{self.where}: {error} Or skip such rows: bad_rows='skip'.") from None
             self.reasons.append(str(error))
         else:
             return True
@@ -131,7 +131,7 @@ def _require_dataset(dataset: Any, name: str) -> None:
         remedy = f"give {name}=datasets.Dataset.from_list(rows)"
     else:
         remedy = "give a datasets.Dataset, made by load_dataset or Dataset.from_list, for example"
-    raise DataError(f"{name} is a {type(dataset).__name__}, and no Dataset of the package datasets: {remedy}.")
+    raise DataError(f"{name} is a {type(dataset).__name__}, not a datasets.Dataset: {remedy}.")
 
 
 def validate_dataset(

@@ -212,7 +212,7 @@ def gate(accuracies: dict[str, float]) -> None:
     if accuracies["old"] < 1.0 or accuracies["unknown"] < 0.95:
         raise SystemExit("not written: the model does not know what it should know; try more STEPS")
     if new > 0.10:
-        raise SystemExit("not written: the model answers questions on facts that it was never told")
+        raise SystemExit("not written: the model answers questions on facts that it was never trained on")
     if accuracies["new_with_context"] < 0.99:
         raise SystemExit("not written: the model cannot look facts up, so it cannot teach; try more STEPS")
 

@@ -113,7 +113,8 @@ def trainer(args: SDFTConfig, peft_config: PeftConfig | None, anchor_path: list[
     """The demo's trainer with the given settings. Raises ValueError for anchors of one's own."""
     if anchor_path not in (None, ["none"]):
         raise ValueError(
-            "The demo has anchors of its own: --anchor_path none leaves them out; name a model for others."
+            "The demo has its own anchors: leave --anchor_path out, or set it to none; for anchors of your own "
+            "set --model_name_or_path."
         )
     lessons = Lessons()
     made = TRAINERS[args.method](

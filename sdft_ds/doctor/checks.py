@@ -90,8 +90,8 @@ def accelerator() -> Finding:
         found = f"there is nvidia-smi, but torch {torch.__version__} finds no GPU"
         return Finding(FAIL, found, "Install a build of torch for the CUDA version that nvidia-smi names; look at "
                        "CUDA_VISIBLE_DEVICES.")  # fmt: skip
-    return Finding(WARN, f"no GPU; {_cores()} CPU cores", "Enough for the demo and for small models; take a machine "
-                   "with a GPU for others.")  # fmt: skip
+    return Finding(WARN, f"no GPU; {_cores()} CPU cores", "Enough for the demo and for small models; use a machine "
+                   "with a GPU for larger ones.")  # fmt: skip
 
 
 def _kind() -> str:
@@ -141,7 +141,7 @@ def operators(limit: float = 600) -> Finding:
     if status is None:
         return Finding(WARN, f"DeepSpeed's operator was not built after {limit:g} s", _lock_remedy())
     return Finding(WARN, subprocesses.cause(output), "Fix what the message names; with a GPU the CUDA toolkit of "
-                   f'torch is needed. All of it: {sys.executable} -c "{BUILD}"')  # fmt: skip
+                   f'torch is needed. The full output: {sys.executable} -c "{BUILD}"')  # fmt: skip
 
 
 def _lock_remedy() -> str:
@@ -173,7 +173,7 @@ def communication(limit: float = 120) -> Finding:
     interface = f"{backend.upper()}_SOCKET_IFNAME"
     names = ", ".join(name for _, name in socket.if_nameindex())
     return Finding(FAIL, f"{backend}: {found}", f"Set {interface} to the network interface to use (here: {names}), or "
-                   "unset it; let the firewall pass connections of this machine to itself.")  # fmt: skip
+                   "unset it; let the firewall allow connections from this machine to itself.")  # fmt: skip
 
 
 def meet(rank: int, port: int, backend: str, limit: float) -> None:
@@ -190,14 +190,14 @@ def meet(rank: int, port: int, backend: str, limit: float) -> None:
     numbers = torch.full([2**20], rank + 1.0, device=device)
     distributed.all_reduce(numbers)
     if not numbers.eq(3).all():
-        raise RuntimeError(f"1 + 2 came out as {numbers[numbers.ne(3)][0].item()}")
+        raise RuntimeError(f"1 + 2 gave {numbers[numbers.ne(3)][0].item()}")
     distributed.destroy_process_group()
 
 
 def memory(meminfo: Path = Path("/proc/meminfo"), cgroups: Path = Path("/sys/fs/cgroup")) -> Finding:
     """Least: the demo takes 0.9 GB per rank. Enough: full fine-tuning of SmolLM2-135M takes 2.4 to 3 GB per rank."""
     if not meminfo.exists():
-        return Finding(WARN, f"not known: this system has no {meminfo}", "See to 4 GiB for each rank at least.")
+        return Finding(WARN, f"unknown: this system has no {meminfo}", "At least 4 GiB per rank are needed.")
     available = int(re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text())[1]) * 1024
     free = min([available, *_cgroup_room(cgroups)])
     return _room(free, 1, 4, "free", "Close other programs, or ask for more memory (SLURM: --mem).")
@@ -257,7 +257,7 @@ def slurm() -> Finding:
     if tasks % nodes:
         return Finding(FAIL, found, "Every node needs as many tasks as the others: set --ntasks-per-node.")
     if nodes > 1 and "MASTER_ADDR" not in os.environ and not shutil.which("scontrol"):
-        return Finding(FAIL, f"{found}; no scontrol, which says what the first node is called",
+        return Finding(FAIL, f"{found}; no scontrol, which gives the name of the first node",
                        "Put scontrol on PATH, or set MASTER_ADDR to the first node.")  # fmt: skip
     return Finding(OK, found)
 

@@ -151,8 +151,8 @@ def load(folder: str | Path, prompts: list[list[int]]) -> list[ReferenceContinua
     path = Path(folder, FILE)
     if not path.exists():
         raise FileNotFoundError(
-            f"retention_file: {path} does not exist, so nothing says what the starting model was like: start the "
-            "run anew, or compare afterwards with python -m sdft_ds.evaluate MODEL --start STARTING_MODEL."
+            f"retention_file: {path} does not exist, so the starting model is unknown: start a new run, "
+            "or compare afterwards with python -m sdft_ds.evaluate MODEL --start STARTING_MODEL."
         )
     with safe_open(path, framework="pt") as file:
         if file.metadata()["prompts"] != _digest(prompts):

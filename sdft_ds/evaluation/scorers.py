@@ -74,7 +74,7 @@ def regex(completion: str, answer: Any) -> bool:
     try:
         return re.search(_text(answer), completion) is not None
     except re.error as error:
-        raise ValueError(f"{answer!r} is no regular expression: {error}") from None
+        raise ValueError(f"{answer!r} is not a regular expression: {error}") from None
 
 
 def action(completion: str, answer: Any) -> bool:

@@ -180,11 +180,11 @@ def check_best_metric(args: TrainingArguments, tasks: list[Task]) -> None:
         return
     found = [f"tasks/{task.name}/{figure}" for task in tasks for figure in figures_of(task)]
     if wanted not in found:
-        there = f"there are {', '.join(found)}" if found else "no tasks are asked: set --eval_tasks"
-        raise ValueError(f"metric_for_best_model={args.metric_for_best_model}: there is no such figure; {there}.")
+        there = f"there are {', '.join(found)}" if found else "no tasks are evaluated: set --eval_tasks"
+        raise ValueError(f"metric_for_best_model={args.metric_for_best_model}: there is no such metric; {there}.")
     if args.eval_strategy == "no":
         raise ValueError(
-            f"metric_for_best_model={args.metric_for_best_model} is compared at evaluations, and there are none: set "
+            f"metric_for_best_model={args.metric_for_best_model} is compared in evaluations, and there are none: set "
             "eval_strategy."
         )
 

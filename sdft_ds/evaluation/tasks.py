@@ -99,7 +99,7 @@ def _row(text: str, index: int, scorer: str, answer_needed: bool) -> TaskRow:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"Row {index} is no JSON ({error}); expected JSON Lines, one object a line.") from None
+        raise ValueError(f"Row {index} is not JSON ({error}); expected JSON Lines, one object per line.") from None
     if not isinstance(row, dict) or "prompt" not in row:
         raise ValueError(f"Row {index}: expected an object with 'prompt' and 'answer'.")
     prompt = checked_prompt(row["prompt"], index)

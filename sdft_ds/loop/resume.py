@@ -130,7 +130,7 @@ class ResumableTrainer(UploadingTrainer):
         if ranks.rank() == 0:
             moved = output_dir.begin(directory, self.run_id, fresh=folder is None)
             if moved is not None:
-                ranks.tell(f"What an earlier run recorded in {directory} is now in {moved}.")
+                ranks.tell(f"The records of an earlier run in {directory} were moved to {moved}.")
 
     def _check_settings(self, folder: Path) -> None:
         saved = resume_settings.load(folder)
@@ -221,7 +221,7 @@ class ResumableTrainer(UploadingTrainer):
             if universal and not ranks.all_gather_objects(Path(folder, storage.UNIVERSAL).exists())[0]:
                 ranks.tell(
                     f"The best checkpoint, {folder}, was made by {there.ranks} ranks {there} and cannot be loaded "
-                    "here: the model stays as the last step left it. The best one is in that folder."
+                    "here: the model keeps the weights of the last step. The best ones are in that folder."
                 )
                 return
             engines.read_universal(self.model_wrapped, universal)

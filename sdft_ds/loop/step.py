@@ -169,7 +169,7 @@ class StepTrainer(EvaluationTrainer):
     ) -> Tensor:
         """The loss of one micro-batch, computed at the LM head inside the student's forward."""
         if return_outputs:
-            raise ValueError("There are no outputs beside the loss: logits are never in memory.")
+            raise ValueError("Only the loss is returned: logits are never in memory.")
         training = self.model.training  # the engine's own flag is not kept in sync with its model's
         step = self.state.global_step + 1 if training else None
         meters = self.meters["train" if training else "eval"]

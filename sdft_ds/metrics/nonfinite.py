@@ -90,14 +90,15 @@ class NonFiniteGuard(TrainerCallback):
         """Called at the first log line."""
         if logs.get("completions/loss_tokens") == 0:
             warnings.warn(
-                f"Up to step {step} no token counted in the loss, and nothing was learned: completions were empty, "
-                "skipped whole (num_loss_tokens_to_skip), or cut off and masked (mask_truncated_completions).",
+                f"Up to step {step} no token contributed to the loss, and nothing was learned: completions were "
+                "empty, skipped entirely (num_loss_tokens_to_skip), or cut off and masked "
+                "(mask_truncated_completions).",
                 stacklevel=2,
             )
         elif not self.learns:
             warnings.warn(
-                f"Up to step {step} the gradient was exactly 0, and nothing was learned: the student says what the "
-                "teacher says. Does the teacher see more? python -m sdft_ds.preview shows both prompts.",
+                f"Up to step {step} the gradient was exactly 0, and nothing was learned: student and teacher gave "
+                "the same distribution. Does the teacher see more? python -m sdft_ds.preview shows both prompts.",
                 stacklevel=2,
             )
 

@@ -237,7 +237,9 @@ def check(model: nn.Module, engine: nn.Module, device: torch.device) -> None:
     # bf16 has 8 bits of precision, and the two products differ in shape, hence in summation order.
     tolerance = 3e-2 * own_RTV.abs().max().clamp(min=1.0)
     if (own_RTV[0, :-1] - own_RTV[1, :-1]).abs().max() > tolerance:
-        raise ValueError(f"{name} is not causal: its tokens see those after them. Is `is_decoder` missing?")
+        raise ValueError(
+            f"{name} is not causal: its tokens see those after them. Set is_decoder in its configuration."
+        )
     difference = (own_RTV.flatten(0, 1) - ours_NV).abs().max()
     if difference > tolerance:
         raise ValueError(

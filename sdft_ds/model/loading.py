@@ -40,7 +40,7 @@ def refuse_second_adapter(model: str | nn.Module, peft_config: PeftConfig | None
     if isinstance(model, PeftModel) or (isinstance(model, str) and adapter_config(model, args) is not None):
         raise ValueError(
             f"{model if isinstance(model, str) else 'The model'} has an adapter already, and peft_config (--use_peft) "
-            "asks for another one, beside which the first would be lost. Leave peft_config out to go on training the "
+            "asks for another one, and the first would be lost. Leave peft_config out to continue training the "
             "adapter; or merge it first, model.merge_and_unload(), and give the merged model."
         )
 
@@ -71,8 +71,8 @@ def load_model(
     if zero.is_sharded(model):
         if not _made_of_shards(peft_config):
             raise ValueError(
-                f"{peft_config.peft_type.value} computes its start from whole weights, and those of this model are "
-                "sharded by ZeRO-3: give the model by its name, or load it before the SDFTConfig is made."
+                f"{peft_config.peft_type.value} computes its initialization from the full weights, and those of this "
+                "model are sharded by ZeRO-3: give the model by its name, or load it before the SDFTConfig is made."
             )
         return _with_adapter(model, peft_config)
     with launch.unsharded():
@@ -187,7 +187,7 @@ def dtype_named(name: str) -> torch.dtype:
     """The torch dtype of this name; raises ValueError if there is none."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"model_init_kwargs: there is no dtype {name!r}; take bfloat16, float16, float32 or auto.")
+        raise ValueError(f"model_init_kwargs: there is no dtype {name!r}; use bfloat16, float16, float32 or auto.")
     return dtype
 
 
@@ -246,7 +246,7 @@ def check_embedding(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Non
     largest = max(tokenizer.get_vocab().values())
     if largest >= embeddings:
         raise ValueError(
-            f"The tokenizer knows token id {largest}, but the model's embedding has {embeddings} rows: call "
+            f"The tokenizer has token id {largest}, but the model's embedding has {embeddings} rows: call "
             "model.resize_token_embeddings(len(tokenizer)), or use the model's own tokenizer."
         )
 
@@ -307,12 +307,10 @@ def check_attention(config: PreTrainedConfig, args: SDFTConfig) -> None:
     if name in FLASH_ATTENTION and not FLASH_ATTENTION[name]():
         raise ValueError(
             f"attn_implementation={name!r} needs a GPU, and its package, which is not installed: see `pip install "
-            "flash-attn`. Or take attn_implementation='sdpa'."
+            "flash-attn`. Or use attn_implementation='sdpa'."
         )
     if name == "flex_attention" and args.use_cpu:
-        raise ValueError(
-            "attn_implementation='flex_attention' cannot train on a CPU: take attn_implementation='sdpa'."
-        )
+        raise ValueError("attn_implementation='flex_attention' cannot train on a CPU: use attn_implementation='sdpa'.")
 
 
 def check_support(config: PreTrainedConfig, args: SDFTConfig) -> None:
@@ -346,7 +344,7 @@ def keep_quantized_layout(model: nn.Module) -> None:
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
                 raise ValueError(
                     f"The 4-bit weights of {name} were repacked by a forward in eval mode, which rounds them and "
-                    "stops the gradient: load the model anew, and evaluate it after the trainer is built."
+                    "stops the gradient: reload the model, and evaluate it after the trainer is built."
                 )
 
 

@@ -57,8 +57,8 @@ def packing_for(model: PreTrainedModel, on: bool | None) -> Packing:
     if not supports_prefixes(model):
         if on:
             raise ValueError(
-                f"padding_free: {type(model).__name__} has layers that carry a state from token to token, and packed "
-                "rows would see each other. Leave it unset."
+                f"padding_free: {type(model).__name__} has layers that carry a state from token to token, so packed "
+                "rows would affect each other. Leave padding_free unset."
             )
         return Packing(on=False)
     config = model.config.get_text_config(decoder=True)

@@ -70,7 +70,8 @@ class SelfDistillation(Objective):
         if start is None:
             raise ValueError(
                 f"Anchors hold the student to the model at the start, and the teacher is {kind}: set "
-                "teacher_model_kind=base, train a LoRA adapter that leaves the head alone, or give no anchors."
+                "teacher_model_kind=base, train a LoRA adapter that leaves the head alone, or leave anchor_dataset "
+                "(--anchor_path) out."
             )
         return start
 

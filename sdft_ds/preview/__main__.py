@@ -95,7 +95,7 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
     view.facts = [name, f"{view.statistics.rows:,} rows", f"truncation={args.truncation}"]
     view.notes += notes
     if stream:
-        view.notes.append(f"A stream: its first {view.statistics.rows:,} rows were looked at.")
+        view.notes.append(f"A stream: its first {view.statistics.rows:,} rows were read.")
     if score:
         used = {shown.look.index: shown for shown in view.rows if shown.look.taken}
         if not used:

@@ -121,7 +121,7 @@ def _furthest(scored: Completion) -> Table:
     kept = sorted(sorted(places, key=lambda i: -scored.divergence[i])[:MOST_TOKENS])
     title = None if len(kept) == len(places) else f"The {len(kept)} furthest of {len(places)} loss tokens"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
-    for name in ("", "token", "nats", "student's likeliest", "teacher's likeliest"):
+    for name in ("", "token", "nats", "student's most likely", "teacher's most likely"):
         table.add_column(name, justify="right" if name in ("", "nats") else "left")
     for i in kept:
         divergence = scored.divergence[i]

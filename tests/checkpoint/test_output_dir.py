@@ -54,7 +54,7 @@ def test_records_are_of_one_run(tmp_path):
     assert [line["step"] for line in run.log] == [1, 2] and sorted(run.completions) == [1, 2]
     (kept,) = (tmp_path / "_earlier_runs").iterdir()
     assert (kept / "metrics.jsonl").read_text() == first and len(list((kept / "completions").iterdir())) == 3
-    assert f"What an earlier run recorded in {tmp_path} is now in {kept}." in second["said"]
+    assert f"The records of an earlier run in {tmp_path} were moved to {kept}." in second["said"]
 
 
 def test_a_resume_goes_on_with_the_records_that_are_there(tmp_path):

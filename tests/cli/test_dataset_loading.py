@@ -223,7 +223,7 @@ def test_the_formats_of_the_authors_data(name):
         ({"dataset_path": ["a"], "dataset_name": "b"}, "both set"),
         ({"dataset_path": ["a"], "dataset_revision": "b"}, "dataset_revision needs --dataset_name"),
         ({"eval_fraction": 1.0}, "eval_fraction must be in \\(0, 1\)"),
-        ({"eval_fraction": 0.1, "dataset_streaming": True}, "eval_fraction cannot be taken of a stream"),
+        ({"eval_fraction": 0.1, "dataset_streaming": True}, "eval_fraction is not possible with --dataset_streaming"),
     ],
 )
 def test_settings_that_contradict_each_other(settings, words):

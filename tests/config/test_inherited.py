@@ -411,7 +411,7 @@ def test_an_evaluation_needs_rows():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"dtype": "bfloat61"}, "there is no dtype 'bfloat61'; take bfloat16"),
+        ({"dtype": "bfloat61"}, "there is no dtype 'bfloat61'; use bfloat16"),
         ({"attn_implementation": "flash_attention_2"}, "'flash_attention_2' needs a GPU, and its package.*'sdpa'"),
         ({"attn_implementation": "flex_attention"}, "'flex_attention' cannot train on a CPU: .*'sdpa'"),
     ],
@@ -427,14 +427,14 @@ def test_a_model_cannot_be_loaded_so(tmp_path, options, words):
 
 
 def test_an_ema_teacher_that_the_run_is_too_short_for_is_warned_about():
-    with pytest.warns(UserWarning, match="will never move: .*teacher_sync_steps=512 steps, and the run has 1"):
+    with pytest.warns(UserWarning, match="will never be updated: .*teacher_sync_steps=512 steps, and the run has 1"):
         make_trainer(sync_ref_model=True, max_steps=1).train()
 
 
 def test_an_ema_teacher_that_moves_is_not(recwarn):
     warn_of_still_teacher(config(teacher_model_kind="ema"), max_steps=1)
     warn_of_still_teacher(config(teacher_model_kind="live", num_generations=1), max_steps=0)
-    assert not [warning for warning in recwarn if "never move" in str(warning.message)]
+    assert not [warning for warning in recwarn if "never be updated" in str(warning.message)]
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------
@@ -444,7 +444,7 @@ def test_what_keeps_a_command_from_starting_is_one_line(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as exit:
         errors.leave(ImportError("no flash\nattention"))
-    assert exit.value.code == "sdft_ds: ImportError: no flash attention (SDFT_TRACEBACK=1 shows where it comes from)"
+    assert exit.value.code == "sdft_ds: ImportError: no flash attention (SDFT_TRACEBACK=1 shows the traceback)"
     with pytest.raises(SystemExit) as exit:
         errors.leave(ValueError("alpha"))
     assert exit.value.code == "sdft_ds: alpha"
@@ -483,8 +483,8 @@ IN_DEEPSPEED = [
         {},
         "zero_quantized_weights is not supported",
     ),
-    ({"zero_optimization": OFFLOAD}, {"optim": "adafactor"}, "Adam would run in the place of optim=adafactor"),
-    ({"zero_optimization": OFFLOAD}, {"optim": "sgd"}, "Adam would run in the place of optim=sgd"),
+    ({"zero_optimization": OFFLOAD}, {"optim": "adafactor"}, "Adam would run instead of optim=adafactor"),
+    ({"zero_optimization": OFFLOAD}, {"optim": "sgd"}, "Adam would run instead of optim=sgd"),
     (
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}},
         {},

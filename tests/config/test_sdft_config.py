@@ -136,7 +136,7 @@ def test_teacher_in_old_and_new_names(settings, kind, rate, steps):
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True contradicts"),
         ({"generation_kwargs": "{bad"}, "generation_kwargs must be a JSON object"),
         ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs must be a JSON object, not list"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: 'tokenize' is set by this program"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: 'tokenize' is set by sdft_ds itself"),
         ({"teacher_chat_template_kwargs": "[1]"}, "teacher_chat_template_kwargs must be a JSON object, not list"),
         ({"teacher_chat_template_kwargs": {"tokenize": True}}, "teacher_chat_template_kwargs: 'tokenize' is set by"),
         ({"generation_kwargs": {"typical": 0.9}}, "has no 'typical'; did you mean 'typical_p'"),

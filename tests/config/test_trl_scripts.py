@@ -88,5 +88,5 @@ def test_what_1_16_has_and_this_does_not_is_one_line(tmp_path):
 def test_an_ema_teacher_that_is_never_updated_is_told(model_folder, tmp_path):
     args = SDFTConfig(**settings(tmp_path), sync_ref_model=True)
     trainer = SDFTTrainer(model=model_folder, args=args, train_dataset=Dataset.from_list(tiny.rows()))
-    with pytest.warns(UserWarning, match="will never move: .*teacher_sync_steps=512 steps, and the run has 1"):
+    with pytest.warns(UserWarning, match="will never be updated: .*teacher_sync_steps=512 steps, and the run has 1"):
         trainer.train()

@@ -91,7 +91,10 @@ def test_a_start_is_needed(run):
     [
         (["--eval_tasks_steps", "2"], "--eval_tasks_steps and --eval_task_rows need --eval_tasks"),
         (["--eval_tasks", "nowhere.json"], "nowhere.json does not exist"),
-        (["--metric_for_best_model", "eval_tasks/a/accuracy"], "no such figure; no tasks are asked: set --eval_tasks"),
+        (
+            ["--metric_for_best_model", "eval_tasks/a/accuracy"],
+            "no such metric; no tasks are evaluated: set --eval_tasks",
+        ),
     ],
 )
 def test_a_mistake_in_training_is_one_line(run, flags, words):

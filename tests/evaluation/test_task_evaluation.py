@@ -186,7 +186,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="eval_tasks_steps must be at least 1"):
         TaskEvaluation(trainer, fits, every=0)
     for metric, words in (
-        ("eval_tasks/new/accuracy", "no such figure; there are tasks/fits/accuracy, tasks/fits/mean_length"),
+        ("eval_tasks/new/accuracy", "no such metric; there are tasks/fits/accuracy, tasks/fits/mean_length"),
         ("tasks/fits/accuracy", "compared at evaluations, and there are none: set eval_strategy"),
     ):
         trainer.args.metric_for_best_model = metric

@@ -77,7 +77,7 @@ WRONG = [
     ([{"prompt": "a"}], "t.jsonl: Row 0, column 'answer'"),
     ([ROW, {"answer": "a"}], "t.jsonl: Row 1: expected an object with 'prompt'"),
     ([ROW, {**ROW, "prompt": ""}], "t.jsonl: Row 1, column 'prompt': found an empty text"),
-    ([ROW, "{"], "t.jsonl: Row 1 is no JSON"),
+    ([ROW, "{"], "t.jsonl: Row 1 is not JSON"),
     (["[1]"], "t.jsonl: Row 0: expected an object"),
     ([{**ROW, "scorer": "choice"}], "t.jsonl: Row 0, column 'answer': the answer is 'Norway'; expected one letter"),
     ([{**ROW, "scorer": "luck"}], "t.jsonl: Row 0, column 'answer': there is no scorer 'luck'"),

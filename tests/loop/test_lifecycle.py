@@ -268,7 +268,7 @@ def test_a_model_of_which_nothing_is_trained_is_refused(folder):
 
 @pytest.mark.parametrize(
     "settings, words",
-    [({"mask_truncated_completions": True}, "no token counted"), ({"distillation_weight": 0.0}, "exactly 0")],
+    [({"mask_truncated_completions": True}, "no token contributed"), ({"distillation_weight": 0.0}, "exactly 0")],
 )
 def test_a_run_that_learns_nothing_says_so_in_its_first_log_line(settings, words):
     trainer = make_trainer(max_steps=2, **settings)

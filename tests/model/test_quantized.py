@@ -66,7 +66,7 @@ def test_weights_that_were_repacked_before_are_refused(folder, bf16_units):
     model = quantized(folder).eval()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj(torch.ones(1, 64))
-    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.* were repacked.*load the model anew"):
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.* were repacked.*reload the model"):
         make_trainer(model=model, lora=True)
 
 
