@@ -160,7 +160,7 @@ REFUSED = [
     ({"ddp_static_graph": True}, "ddp_static_graph=True is not supported"),
     ({"bf16_full_eval": True}, "bf16_full_eval=True"),
     ({"fp16_full_eval": True}, "fp16_full_eval=True"),
-    ({"auto_find_batch_size": True}, "auto_find_batch_size=True contradicts"),
+    ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported"),
     ({"optim_target_modules": "all-linear"}, "optim_target_modules=all-linear is not supported"),
     ({"optim": "galore_adamw", "optim_target_modules": "all-linear"}, "optim_target_modules"),
     ({"optim": "lomo"}, "optim=lomo is not supported"),

@@ -86,7 +86,7 @@ def test_a_turn_that_only_calls_a_tool_has_no_text():
         ({"privileged_context": []}, ["Row 7", "'privileged_context'", "empty list"]),
         ({"teacher_prompt": ""}, ["Row 7", "'teacher_prompt'", "empty text"]),
         ({"teacher_prompt": [{"role": "user", "content": "a"}]}, ["Row 7", "'teacher_prompt'", "make both the same"]),
-        ({"tools": TOOLS}, ["Row 7", "'tools'", "make it a conversation"]),
+        ({"tools": TOOLS}, ["Row 7", "'tools'", "tools need a conversation"]),
         ({"tools": "{not json"}, ["Row 7", "'tools'", "list of function schemas"]),
         ({"tools": ["search"]}, ["Row 7", "'tools'", "list of function schemas"]),
         ({"privileged_context": None}, ["Row 7", "'privileged_context'", "nothing"]),

@@ -47,7 +47,7 @@ def test_a_bad_row_of_a_stream_ends_the_run_when_it_comes(tokenizer):
         rows[1]
     with pytest.raises(ValueError, match="more rows than max_bad_rows=1 .*Row 3"), pytest.warns(UserWarning):
         stream(MIXED, tokenizer, BadRows("skip", 1))[2]
-    with pytest.raises(ValueError, match="without a row"), pytest.warns(UserWarning):
+    with pytest.raises(ValueError, match="without any usable row"), pytest.warns(UserWarning):
         stream(MIXED[1:2], tokenizer)[0]
 
 

@@ -187,7 +187,7 @@ def test_refusals(tmp_path):
         TaskEvaluation(trainer, fits, every=0)
     for metric, words in (
         ("eval_tasks/new/accuracy", "no such metric; there are tasks/fits/accuracy, tasks/fits/mean_length"),
-        ("tasks/fits/accuracy", "compared at evaluations, and there are none: set eval_strategy"),
+        ("tasks/fits/accuracy", "compared in evaluations, and there are none: set eval_strategy"),
     ):
         trainer.args.metric_for_best_model = metric
         with pytest.raises(ValueError, match=words):

@@ -159,7 +159,7 @@ def test_settings_tokenizer_adapter_callbacks_and_rows_stay_as_they_were():
         trainer = SDFTTrainer(tiny.llama(), args, dataset, processing_class=tokenizer, callbacks=callbacks,
                               peft_config=peft_config)  # fmt: skip
         assert trainer.args.teacher_model_kind == kind and trainer.args.hub_token == "hf_1"
-        assert trainer.rollouts.sampler.pad_token_id == tokenizer.eos_token_id
+        assert trainer.rollouts.sampling.pad_token_id == tokenizer.eos_token_id
     assert (args.to_dict(), tokenizer.special_tokens_map, adapter.to_dict(), callbacks) == before
     assert args.hub_token == "hf_1" and tokenizer.pad_token is None and dataset.to_list() == rows
 
@@ -242,7 +242,7 @@ def test_a_part_of_an_adapter_that_the_user_froze_stays_frozen():
 
 def test_a_second_adapter_beside_it_is_refused(folder, capsys):
     for model in (str(folder / "adapter"), get_peft_model(tiny.llama(), ADAPTERS[True])):
-        with pytest.raises(ValueError, match="has an adapter already.*go on training.*merge_and_unload"):
+        with pytest.raises(ValueError, match="has an adapter already.*continue training.*merge_and_unload"):
             make_trainer(model=model, lora=True)
     with pytest.raises(SystemExit, match=r"adapter has an adapter already, and peft_config \(--use_peft\)"):
         train.main(["--model_name_or_path", f"{folder}/adapter", "--dataset_path", f"{folder}/rows.jsonl",

@@ -271,7 +271,7 @@ def test_a_peft_model_given_as_an_object():
     model = get_peft_model(tiny.llama(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     trainer = make_trainer(model=model)
     assert trainer.args.teacher_model_kind == "base"
-    with pytest.raises(ValueError, match="has an adapter already.*go on training"):
+    with pytest.raises(ValueError, match="has an adapter already.*continue training"):
         make_trainer(model=model, lora=True)
 
 

@@ -7,7 +7,7 @@ from sdft_ds.demo import world
 from sdft_ds.demo.build import MODEL_DIR
 from sdft_ds.preview import __main__ as command
 from sdft_ds.preview.teacher_check import TaskAccuracy, TeacherCheck, check
-from tests.distributed.scenarios import make_trainer
+from tests.helpers.trainers import make_trainer
 
 
 def verdict(gain=1.0, same=0, golden=(), tasks=()):
