@@ -11,7 +11,8 @@ keep for themselves; it is not predicted, and stands in a column of its own.
 import argparse
 
 from benchmarks.memory import SETTINGS, run
-from sdft_ds.plan.footprint import SETUPS, Job, footprint
+from sdft_ds.plan.footprint import footprint
+from sdft_ds.plan.job import SETUPS, Job
 from sdft_ds.plan.model_shape import ModelShape, load_shape
 
 

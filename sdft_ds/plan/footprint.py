@@ -8,130 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sdft_ds.loss.chunked import CHUNK_ELEMENTS
-from sdft_ds.plan.model_shape import ModelShape
+from sdft_ds.plan import vllm
+from sdft_ds.plan.job import Job, Setup
 
 PARTS = (
     "weights", "optimizer", "gradients", "teacher shadow", "teacher head and states", "gathered weights",
-    "activations", "logits chunk", "KV cache",
+    "activations", "logits chunk", "KV cache", "vLLM weights", "vLLM cache",
 )  # fmt: skip
 PHASES = ("rollout", "teacher", "loss", "backward", "optimizer")
+PUSH = "push"  # of the weights to vLLM, before its rollout
 
 # DeepSpeed's defaults of stage3_max_live_parameters and stage3_max_reuse_distance, and of sub_group_size, each 1e9;
 # ds_configs do not change them. Once ZeRO-3 has traced the module order, it prefetches and keeps up to that many.
 LIVE_PARAMETERS = 10**9
 SUB_GROUP = 10**9
-# NF4: half a byte per value, and an fp32 scale per 64 values, which ZeRO-3 does not shard.
-NF4_BYTES, NF4_SCALE_BYTES = 0.5, 4 / 64
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A DeepSpeed setup. gather: ZeRO-3 gathers the weights once per rollout (ds3_gather_for_generation)."""
-
-    config: str  # of ds_configs, without .json
-    stage: int
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
-    gather: bool = True
-
-
-ZERO_0, ZERO_1, ZERO_2 = (Setup(f"zero{stage}", stage) for stage in range(3))
-ZERO_3 = Setup("zero3", 3)
-OFFLOAD_OPTIMIZER = Setup("zero3_offload_optimizer", 3, offload_optimizer=True)
-OFFLOAD = Setup("zero3_offload", 3, offload_optimizer=True, offload_parameters=True)
-SETUPS = (ZERO_0, ZERO_1, ZERO_2, ZERO_3, OFFLOAD_OPTIMIZER, OFFLOAD)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A training job. Lengths are tokens; a micro-batch is `batch` rows, a step `accumulation` micro-batches.
-
-    tuning: full, lora or qlora. adapter: its parameters. teacher: live, base or ema. topk: size of the support; None:
-    the full vocabulary. chunk_tokens: as loss_chunk_tokens. rollout_tokens: as rollout_batch_tokens; None: all rows
-    are generated at once.
-    """
-
-    shape: ModelShape
-    ranks: int
-    tuning: str = "full"
-    adapter: int = 0
-    teacher: str = "live"
-    shadow_on_host: bool = False
-    bf16: bool = True
-    checkpointing: bool = True
-    batch: int = 8
-    accumulation: int = 1
-    generations: int = 8
-    prompt: int = 512
-    teacher_prompt: int = 2048
-    completion: int = 256
-    scoring_tokens: int = 16384
-    rollout_tokens: int | None = None
-    topk: int | None = 100
-    chunk_tokens: int | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Bytes per element in the compute dtype, which is also that of the engine's weights."""
-        return 2 if self.bf16 else 4
-
-    @property
-    def trained(self) -> int:
-        return self.shape.parameters if self.tuning == "full" else self.adapter
-
-    @property
-    def elements(self) -> int:
-        return self.shape.parameters + self.adapter
-
-    @property
-    def scales(self) -> float:
-        return NF4_SCALE_BYTES * self.shape.linear_parameters if self.tuning == "qlora" else 0
-
-    @property
-    def weights(self) -> float:
-        """Bytes of all the weights that stage 3 shards."""
-        if self.tuning != "qlora":
-            return self.elements * self.bytes
-        quantized = self.shape.linear_parameters
-        return NF4_BYTES * quantized + (self.elements - quantized) * self.bytes
-
-    @property
-    def rows(self) -> int:
-        """Rows of a generation batch per rank; it serves one optimizer step."""
-        return self.batch * self.accumulation
-
-    @property
-    def prompts(self) -> int:
-        """Distinct prompts among those rows."""
-        return -(-self.rows // self.generations)
-
-    @property
-    def rollout_rows(self) -> int:
-        """Rows that are generated at once."""
-        tokens = self.rollout_tokens
-        return self.rows if tokens is None else min(self.rows, max(1, tokens // (self.prompt + self.completion)))
-
-    @property
-    def rollout_row(self) -> float:
-        """Training's own estimate of bytes per rollout row, by which it chooses how many are generated at once."""
-        shape = self.shape
-        of_token = 2 * shape.key_value * shape.layers + 4 * shape.hidden + 3 * shape.intermediate
-        return (self.prompt + self.completion) * of_token * self.bytes + 24 * shape.vocabulary
-
-    @property
-    def has_shadow(self) -> bool:
-        return self.teacher == "ema" or (self.teacher == "base" and self.tuning == "full")
-
-    @property
-    def scoring_rows(self) -> int:
-        """Rows per batch of the scoring pass: a multiple of `generations`, if a prompt's completions fit in one."""
-        rows = min(self.rows, max(1, self.scoring_tokens // (self.teacher_prompt + self.completion)))
-        return rows - rows % self.generations if rows > self.generations else rows
-
-    @property
-    def scoring_forwards(self) -> int:
-        """Forwards of one scoring pass: with shared prompts two per batch, one over prompts, one over completions."""
-        return -(-self.rows // self.scoring_rows) * (2 if self.generations > 1 else 1)
 
 
 @dataclass(frozen=True)
@@ -162,10 +52,14 @@ class Footprint:
 def footprint(job: Job, setup: Setup) -> Footprint:
     """The footprint of a job under a setup."""
     resident, host = _resident(job, setup)
-    phases = {phase: dict(resident) for phase in PHASES}
+    phases = {phase: dict(resident) for phase in _phases(setup)}
     for phase, part, size in _transient(job, setup):
         phases[phase][part] = phases[phase].get(part, 0) + size
     return Footprint(phases, host)
+
+
+def _phases(setup: Setup) -> tuple[str, ...]:
+    return PHASES if setup.vllm is None else (PUSH, *PHASES)
 
 
 def _shards(job: Job, setup: Setup, since: int) -> int:
@@ -207,35 +101,59 @@ def _transient(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     """(phase, part, bytes) of temporary memory."""
     yield from _of_passes(job, setup)
     yield from _of_gradients(job, setup)
+    if setup.vllm is None:
+        yield from _of_local_rollouts(job)
+    else:
+        yield from _of_vllm(job, setup)
     if setup.stage == 3:
         bytes_per_element = job.weights / job.elements
         ahead = min(job.weights, (LIVE_PARAMETERS + job.shape.largest) * bytes_per_element)
         for phase in ("teacher", "loss", "backward"):
             yield phase, "gathered weights", ahead
-        yield "rollout", "gathered weights", job.weights if setup.gather else ahead
+        if setup.vllm is None:
+            yield "rollout", "gathered weights", job.weights if setup.gather else ahead
+
+
+def _of_local_rollouts(job: Job) -> Iterator[tuple[str, str, float]]:
+    """Rollouts in the training process. Each prompt is prefilled once for all its completions. Removing rows from the
+    cache, and growing it, copies one layer at a time. Sampling a token creates fp32 scores, probabilities and an fp64
+    sum."""
+    shape, b, rows = job.shape, job.bytes, job.rollout_rows
+    yield "rollout", "KV cache", rows * (job.prompt + job.completion) * job.cached * (1 + 1 / shape.layers)
+    yield "rollout", "activations", -(-rows // job.generations) * job.prompt * job.without_grad
+    yield "rollout", "logits chunk", rows * shape.vocabulary * (b + 4 + 4 + 4 + 8)
+    if job.tuning == "qlora":
+        yield "rollout", "gathered weights", job.dequantized
+
+
+def _of_vllm(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
+    """Rollouts by vLLM: a push exports one decoder layer, or the head, at a time (model/export.py)."""
+    engine, widest = setup.vllm, max(job.shape.layer, job.shape.head)
+    gathered = widest * job.weights / job.elements if setup.stage == 3 else 0
+    merged = 0 if job.tuning == "full" else 12 * max(width * height for _, width, height in job.shape.linears)
+    yield PUSH, "gathered weights", gathered + widest * job.bytes + merged
+    if not engine.colocated:
+        return
+    weights = vllm.weights(job, engine)
+    for phase in ("rollout",) if engine.sleeps else _phases(setup):
+        yield phase, "vLLM weights", weights
+        yield phase, "vLLM cache", max(0.0, engine.memory - weights)
+    if engine.sleeps:  # its cache is allocated after the push
+        yield PUSH, "vLLM weights", weights
 
 
 def _of_passes(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
-    """Activations, logits, KV caches and the teacher's stored states, none of which are sharded."""
+    """Activations, logits and KV caches of scoring and training, and the teacher's states: none of it is sharded."""
     shape, b = job.shape, job.bytes
-    cached = 2 * shape.key_value * shape.layers * b  # bytes of a token's keys and values
-
-    # Rollouts: each prompt is prefilled once for all its completions. Removing rows from the cache, and growing it,
-    # copies one layer at a time. Sampling a token creates fp32 scores, probabilities and an fp64 sum.
-    rows = job.rollout_rows
-    yield "rollout", "KV cache", rows * (job.prompt + job.completion) * cached * (1 + 1 / shape.layers)
-    yield "rollout", "activations", -(-rows // job.generations) * job.prompt * _without_grad(job)
-    yield "rollout", "logits chunk", rows * shape.vocabulary * (b + 4 + 4 + 4 + 8)
-
     # The scoring pass: batches of full rows, or, with shared prompts, of prompts and then of completions.
     rows, length = job.scoring_rows, job.teacher_prompt + job.completion
     if job.generations > 1:
         prompts = -(-rows // job.generations)
-        yield "teacher", "KV cache", rows * length * cached * (1 + 1 / shape.layers)
+        yield "teacher", "KV cache", rows * length * job.cached * (1 + 1 / shape.layers)
         tokens = max(prompts * job.teacher_prompt, rows * job.completion)
     else:
         tokens = rows * length
-    yield "teacher", "activations", tokens * _without_grad(job)
+    yield "teacher", "activations", tokens * job.without_grad
 
     # Kept from the scoring pass for the loss: hidden states, and the teacher's head where the student's will differ.
     states = job.rows * job.completion * shape.hidden * b
@@ -244,9 +162,8 @@ def _of_passes(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
         yield phase, "teacher head and states", states + head
 
     if job.tuning == "qlora":  # each linear layer is dequantized to the compute dtype while it computes
-        whole = b * max(width * height for _, width, height in shape.linears)
-        for phase in ("rollout", "teacher", "loss", "backward"):
-            yield phase, "gathered weights", whole
+        for phase in ("teacher", "loss", "backward"):
+            yield phase, "gathered weights", job.dequantized
 
     # The student: with checkpointing each layer's input, plus one full layer at a time during recomputation.
     tokens = job.batch * (job.prompt + job.completion)
@@ -258,15 +175,6 @@ def _of_passes(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     in_backward = (layer if job.checkpointing else 0) + b * (2 * shape.intermediate + shape.hidden)
     yield "backward", "activations", tokens * (kept + in_backward)
     yield "loss", "logits chunk", _loss_chunk(job)
-
-
-def _without_grad(job: Job) -> float:
-    """Activation bytes per token without a backward: the larger of a layer's feed-forward and attention peaks (as
-    measured; attention without a materialized score matrix)."""
-    shape = job.shape
-    feed_forward = 3 * shape.intermediate + 4 * shape.hidden
-    attention = 3 * shape.hidden + 3 * shape.query + 4 * shape.key_value
-    return job.bytes * max(feed_forward, attention)
 
 
 def _of_layer(job: Job, fp32_adapter: bool) -> float:
@@ -300,7 +208,7 @@ def _of_gradients(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     whole = b * (trained if setup.stage < 2 else share if setup.stage == 2 else 0)
     # reduce_bucket_size "auto" is hidden x hidden; overlap_comm doubles it at stages 1 and 2.
     bucket = min(shape.hidden**2, trained) * b * {0: 0, 1: 2, 2: 2, 3: 1}[setup.stage]
-    for phase in PHASES:
+    for phase in _phases(setup):
         yield phase, "gradients", bucket
     yield "loss", "gradients", whole if job.accumulation > 1 else 0
     yield "backward", "gradients", whole

@@ -9,11 +9,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from sdft_ds.model.prefix_cache import key_value_width
 
-# Built-in names: the public configurations of Llama 2 7B, Llama 3.1 70B and Llama 3.1 405B.
+# Built-in names: the public configurations of Llama 2 7B, Qwen3 32B, Llama 3.1 70B and Llama 3.1 405B.
 BUILT_IN = {
     "7b": {
         "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
         "intermediate_size": 11008, "vocab_size": 32000, "max_position_embeddings": 4096,
+    },
+    "32b": {
+        "hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "head_dim": 128, "intermediate_size": 25600, "vocab_size": 151936, "max_position_embeddings": 40960,
     },
     "70b": {
         "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
@@ -32,7 +36,8 @@ class ModelShape:
     tied: shared with the embedding.
 
     largest: the largest parameter. linears: (last part of the name, in, out) of every linear layer but the head.
-    query, key_value: widths of a layer's queries and of its keys; intermediate: of its feed-forward layer.
+    query, key_value: widths of a layer's queries and of its keys; intermediate: of its feed-forward layer. positions:
+    tokens of its context.
     """
 
     parameters: int
@@ -41,11 +46,18 @@ class ModelShape:
     largest: int
     linears: tuple[tuple[str, int, int], ...]
     layers: int
+    heads: int
+    positions: int
     hidden: int
     query: int
     key_value: int
     intermediate: int
     vocabulary: int
+
+    @property
+    def layer(self) -> float:
+        """Elements of a decoder layer."""
+        return (self.parameters - self.head * (1 if self.tied else 2)) / self.layers
 
     @property
     def linear_parameters(self) -> int:
@@ -87,6 +99,8 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
             if isinstance(module, nn.Linear) and module is not head
         ),
         layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        positions=getattr(config, "max_position_embeddings", None) or 0,
         hidden=config.hidden_size,
         query=config.num_attention_heads * head_width,
         key_value=key_value_width(config),
@@ -96,7 +110,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
 
 
 def load_shape(name_or_path: str) -> ModelShape:
-    """The shape of a built-in name (7b, 70b, 405b), a folder with a config.json, a config.json, or a model on the hub.
+    """The shape of a built-in name, a folder with a config.json, a config.json, or a model on the hub.
 
     Raises ValueError if there is no such configuration, or if it is not that of a causal LM.
     """

@@ -1,35 +1,18 @@
 """Communication volume of an optimizer step, and simulated weak scaling.
 
 Volumes are calculated; tests/distributed/test_traffic.py compares them with real collectives. Times are simulated, see
-`ASSUMPTIONS`.
+`machine.ASSUMPTIONS`.
 """
 
 from dataclasses import dataclass, replace
 
-from sdft_ds.plan.footprint import LIVE_PARAMETERS, Job, Setup
+from sdft_ds.plan import vllm
+from sdft_ds.plan.footprint import LIVE_PARAMETERS
+from sdft_ds.plan.job import Job, Setup
+from sdft_ds.plan.machine import Machine
 
 MOST_RANKS = 4096
-ASSUMPTIONS = """\
-Weak scaling: rows per rank stay as they are. Rings: a rank receives (ranks - 1) / ranks of what is gathered or
-reduced, at {bandwidth:g} GB/s, and each collective costs {latency:g} us for each rank but one. Compute: {flops:g}
-TFLOP/s at {mfu:.0%}; 6 FLOPs per parameter and student token (8 with checkpointing), 2 per teacher token and prompt
-token, none for attention. Decoding reads all weights once per token at {memory_bandwidth:g} GB/s, every row to its
-full length. Optimizer, data and stragglers take no time. Two bounds: collectives beside computing, or one after the
-other."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """bandwidth, memory_bandwidth: GB/s per GPU. latency: microseconds per rank of a ring. flops: TFLOP/s.
-
-    Defaults are assumptions: one 400 Gb/s link per GPU, and the H100 data sheet (SXM: bf16 dense, HBM3).
-    """
-
-    bandwidth: float = 50.0
-    latency: float = 3.0
-    flops: float = 989.0
-    mfu: float = 0.4
-    memory_bandwidth: float = 3350.0
+KERNELS = 41  # of a decoder layer and token in the training process, as counted
 
 
 def volumes(job: Job, setup: Setup) -> dict[str, float]:
@@ -57,12 +40,15 @@ def _rings(job: Job, setup: Setup) -> dict[str, tuple[float, float]]:
     # forward of the scoring pass to the student's.
     student, teacher = accumulation * (1 + max(0.0, 1 - LIVE_PARAMETERS / job.elements)), job.scoring_forwards
     stays = job.shape.head * job.bytes if job.shape.tied else 0
-    rollout = 1 if setup.gather else job.completion * -(-job.rows // job.rollout_rows)
+    rollout = job.completion * _waves(job) if setup.vllm is None and not setup.gather else 1
+    pushed = job.weights
+    if setup.vllm is not None and not setup.vllm.colocated and vllm.sync(job, setup.vllm) == "adapter":
+        pushed = job.adapter * job.bytes
     rings = {
         "gradients": (accumulation * gradients, accumulation),
         "student's weights": (student * weights - stays, student),
         "teacher's weights": (teacher * weights - (teacher - 1) * stays, teacher),
-        "rollout's weights": (rollout * weights, rollout),
+        "rollout's weights": (rollout * pushed, rollout),
     }
     if job.has_shadow and job.tuning == "full":
         rings["teacher's head"] = (job.shape.head * job.bytes, 0)
@@ -84,13 +70,11 @@ class StepTime:
 
 
 def step_time(job: Job, setup: Setup, machine: Machine) -> StepTime:
-    """Simulates one step; see ASSUMPTIONS."""
+    """Simulates one step; see machine.ASSUMPTIONS."""
     parameters, rate = job.elements, machine.flops * 1e12 * machine.mfu
     student = job.rows * (job.prompt + job.completion) * (8 if job.checkpointing else 6)
     teacher = 2 * (job.prompts * job.teacher_prompt + job.rows * job.completion)
-    prefill = 2 * job.prompts * job.prompt
-    token = max(2 * job.rows * parameters / rate, job.weights / (machine.memory_bandwidth * 1e9))
-    computing = (student + teacher + prefill) * parameters / rate + job.completion * token
+    computing = (student + teacher) * parameters / rate + rollout_seconds(job, setup, machine)
     # A pass over the weights takes one collective per linear layer, because the prefetch bucket (0.9 hidden^2) is
     # smaller than most of them. Gradients are reduced in buckets of hidden^2.
     layers = len(job.shape.linears) + 2
@@ -98,7 +82,37 @@ def step_time(job: Job, setup: Setup, machine: Machine) -> StepTime:
     rings = _rings(job, setup).items()
     collectives = sum(passes * (buckets if name == "gradients" else layers) for name, (_, passes) in rings)
     hops = collectives * (job.ranks - 1) * machine.latency * 1e-6
-    return StepTime(job.ranks, computing, sum(volumes(job, setup).values()) / (machine.bandwidth * 1e9) + hops)
+    moved = sum(volumes(job, setup).values()) / (machine.bandwidth * 1e9)
+    pushed = 0 if setup.vllm is None else vllm.transfer_seconds(job, setup.vllm, machine)
+    return StepTime(job.ranks, computing, moved + hops + pushed)
+
+
+def _waves(job: Job) -> int:
+    """Rollouts of the training process that complete a generation batch one after the other."""
+    return -(-job.rows // job.rollout_rows)
+
+
+def rollout_seconds(job: Job, setup: Setup, machine: Machine) -> float:
+    """Of a generation batch, without bringing the weights there."""
+    if setup.vllm is not None:
+        return vllm.rollout_seconds(job, setup.vllm, machine)
+    rate = machine.flops * 1e12 * machine.mfu
+    computing = 2 * job.rollout_rows * job.elements / rate
+    read, launched = job.weights / (machine.memory_bandwidth * 1e9), KERNELS * job.shape.layers * machine.launch * 1e-6
+    token = max(computing, read, launched)
+    return 2 * job.prompts * job.prompt * job.elements / rate + _waves(job) * job.completion * token
+
+
+def weights_seconds(job: Job, setup: Setup, machine: Machine) -> float:
+    """Of bringing the weights to where a generation batch is rolled out: gathering them, and a push to vLLM."""
+    passes, _ = _rings(job, setup).get("rollout's weights", (0, 0))
+    gathered = passes * (job.ranks - 1) / job.ranks / (machine.bandwidth * 1e9)
+    return gathered + (0 if setup.vllm is None else vllm.transfer_seconds(job, setup.vllm, machine))
+
+
+def layerwise_seconds(job: Job, machine: Machine) -> float:
+    """Of a generation batch if each layer is gathered, or copied from the host, for each token."""
+    return job.completion * _waves(job) * job.weights / (machine.bandwidth * 1e9)
 
 
 def weak_scaling(job: Job, setup: Setup, machine: Machine) -> list[StepTime]:

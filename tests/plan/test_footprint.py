@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 
-from sdft_ds.plan.footprint import OFFLOAD, OFFLOAD_OPTIMIZER, SETUPS, ZERO_2, ZERO_3, Job, footprint
+from sdft_ds.plan.footprint import footprint
+from sdft_ds.plan.job import OFFLOAD, OFFLOAD_OPTIMIZER, SETUPS, ZERO_2, ZERO_3, Job
 from sdft_ds.plan.model_shape import load_shape, shape_of
 from tests.distributed.scenarios import communication
 from tests.helpers import tiny

@@ -11,7 +11,9 @@ def test_a_model_counts_what_it_has(tied):
     shape = shape_of(model)
     assert shape.parameters == sum(param.numel() for param in model.parameters())
     assert shape.tied == tied and shape.head == model.lm_head.weight.numel()
-    assert (shape.query, shape.key_value) == (32, 16)
+    assert (shape.query, shape.key_value, shape.heads) == (32, 16, model.config.num_attention_heads)
+    layer = sum(param.numel() for param in model.model.layers[0].parameters())
+    assert shape.layer == pytest.approx(layer, rel=0.01)  # the last norm belongs to none
 
 
 @pytest.mark.parametrize("file", ["", "config.json"])
@@ -20,7 +22,7 @@ def test_a_configuration_is_enough(tmp_path, file):
     assert load_shape(str(tmp_path / file)) == shape_of(tiny.llama())
 
 
-@pytest.mark.parametrize("name, billions", [("7b", 6.74), ("70b", 70.55), ("405b", 405.85)])
+@pytest.mark.parametrize("name, billions", [("7b", 6.74), ("32b", 32.76), ("70b", 70.55), ("405b", 405.85)])
 def test_the_built_in_models_are_as_large_as_their_names(name, billions):
     assert load_shape(name).parameters / 1e9 == pytest.approx(billions, abs=0.01)
 

@@ -5,8 +5,9 @@ import pytest
 
 from sdft_ds.cli.arguments import parse
 from sdft_ds.plan.__main__ import SURVEYED, main
-from sdft_ds.plan.footprint import ZERO_3
-from sdft_ds.plan.traffic import Machine, weak_scaling
+from sdft_ds.plan.job import ZERO_3
+from sdft_ds.plan.machine import Machine
+from sdft_ds.plan.traffic import weak_scaling
 from tests.helpers import tiny
 from tests.plan.test_footprint import SEVEN
 
@@ -41,7 +42,7 @@ def test_a_configuration_is_planned_and_its_command_is_one_that_training_takes(t
         (["7b", "--gpus", "1", "--host_memory", "10"], None),
         (
             ["70b", "--nodes", "4"],
-            "sbatch --nodes 4 launch/slurm/train.sbatch.*zero3.json.*ds3_gather_for_generation false",
+            "sbatch --nodes 4 launch/slurm/train.sbatch.*zero3.json.*--use_vllm true.*_enable_sleep_mode true",
         ),
     ],
 )
@@ -97,6 +98,9 @@ def test_where_an_adapter_does_not_help_more_nodes_are_asked_for(capsys):
         (["--model_name_or_path", "7b", "--gpus", "0"], "gpus must be at least 1"),
         (["--model_name_or_path", "7b", "--num_generations", "3"], "num_generations=3 does not divide the 64 rows"),
         (["--model_name_or_path", "7b", "--use_peft", "--lora_target_modules", "wq"], "no linear layer is called wq"),
+        (["--model_name_or_path", "7b", "--vllm_mode", "remote"], "vllm_mode must be one of colocate, server"),
+        (["--model_name_or_path", "7b", "--vllm_gpu_memory_utilization", "2"], r"must be in \(0, 1\]"),
+        (["--model_name_or_path", "7b", "--use_vllm", "--vllm_tensor_parallel_size", "3"], "must divide the 8 ranks"),
     ],
 )
 def test_a_mistake_is_one_line(argv, words):
@@ -116,8 +120,11 @@ def test_what_is_shown_holds_the_table_the_command_and_the_assumptions(capsys, m
 def test_the_survey_has_a_row_for_each_model_and_way_to_train(capsys):
     main(["--survey"])
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 2 + 3 * 3 and all(row.count("|") == len(SURVEYED) + 2 for row in rows)
+    end = rows.index("")
+    assert end == 2 + 3 * 4 and all(row.count("|") == len(SURVEYED) + 2 for row in rows[:end])
     assert re.search(r"405B full \|( - \|)+ 3", "\n".join(rows)) and "7B QLoRA | 2: " in "\n".join(rows)
+    assert re.search(r"\| 3V\d: ", rows[end - 6]) and "3S16" in rows[end - 3]  # 70B, 405B
+    assert len(rows[end:]) == 1 + 2 + 4 and "| - | 1 x 16 GPUs" in rows[-1]
 
 
 def test_more_ranks_are_never_faster_and_compute_the_same():

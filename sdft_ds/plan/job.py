@@ -1,0 +1,164 @@
+"""A training job, the setups that it can run under, and what generates its completions."""
+
+from dataclasses import dataclass
+
+from sdft_ds.plan.model_shape import ModelShape
+
+# NF4: half a byte per value, and an fp32 scale per 64 values, which ZeRO-3 does not shard.
+NF4_BYTES, NF4_SCALE_BYTES = 0.5, 4 / 64
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """An engine of vLLM: in the training processes of `parallel` ranks (colocated), or `servers` on GPUs of their own.
+
+    memory: bytes of each of its GPUs that it takes. parallel: GPUs that share an engine. length: tokens of the longest
+    sequence it accepts. sleeps: it holds memory during rollouts only. sync: as vllm_weight_sync.
+    """
+
+    memory: float
+    length: int
+    colocated: bool = True
+    parallel: int = 1
+    sleeps: bool = False
+    servers: int = 1
+    sync: str = "auto"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A DeepSpeed setup, and what generates: vllm, or the training process. gather: ZeRO-3 gathers the weights once
+    per rollout of the training process (ds3_gather_for_generation)."""
+
+    config: str  # of ds_configs, without .json
+    stage: int
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    gather: bool = True
+    vllm: Vllm | None = None
+
+    @property
+    def name(self) -> str:
+        if self.vllm is None:
+            return self.config + ("" if self.gather else ", layer by layer")
+        if not self.vllm.colocated:
+            return f"{self.config}, vLLM server"
+        return f"{self.config}, vLLM" + (", sleep mode" if self.vllm.sleeps else "")
+
+
+ZERO_0, ZERO_1, ZERO_2 = (Setup(f"zero{stage}", stage) for stage in range(3))
+ZERO_3 = Setup("zero3", 3)
+OFFLOAD_OPTIMIZER = Setup("zero3_offload_optimizer", 3, offload_optimizer=True)
+OFFLOAD = Setup("zero3_offload", 3, offload_optimizer=True, offload_parameters=True)
+SETUPS = (ZERO_0, ZERO_1, ZERO_2, ZERO_3, OFFLOAD_OPTIMIZER, OFFLOAD)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training job. Lengths are tokens; a micro-batch is `batch` rows, a step `accumulation` micro-batches.
+
+    tuning: full, lora or qlora. adapter: its parameters. teacher: live, base or ema. topk: size of the support; None:
+    the full vocabulary. chunk_tokens: as loss_chunk_tokens. rollout_tokens: as rollout_batch_tokens; None: all rows
+    are generated at once.
+    """
+
+    shape: ModelShape
+    ranks: int
+    tuning: str = "full"
+    adapter: int = 0
+    teacher: str = "live"
+    shadow_on_host: bool = False
+    bf16: bool = True
+    checkpointing: bool = True
+    batch: int = 8
+    accumulation: int = 1
+    generations: int = 8
+    prompt: int = 512
+    teacher_prompt: int = 2048
+    completion: int = 256
+    scoring_tokens: int = 16384
+    rollout_tokens: int | None = None
+    topk: int | None = 100
+    chunk_tokens: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes per element in the compute dtype, which is also that of the engine's weights."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def trained(self) -> int:
+        return self.shape.parameters if self.tuning == "full" else self.adapter
+
+    @property
+    def elements(self) -> int:
+        return self.shape.parameters + self.adapter
+
+    @property
+    def scales(self) -> float:
+        return NF4_SCALE_BYTES * self.shape.linear_parameters if self.tuning == "qlora" else 0
+
+    @property
+    def weights(self) -> float:
+        """Bytes of all the weights that stage 3 shards."""
+        if self.tuning != "qlora":
+            return self.elements * self.bytes
+        quantized = self.shape.linear_parameters
+        return NF4_BYTES * quantized + (self.elements - quantized) * self.bytes
+
+    @property
+    def cached(self) -> int:
+        """Bytes of a token's keys and values."""
+        return 2 * self.shape.key_value * self.shape.layers * self.bytes
+
+    @property
+    def dequantized(self) -> int:
+        """Bytes of the largest linear layer in the compute dtype: QLoRA dequantizes each while it computes."""
+        return self.bytes * max(width * height for _, width, height in self.shape.linears)
+
+    @property
+    def without_grad(self) -> float:
+        """Activation bytes per token without a backward: the larger of a layer's feed-forward and attention peaks (as
+        measured; attention without a materialized score matrix)."""
+        shape = self.shape
+        feed_forward = 3 * shape.intermediate + 4 * shape.hidden
+        attention = 3 * shape.hidden + 3 * shape.query + 4 * shape.key_value
+        return self.bytes * max(feed_forward, attention)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a generation batch per rank; it serves one optimizer step."""
+        return self.batch * self.accumulation
+
+    @property
+    def prompts(self) -> int:
+        """Distinct prompts among those rows."""
+        return -(-self.rows // self.generations)
+
+    @property
+    def rollout_rows(self) -> int:
+        """Rows that are generated at once."""
+        tokens = self.rollout_tokens
+        return self.rows if tokens is None else min(self.rows, max(1, tokens // (self.prompt + self.completion)))
+
+    @property
+    def rollout_row(self) -> float:
+        """Training's own estimate of bytes per rollout row, by which it chooses how many are generated at once."""
+        shape = self.shape
+        of_token = 2 * shape.key_value * shape.layers + 4 * shape.hidden + 3 * shape.intermediate
+        return (self.prompt + self.completion) * of_token * self.bytes + 24 * shape.vocabulary
+
+    @property
+    def has_shadow(self) -> bool:
+        return self.teacher == "ema" or (self.teacher == "base" and self.tuning == "full")
+
+    @property
+    def scoring_rows(self) -> int:
+        """Rows per batch of the scoring pass: a multiple of `generations`, if a prompt's completions fit in one."""
+        rows = min(self.rows, max(1, self.scoring_tokens // (self.teacher_prompt + self.completion)))
+        return rows - rows % self.generations if rows > self.generations else rows
+
+    @property
+    def scoring_forwards(self) -> int:
+        """Forwards of one scoring pass: with shared prompts two per batch, one over prompts, one over completions."""
+        return -(-self.rows // self.scoring_rows) * (2 if self.generations > 1 else 1)
