@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint, then all fast tests, in the same environment as quickstart.sh; --full adds the slow ones. Other arguments go to
-# pytest. As root on Debian it installs shellcheck and, with --full, what the tests on a SLURM cluster and in a browser
+# Lint, then all fast tests, in the same environment as quickstart.sh, and those of vLLM in an environment of its own
+# (VLLM=no leaves them out); --full adds the slow ones. Other arguments go to pytest, and leave out those of vLLM. As root on Debian it installs shellcheck and, with --full, what the tests on a SLURM cluster and in a browser
 # need; elsewhere they are skipped where it is missing. SYSTEM_PACKAGES=no leaves the system alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,6 +31,10 @@ if command -v shellcheck >/dev/null; then
 fi
 # Two at a time, unless the arguments say otherwise. The slow tests start many processes of their own: one at a time.
 case " $* " in
-  *" -n"* | *" --full "*) exec python -m pytest "$@" ;;
-  *) exec python -m pytest -n 2 "$@" ;;
+  *" -n"* | *" --full "*) python -m pytest "$@" ;;
+  *) python -m pytest -n 2 "$@" ;;
 esac
+if [ "${VLLM:-}" != no ] && { [ $# = 0 ] || [ "$*" = --full ]; }; then
+  VENV=.venv-vllm bash launch/vllm_environment.sh
+  PATH="$PWD/.venv-vllm/bin:$PATH" python -m pytest "$@" tests/distributed/test_vllm_*.py
+fi

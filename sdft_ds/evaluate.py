@@ -21,16 +21,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from sdft_ds.cli import errors
 from sdft_ds.cli.arguments import ScriptArguments
 from sdft_ds.config.sdft_config import SDFTConfig
-from sdft_ds.data.batch import Completion
 from sdft_ds.data.prompts import PromptBuilder
-from sdft_ds.distributed import launch, zero
+from sdft_ds.distributed import launch
 from sdft_ds.evaluation import retention
 from sdft_ds.evaluation.retention import ReferenceContinuation
 from sdft_ds.evaluation.task_evaluation import EvalModel, TaskEvaluator, print_table, record
 from sdft_ds.evaluation.tasks import RETENTION, Task, read_tasks
 from sdft_ds.model import completion_forward, loading
 from sdft_ds.model.completion_forward import RequestForward
-from sdft_ds.rollouts.sampler import Sampler
+from sdft_ds.rollouts.engine import Sampling
+from sdft_ds.rollouts.local import LocalRollouts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -107,19 +107,15 @@ class _Saved:
 
     def examination(self, tasks: list[Task], start: list[ReferenceContinuation] | None = None) -> TaskEvaluator:
         tokenizer = self.prompts.tokenizer
-        sampler = Sampler(
+        sampling = Sampling(
             {"do_sample": False, "max_new_tokens": self.longest},
             loading.stop_token_ids(self.model, tokenizer),
             tokenizer.pad_token_id,
             seed=0,
         )
-
-        def generate(prompts: list[list[int]], keys: list[str]) -> list[Completion]:
-            weights = zero.generation_weights(self.model, gather=False)
-            return sampler.sample(self.model, prompts, keys, weights)
-
+        rollouts = LocalRollouts(sampling, self.model, lambda: self.model)
         subject = EvalModel(
-            lambda: self.model, generate, self.prompts, self.batch_size, self.longest, self.model.device
+            lambda: self.model, rollouts.generate, self.prompts, self.batch_size, self.longest, self.model.device
         )
         return TaskEvaluator(tasks, subject, start)
 

@@ -35,8 +35,8 @@ from sdft_ds.model.packing import packing_for
 from sdft_ds.objectives.protocol import Objective, RunParts
 from sdft_ds.objectives.sdft import SelfDistillation
 from sdft_ds.objectives.sft import SupervisedFineTuning
-from sdft_ds.rollouts.sampler import Sampler
-from sdft_ds.rollouts.student import StudentRollouts
+from sdft_ds.rollouts import factory
+from sdft_ds.rollouts.engine import RolloutEngine
 from sdft_ds.teacher import Teacher
 
 
@@ -103,23 +103,12 @@ class MethodTrainer(StepTrainer):
             )
         return args
 
-    def _rollouts(self, tokenizer: PreTrainedTokenizerBase) -> StudentRollouts:
-        args = self.args
-        sampler = Sampler(
-            args.generation_options,
-            loading.stop_token_ids(self.model, tokenizer),
-            tokenizer.pad_token_id,
-            args.seed,
-            args.rollout_backend,
-            args.rollout_batch_tokens,
-        )
-        sampler.on_wait = lambda: self.say_phase("waiting after the rollout")
-        return StudentRollouts(
-            sampler, self.model, lambda: self.model_wrapped, self.accelerator, args.ds3_gather_for_generation
-        )
+    def _rollouts(self, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:
+        rollouts = factory.make(self.args, self.model, lambda: self.model_wrapped, self.accelerator, tokenizer)
+        rollouts.on_wait = lambda: self.say_phase("waiting after the rollout")
+        return rollouts
 
     def _run_parts(self, tokenizer: PreTrainedTokenizerBase) -> RunParts:
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}
         return RunParts(
             args=self.args,
             model=self.model,
@@ -129,7 +118,7 @@ class MethodTrainer(StepTrainer):
             anchors=self.anchor_dataset,
             rollouts=self.rollouts,
             packing=packing_for(causal_lm_of(self.model), self.args.padding_free),
-            compute_dtype=half.get(self.accelerator.mixed_precision, torch.float32),
+            compute_dtype=self.args.compute_dtype,
             dispatch=self.dispatch,
         )
 
@@ -143,6 +132,7 @@ class MethodTrainer(StepTrainer):
         ResumableTrainer.train raises.
         """
         result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self.rollouts.close()
         if self.is_world_process_zero():
             self._write_page()
         return result

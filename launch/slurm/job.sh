@@ -25,16 +25,23 @@ prepare() {
 
   OUTPUT_DIR="runs/${SLURM_JOB_NAME:-job}-${SLURM_JOB_ID:-0}" # the job id stays the same when the job is started again
   TRAIN=(--deepspeed ds_configs/zero3.json --resume_from_checkpoint true --save_strategy steps)
-  local previous=
-  for argument in "$@"; do
-    [ "$previous" = --output_dir ] && OUTPUT_DIR=$argument
-    previous=$argument
-  done
+  OUTPUT_DIR=$(argument --output_dir "$@" || echo "$OUTPUT_DIR")
   TRAIN+=(--output_dir "$OUTPUT_DIR" "$@") # of a flag that is there twice the last one counts
 
   MASTER_ADDR=$(hostnames | head -n 1)
   MASTER_PORT=$((20000 + ${SLURM_JOB_ID:-0} % 20000))
   export MASTER_ADDR MASTER_PORT OUTPUT_DIR
+}
+
+# The value of a flag among the arguments; fails without it.
+argument() {
+  local flag=$1 previous='' value=''
+  shift
+  for each in "$@"; do
+    [ "$previous" = "$flag" ] && value=$each
+    previous=$each
+  done
+  [ -n "$value" ] && echo "$value"
 }
 
 hostnames() {

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from transformers import TrainingArguments
 
 from sdft_ds.config import inherited, validate
@@ -17,6 +18,7 @@ from sdft_ds.config.rollouts import RolloutSettings
 from sdft_ds.config.run import RunSettings
 from sdft_ds.config.teacher import TeacherSettings
 from sdft_ds.config.trl_compat import TrlCompatSettings
+from sdft_ds.config.vllm import VllmSettings
 from sdft_ds.distributed import launch
 
 
@@ -24,6 +26,7 @@ from sdft_ds.distributed import launch
 @dataclass
 class SDFTConfig(
     TrlCompatSettings,
+    VllmSettings,
     RolloutSettings,
     PromptSettings,
     TeacherSettings,
@@ -91,6 +94,11 @@ class SDFTConfig(
     def __getstate__(self) -> dict[str, Any]:
         """Excludes the token, because transformers pickles the arguments into every folder that it saves."""
         return {**self.__dict__, "hub_token": None}
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that matrix products are computed in."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     @property
     def n_gpu(self) -> int:

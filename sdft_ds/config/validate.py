@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from sdft_ds.config.fields import check_ranges, without_effect
 from sdft_ds.config.inherited import idle_settings
 from sdft_ds.config.teacher import EMA_RATES, EMA_STEPS
-from sdft_ds.config.trl_compat import VLLM
+from sdft_ds.config.vllm import idle_vllm_settings, refuse_vllm_contradictions
 from sdft_ds.data.prompts import parse_template
 
 # Fields of GenerationConfig with a setting of their own, because the loss or the lengths depend on them as well.
@@ -47,8 +47,6 @@ def lower_is_better(metric: str | None) -> bool:
 
 
 def refuse_unused(config: Any) -> None:
-    if config.use_vllm:
-        raise ValueError(f"use_vllm=True is not supported: {VLLM}. Leave it False.")
     if config.use_teacher_server:
         raise ValueError(
             "use_teacher_server=True is not supported: the teacher scores in the training process itself and needs no "
@@ -87,6 +85,7 @@ def refuse_contradictions(config: Any) -> None:
                 "rollout_backend='continuous' has a paged cache of its own and contradicts "
                 f"cache_implementation={config.cache_implementation!r}: leave it unset."
             )
+    refuse_vllm_contradictions(config)
     if config.fp16 and config.use_cpu:
         raise ValueError(
             "fp16=True needs a GPU, and this run is on the CPU: set bf16=True, or bf16=False for float32."
@@ -164,7 +163,8 @@ def warn_of_ineffective(config: Any) -> None:
         "ds3_gather_for_generation": (not config.ds3_gather_for_generation and not zero3, "the run is not ZeRO-3"),
     }
     own = [(f"{name}={getattr(config, name)!r}", reason) for name, (idle, reason) in ineffective.items() if idle]
-    for setting, reason in [*own, *idle_settings(config)]:
+    vllm = [(f"{name}={getattr(config, name)!r}", reason) for name, reason in idle_vllm_settings(config).items()]
+    for setting, reason in [*own, *vllm, *idle_settings(config)]:
         warnings.warn(f"{setting} has no effect: {reason}.", stacklevel=4)
     for sentence in without_effect(type(config), vars(config), vars(config)):
         warnings.warn(sentence, stacklevel=4)

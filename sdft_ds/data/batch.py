@@ -10,7 +10,7 @@ visible to attention.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,10 +20,15 @@ from sdft_ds.data.prompts import PromptPair
 
 @dataclass(frozen=True)
 class Completion:
-    """ids: the sampled tokens, including EOS; truncated: no EOS was sampled within the length limit."""
+    """ids: the sampled tokens, including EOS; truncated: no EOS was sampled within the length limit.
+
+    log_probs: the sampler's log-probability of each token at the loss temperature, before top-p and the like; None if
+    unknown.
+    """
 
     ids: list[int]
     truncated: bool
+    log_probs: list[float] | None = field(default=None, compare=False)  # rounding depends on the batch
 
 
 @dataclass(frozen=True)

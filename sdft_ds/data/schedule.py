@@ -113,6 +113,20 @@ class Schedule:
         return tuple(Slot(index, row, anchor=anchor) for row, index, anchor in chosen)
 
 
+class Lookahead:
+    """Generation batches ahead of their turn, in order, over all epochs."""
+
+    def __init__(self, schedule: Schedule):
+        self.batches = (item for epoch in count() for item in schedule.epoch(epoch))
+        self.ahead: ScheduledBatch | None = None
+
+    def batch(self, number: int) -> ScheduledBatch:
+        """The first micro-batch of generation batch `number`, which never decreases from call to call."""
+        while self.ahead is None or self.ahead.generation_batch < number:
+            self.ahead = next(self.batches)
+        return self.ahead
+
+
 def for_generation_batches(batches: int, **shape: Any) -> Schedule:
     """An unshuffled epoch of `batches` generation batches: for a stream, which has no length."""
     schedule = Schedule(0, **shape)

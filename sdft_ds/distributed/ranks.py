@@ -1,6 +1,7 @@
 """Rank, world size and collectives. Collectives are called by all ranks; without a process group, world size is 1."""
 
 import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,6 +43,30 @@ def all_gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     distributed.all_gather_object(values, value)
     return values
+
+
+def from_rank_0(work: Callable[[], Any], meanwhile: Iterable[Any] = ()) -> Any:
+    """Run `work` on rank 0 alone; its result, or its exception, is every rank's.
+
+    meanwhile: an iterator with collectives in it, which `work` may consume; every rank iterates it to its end, also
+    after an exception in `work`.
+    """
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+    for _ in meanwhile:
+        pass
+    if world_size() > 1:
+        known = error if type(error) in (ValueError, RuntimeError) else error and RuntimeError(repr(error))
+        outcome = [(result, known)]
+        distributed.broadcast_object_list(outcome, src=0)
+        result, error = (result, error) if rank() == 0 else outcome[0]
+    if error is not None:
+        raise error
+    return result
 
 
 def all_reduce(tensor: Tensor, how: str) -> Tensor:

@@ -35,12 +35,13 @@ def full_shape(param: Tensor) -> torch.Size:
 @torch.no_grad()
 def full_copies(params: list[Tensor]) -> list[Tensor]:
     """Unsharded copies of parameters on this rank. Must be called by every rank."""
-    with _gathered(params):
+    with gathered(params):
         return [param.detach().clone() for param in params]
 
 
 @contextmanager
-def _gathered(params: list[Tensor]) -> Iterator[None]:
+def gathered(params: list[Tensor]) -> Iterator[None]:
+    """Inside, ZeRO-3 sharded parameters are whole on every rank. Must be entered by every rank."""
     sharded = [param for param in params if hasattr(param, "ds_id")]
     if not sharded:
         yield
@@ -92,7 +93,7 @@ def generation_weights(engine: nn.Module, gather: bool) -> Iterator[bool]:
             yield ranks.world_size() > 1
     else:
         with (
-            _gathered(list(engine.module.parameters())),
+            gathered(list(engine.module.parameters())),
             _coordinator(engine, _Resident()),
             _recovering(engine, release=False),
         ):

@@ -18,14 +18,16 @@ from sdft_ds.loop.loaders import EvaluationBatches
 from sdft_ds.metrics.meters import Meters
 from sdft_ds.model.completion_forward import causal_lm_of
 from sdft_ds.objectives.protocol import BatchUse, Objective
+from sdft_ds.rollouts.engine import RolloutEngine
 
 
 class EvaluationTrainer(ReusableTrainer):
-    """prompts, meters, objective: set by the subclasses."""
+    """prompts, meters, objective, rollouts: set by the subclasses."""
 
     prompts: PromptBuilder
     meters: dict[str, Meters]  # train, eval
     objective: Objective
+    rollouts: RolloutEngine
 
     def __init__(self, *arguments: Any, **options: Any):
         # Added to an evaluation's metrics; see evaluation.task_evaluation.
@@ -43,6 +45,8 @@ class EvaluationTrainer(ReusableTrainer):
                 "This trainer's DeepSpeed engine ended when another trainer began to train its model: evaluate before "
                 "that, or with the trainer that trained last."
             )
+        if not self.is_in_train:  # other code may have changed them
+            self.rollouts.weights_changed()
         with self.prepared():
             return super().evaluate(*args, **kwargs)
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from sdft_ds.config.sdft_config import SDFTConfig
-from sdft_ds.data.schedule import Schedule, ScheduledBatch, for_generation_batches
+from sdft_ds.data.schedule import Lookahead, Schedule, ScheduledBatch, for_generation_batches
 from sdft_ds.data.streams import Stream
 from sdft_ds.distributed import engines, ranks
 from sdft_ds.loop.evaluation import EvaluationTrainer
@@ -32,7 +32,7 @@ from sdft_ds.loop.loaders import data_loader
 from sdft_ds.loss.normalization import loss_weights
 from sdft_ds.metrics.meters import Meters
 from sdft_ds.metrics.nonfinite import NonFiniteGuard
-from sdft_ds.objectives.protocol import BatchUse, GenerationBatch
+from sdft_ds.objectives.protocol import BatchUse, GenerationBatch, key_of
 
 
 class StepTrainer(EvaluationTrainer):
@@ -72,6 +72,7 @@ class StepTrainer(EvaluationTrainer):
 
     def _engine_ready(self) -> None:
         """Setup once per run, before the first step, that needs the engine with loaded weights."""
+        self.rollouts.weights_changed()
         with self.prepared():
             engine = self.model_wrapped
             engines.skip_nonfinite_steps(engine)
@@ -101,6 +102,7 @@ class StepTrainer(EvaluationTrainer):
             schedule = for_generation_batches(-(-micro_batches // args.generate_every), **shape)
         else:
             schedule = Schedule(len(self.train_dataset), shuffle=args.shuffle_dataset, **shape)
+        self.lookahead = Lookahead(schedule)
         return data_loader(schedule)
 
     # ---- the optimizer step -----------------------------------------------------------------------------------------
@@ -136,15 +138,25 @@ class StepTrainer(EvaluationTrainer):
         args = self.args
         progress = self.state.global_step / max(1, self.state.max_steps)
         use = BatchUse(
-            self._train_batch_size, args.teacher_states_on, args.outlives_step, args.reordered_batches, progress
+            self._train_batch_size,
+            args.teacher_states_on,
+            args.outlives_step,
+            args.reordered_batches,
+            progress,
+            self._upcoming(item.generation_batch + 1) if args.rollout_lag else None,
         )
-        key, meters = f"train/{item.generation_batch}", self.meters["train"]
+        key, meters = key_of(item.generation_batch), self.meters["train"]
         scored = self.objective.collect(self.train_dataset, item.slots, key, meters, use)
         self.dispatch(
             "on_generation_batch_built",
             lambda: {"generate_every": args.generate_every, "steps_per_generation": args.steps_per_generation},
         )
         return scored
+
+    def _upcoming(self, number: int) -> ScheduledBatch | None:
+        """Generation batch `number`, or None if the run ends before it."""
+        micro_batches = self.state.max_steps * self.args.gradient_accumulation_steps
+        return self.lookahead.batch(number) if number * self.args.generate_every < micro_batches else None
 
     def with_loss_weights(self, scored: list[Any]) -> list[dict[str, Any]]:
         weights = loss_weights(
@@ -220,6 +232,10 @@ class StepTrainer(EvaluationTrainer):
         self.current_batch = self.objective.load(folder, self.model_wrapped, with_batch=same_ranks)
         self.is_resumed = True
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.rollouts.weights_changed()
+
     def load_own_weights(self, folder: str) -> None:
         self.objective.load_weights(folder, self.model_wrapped)
 
@@ -242,5 +258,6 @@ class _StepEvents(TrainerCallback):
         self.timing.close()
 
     def on_step_end(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.rollouts.weights_changed()
         if not self.trainer.guard.skipped:
             self.trainer.objective.after_step(self.trainer.model_wrapped, state.global_step)

@@ -67,7 +67,8 @@ class LossTerms:
     teacher_hidden_ND: the teacher's last hidden states at the same tokens; None for cross entropy.
     teacher_head: the teacher's head; None if it is the student's.
     tokens_N: the completion tokens; weights_N: loss weight of each token, 0 if excluded from the loss.
-    old_log_probs_N: the sampler's log-probabilities (None: no importance weight); is_clip: maximum importance weight.
+    old_log_probs_N: log-probabilities when sampled (None: no importance weight); is_clip: maximum importance weight.
+    with_log_probs: also return the student's log-probability of each token.
     """
 
     divergence: Divergence
@@ -77,6 +78,7 @@ class LossTerms:
     weights_N: Tensor
     old_log_probs_N: Tensor | None = None
     is_clip: float | None = None
+    with_log_probs: bool = False
 
     def per_token(self, student_logits_CV: Tensor, teacher_logits_CV: Tensor, chunk: slice) -> Tensor:
         """Divergence of each token of the chunk, including the importance weight, [C]."""
@@ -96,28 +98,32 @@ class LossTerms:
     def _weighted(self, loss_C: Tensor, student_logits_CV: Tensor, chunk: slice) -> Tensor:
         if not self._importance_counts:
             return loss_C
-        log_probs_C = token_log_probs(student_logits_CV.detach() / self.divergence.temperature, self.tokens_N[chunk])
+        log_probs_C = self.log_probs(student_logits_CV, chunk)
         return loss_C * importance_weight(log_probs_C, self.old_log_probs_N[chunk], self.is_clip)
+
+    def log_probs(self, student_logits_CV: Tensor, chunk: slice) -> Tensor:
+        """The student's log-probability of each token of the chunk at the loss temperature, [C], without grad."""
+        return token_log_probs(student_logits_CV.detach() / self.divergence.temperature, self.tokens_N[chunk])
 
     def full_with_gradient(
         self, student_logits_CV: Tensor, teacher_logits_CV: Tensor, chunk: slice
-    ) -> tuple[Tensor, Tensor]:
-        """`per_token` over the full vocabulary [C], and the gradient of the sum of weight x loss w.r.t. the student's
-        logits [C, V]. Overwrites both logits."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`per_token` over the full vocabulary [C], the gradient of the sum of weight x loss w.r.t. the student's
+        logits [C, V], and the student's log-probability of each token [C]. Overwrites both logits."""
         temperature = self.divergence.temperature
         for logits_CV in (student_logits_CV, teacher_logits_CV):
             logits_CV.div_(temperature)
             logits_CV.sub_(logits_CV.amax(-1, keepdim=True))  # first, or large logits lose precision
             logits_CV.sub_(logits_CV.logsumexp(-1, keepdim=True))
+        log_probs_C = student_logits_CV.gather(-1, self.tokens_N[chunk].unsqueeze(-1)).squeeze(-1)
         factor_C = torch.ones_like(self.weights_N[chunk])
         if self._importance_counts:
-            log_probs_C = student_logits_CV.gather(-1, self.tokens_N[chunk].unsqueeze(-1)).squeeze(-1)
             factor_C = importance_weight(log_probs_C, self.old_log_probs_N[chunk], self.is_clip)
         loss_C, grad_CV = interpolated_divergence_and_gradient(
             student_logits_CV, teacher_logits_CV, self.divergence.alpha
         )
         grad_CV.mul_((factor_C * self.weights_N[chunk] / temperature).unsqueeze(-1))
-        return loss_C * factor_C, grad_CV
+        return loss_C * factor_C, grad_CV, log_probs_C
 
 
 def chunked_distillation_loss(
@@ -127,8 +133,9 @@ def chunked_distillation_loss(
     scale: Tensor,
     finish: LogitsTransform,
     chunk_tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(scale x sum of weight x divergence, attached to the graph even if N is 0; the divergence of each token [N]).
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(scale x sum of weight x divergence, attached to the graph even if N is 0; the divergence of each token [N];
+    with terms.with_log_probs the student's log-probability of each token [N]).
 
     finish: the model's logits transform after the head (scale, softcap); None: identity.
     chunk_tokens: tokens per chunk; by default as many as fit into CHUNK_ELEMENTS logits.
@@ -278,23 +285,29 @@ class _Gradients:
             self.weight.index_add_(0, flat, outer_CKD.flatten(0, 1))
 
 
-def _full_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> Tensor:
+# Each of these returns the divergence of each token of the chunk, [C], and with terms.with_log_probs the student's
+# log-probability of it, [C].
+_OfChunk = tuple[Tensor, Tensor | None]
+
+
+def _full_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> _OfChunk:
     """Full vocabulary, with a closed-form gradient."""
     raw_CV = student.raw_logits(hidden_CD)
     teacher_CV = teacher.logits(terms.teacher_hidden_ND[chunk])
     if student.finish is identity:
-        loss_C, grad_CV = terms.full_with_gradient(raw_CV, teacher_CV, chunk)
+        loss_C, grad_CV, log_probs_C = terms.full_with_gradient(raw_CV, teacher_CV, chunk)
     else:
         with torch.enable_grad():
             finished_CV = student.finish(raw_CV.requires_grad_())
-        loss_C, grad_CV = terms.full_with_gradient(finished_CV.detach().clone(), teacher_CV, chunk)
+        detached_CV = finished_CV.detach().clone()
+        loss_C, grad_CV, log_probs_C = terms.full_with_gradient(detached_CV, teacher_CV, chunk)
         (grad_CV,) = torch.autograd.grad(finished_CV, raw_CV, grad_CV)
     del raw_CV, teacher_CV  # free the memory before the matrix products
     gradients.add(grad_CV, chunk)
-    return loss_C
+    return loss_C, log_probs_C
 
 
-def _sparse_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> Tensor:
+def _sparse_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> _OfChunk:
     """Top-k support without a tail: K teacher logits and K gradients per token."""
     raw_CV = student.raw_logits(hidden_CD)
     finished_CV = student.finish(raw_CV)
@@ -304,22 +317,25 @@ def _sparse_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gra
     with torch.enable_grad(), torch.autocast(student.device_type, enabled=False):
         loss_C = terms.per_token_on_support(student.finish(raw_CK), teacher_CK, finished_CV, chunk)
         (grad_CK,) = torch.autograd.grad((loss_C * terms.weights_N[chunk]).sum(), raw_CK)
+    log_probs_C = terms.log_probs(finished_CV, chunk) if terms.with_log_probs else None
     del raw_CV, finished_CV
     gradients.add_at(grad_CK, indices_CK, chunk)
-    return loss_C.detach()
+    return loss_C.detach(), log_probs_C
 
 
-def _other_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> Tensor:
+def _other_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> _OfChunk:
     """Any other divergence, with the gradient from autograd."""
     teacher_CV = None if terms.teacher_hidden_ND is None else teacher.logits(terms.teacher_hidden_ND[chunk])
     raw_CV = student.raw_logits(hidden_CD).requires_grad_()
     with torch.enable_grad(), torch.autocast(student.device_type, enabled=False):
-        loss_C = terms.per_token(student.finish(raw_CV), teacher_CV, chunk)
+        finished_CV = student.finish(raw_CV)
+        loss_C = terms.per_token(finished_CV, teacher_CV, chunk)
         (grad_CV,) = torch.autograd.grad((loss_C * terms.weights_N[chunk]).sum(), raw_CV)
+    log_probs_C = terms.log_probs(finished_CV, chunk) if terms.with_log_probs else None
     loss_C = loss_C.detach()
-    del raw_CV, teacher_CV
+    del raw_CV, finished_CV, teacher_CV
     gradients.add(grad_CV, chunk)
-    return loss_C
+    return loss_C, log_probs_C
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -334,28 +350,31 @@ class _ChunkedLoss(torch.autograd.Function):
         gradients = _Gradients(hidden_ND, head, student, ctx.needs_input_grad[:5])
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         per_token_N = torch.zeros(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
+        log_probs_N = torch.zeros_like(per_token_N) if terms.with_log_probs else None
         divergence, vocabulary = terms.divergence, weight_VD.shape[0]
         sparse = divergence.needs_student_only(vocabulary) and student.adapter is None and teacher.adapter is None
         elements = max(vocabulary, divergence.topk * weight_VD.shape[1]) if sparse else vocabulary
 
         for chunk in chunks_of(len(hidden_ND), elements, chunk_tokens):
             if sparse:
-                loss_C = _sparse_chunk(student, teacher, hidden_ND[chunk], terms, gradients, chunk)
+                loss_C, log_probs_C = _sparse_chunk(student, teacher, hidden_ND[chunk], terms, gradients, chunk)
             elif divergence.is_full(vocabulary):
-                loss_C = _full_chunk(student, teacher, hidden_ND[chunk], terms, gradients, chunk)
+                loss_C, log_probs_C = _full_chunk(student, teacher, hidden_ND[chunk], terms, gradients, chunk)
             else:
-                loss_C = _other_chunk(student, teacher, hidden_ND[chunk], terms, gradients, chunk)
+                loss_C, log_probs_C = _other_chunk(student, teacher, hidden_ND[chunk], terms, gradients, chunk)
             per_token_N[chunk] = loss_C
+            if log_probs_N is not None:
+                log_probs_N[chunk] = log_probs_C
             total += (loss_C * terms.weights_N[chunk]).sum()
 
         found = (gradients.hidden, gradients.weight, gradients.bias, gradients.down, gradients.up)
         ctx.save_for_backward(*found, scale)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden_ND, weight_VD, bias_V, down_QD, up_VQ)]
-        ctx.mark_non_differentiable(per_token_N)
-        return total * scale, per_token_N
+        ctx.mark_non_differentiable(per_token_N, *([] if log_probs_N is None else [log_probs_N]))
+        return total * scale, per_token_N, log_probs_N
 
     @staticmethod
-    def backward(ctx, grad_loss, _grad_per_token):
+    def backward(ctx, grad_loss, *_others):
         *grads, scale = ctx.saved_tensors
         factor = grad_loss * scale
         # In place: the gradients are private to this function, and a second backward is not possible anyway.

@@ -54,6 +54,12 @@ METRICS = {
         training_only=True,
     ),
     "is/clip_share": Metric("share", "mean", "of these, where the ratio is clipped", training_only=True),
+    "rollout/logprob_diff": Metric(
+        "nats/token",
+        "mean",
+        "|sampler's log-probability of a token - the student's|, while the weights are those it was sampled from",
+    ),
+    "rollout/logprob_diff_max": Metric("nats/token", "max", "largest of these"),
     "completions/mean_length": Metric("tokens", "mean", "length of a completion, end-of-sequence token included"),
     "completions/min_length": Metric("tokens", "min", "shortest completion"),
     "completions/max_length": Metric("tokens", "max", "longest completion"),
@@ -173,6 +179,13 @@ class Meters:
         share_N = (per_token_N.clamp(LEAST, MOST) / LEAST).log() / math.log(MOST / LEAST)
         bins_N = (share_N * BINS).long().clamp(max=BINS - 1)
         self.histogram.index_add_(0, bins_N, torch.ones_like(share_N))
+
+    def add_mismatch(self, differences_N: Tensor) -> None:
+        """Add the differences between the sampler's and the student's log-probabilities of tokens."""
+        if len(differences_N):
+            size_N = differences_N.abs()
+            self.add("rollout/logprob_diff", size_N.sum(), len(size_N))
+            self.add("rollout/logprob_diff_max", float(size_N.max()))
 
     def add_diagnostics(self, seen: TokenDiagnostics, old_log_probs_M: Tensor | None, clip: float | None) -> None:
         """Add the diagnostics of student and teacher at a sample of tokens."""

@@ -62,7 +62,8 @@ class TokenLogProbs:
 class DistillationLoss:
     """Request the loss: a scalar, scale x sum of weight x divergence; sets `per_token_N` to the divergences.
 
-    inspect_M: indices of the loss tokens for which `seen` is set to diagnostics of student and teacher.
+    With terms.with_log_probs it sets `log_probs_N` to the student's log-probabilities. inspect_M: indices of the loss
+    tokens for which `seen` is set to diagnostics of student and teacher.
     """
 
     positions_N: Tensor
@@ -71,11 +72,12 @@ class DistillationLoss:
     chunk_tokens: int | None = None
     inspect_M: Tensor | None = None
     per_token_N: Tensor | None = None
+    log_probs_N: Tensor | None = None
     seen: TokenDiagnostics | None = None
 
     def answer(self, hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -> Tensor:
         # Stored on the request, not returned: DDP and ZeRO-3 hook every tensor that a module outputs.
-        loss, self.per_token_N = chunked_distillation_loss(
+        loss, self.per_token_N, self.log_probs_N = chunked_distillation_loss(
             hidden_ND, head, self.terms, self.scale, finish, self.chunk_tokens
         )
         if self.inspect_M is not None:

@@ -14,7 +14,7 @@ from sdft_ds.data.batch import Completion, MicroBatch, Rollout
 from sdft_ds.data.prompts import PromptPair, RenderedPrompt
 from sdft_ds.distributed import ranks
 from sdft_ds.loss.chunked import Adapter, HeadValues
-from sdft_ds.objectives.protocol import GenerationBatch
+from sdft_ds.objectives.protocol import GenerationBatch, InFlight
 from sdft_ds.teacher.scoring import ScoredBatch
 
 
@@ -64,6 +64,25 @@ def load(
             )
         )
     return GenerationBatch(about["number"], scored, about["uses"])
+
+
+def save_in_flight(folder: str, in_flight: InFlight) -> None:
+    """Write this rank's part of a rollout that has begun, once it has ended."""
+    about = {"key": in_flight.key, "rollouts": [asdict(rollout) for rollout in in_flight.wait()]}
+    _in_flight_file(folder).write_text(json.dumps(about))
+
+
+def load_in_flight(folder: str) -> InFlight | None:
+    """Read this rank's part; None if no rollout had begun."""
+    if not _in_flight_file(folder).exists():
+        return None
+    about = json.loads(_in_flight_file(folder).read_text())
+    rollouts = [_rollout(each) for each in about["rollouts"]]
+    return InFlight(about["key"], None, lambda: rollouts)
+
+
+def _in_flight_file(folder: str) -> Path:
+    return Path(folder, f"next-generation-batch-rank-{ranks.rank()}.json")
 
 
 def _batch_file(folder: str, suffix: str) -> Path:

@@ -18,12 +18,12 @@ from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.data.batch import MicroBatch, Rollout, collate
 from sdft_ds.data.prompts import PromptBuilder
 from sdft_ds.data.rows import Example, anchor_from_row, example_from_row
-from sdft_ds.data.schedule import Slot
+from sdft_ds.data.schedule import ScheduledBatch, Slot
 from sdft_ds.data.streams import Stream
 from sdft_ds.loss.normalization import LossWeights
 from sdft_ds.metrics.meters import Meters
 from sdft_ds.model.packing import Packing
-from sdft_ds.rollouts.student import StudentRollouts
+from sdft_ds.rollouts.engine import RolloutEngine
 
 
 class Scored(Protocol):
@@ -43,13 +43,23 @@ class GenerationBatch:
 
 
 @dataclass(frozen=True)
+class InFlight:
+    """A rollout that has begun. key: of its generation batch; weights_version: of the weights that it samples
+    from, None if they are of another process; wait: returns its rollouts."""
+
+    key: str
+    weights_version: int | None
+    wait: Callable[[], list[Rollout]]
+
+
+@dataclass(frozen=True)
 class BatchUse:
     """How a generation batch will be used.
 
     micro_batch_size: rows per micro-batch. outlives_step: the student's weights will have been updated before its last
     use. batches_per_step: micro-batches among which rows may be reordered to reduce padding. keep_on: device that
     holds tensors until they are used. progress: share of the optimizer steps that are done, in [0, 1]; 1 in an
-    evaluation.
+    evaluation. upcoming: the generation batch that will be collected next, if its rollout is to begin now.
     """
 
     micro_batch_size: int
@@ -57,6 +67,7 @@ class BatchUse:
     outlives_step: bool = False
     batches_per_step: int = 1
     progress: float = 1.0
+    upcoming: ScheduledBatch | None = None
 
 
 @dataclass
@@ -74,10 +85,15 @@ class RunParts:
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptBuilder
     anchors: Dataset | None
-    rollouts: StudentRollouts
+    rollouts: RolloutEngine
     packing: Packing
     compute_dtype: torch.dtype
     dispatch: Callable[..., None]
+
+
+def key_of(generation_batch: int) -> str:
+    """Identifies a generation batch of the training in the random seeds of its rows."""
+    return f"train/{generation_batch}"
 
 
 class Objective(ABC):

@@ -6,6 +6,8 @@ context, scores each completion token; the loss is the divergence between the tw
     after_step   teacher update, for kinds that have one (teacher/)
 """
 
+from dataclasses import replace
+
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -22,9 +24,10 @@ from sdft_ds.metrics.collapse import CollapseGuard
 from sdft_ds.metrics.completions import CompletionLog
 from sdft_ds.metrics.inspector import Inspector
 from sdft_ds.metrics.meters import Meters
+from sdft_ds.metrics.mismatch import MismatchGuard
 from sdft_ds.model.completion_forward import DistillationLoss
 from sdft_ds.objectives import generation_batch
-from sdft_ds.objectives.protocol import BatchUse, GenerationBatch, Objective, RunParts
+from sdft_ds.objectives.protocol import BatchUse, GenerationBatch, InFlight, Objective, RunParts, key_of
 from sdft_ds.rollouts.draws import uniforms
 from sdft_ds.teacher import Teacher, state
 from sdft_ds.teacher.scoring import ScoredBatch, Scorer
@@ -58,7 +61,9 @@ class SelfDistillation(Objective):
             )
         self.completion_log = CompletionLog(args, parts.tokenizer, ranks.rank() == 0)
         self.inspector = Inspector(args, self.completion_log)
-        self.callbacks = [self.completion_log, CollapseGuard(held=parts.anchors is not None)]
+        self.callbacks = [self.completion_log, CollapseGuard(held=parts.anchors is not None), MismatchGuard()]
+        self.weights_version = 0  # of the student's: optimizer steps of this process
+        self.in_flight: InFlight | None = None  # rollout of the next generation batch, with rollout_lag
 
     def _model_at_the_start(self) -> Teacher | None:
         """What anchors hold the student to, where that is not the teacher itself, a base teacher."""
@@ -81,10 +86,10 @@ class SelfDistillation(Objective):
         self, dataset: Dataset | Stream, slots: tuple[Slot, ...], key: str, meters: Meters, use: BatchUse
     ) -> list[ScoredBatch]:
         with meters.phase("rollout"):
-            rollouts = self.roll_out(dataset, slots, key, meters, use.progress)
+            version, rollouts = self._rolled_out(dataset, slots, key, meters, use)
         with meters.phase("teacher"):
             scorer = self.scorer(use.keep_on)
-            old = scorer.student_log_probs(rollouts) if self._needs_old_log_probs else None
+            old = self._old_log_probs(scorer, rollouts)
             self.parts.dispatch("on_self_distillation_batch_prepared", lambda: self._padded(rollouts, old))
             states = scorer.score(rollouts, head_changes=use.outlives_step)
         number = {rollout.row: i for i, rollout in enumerate(rollouts)}
@@ -94,15 +99,32 @@ class SelfDistillation(Objective):
             first = [self.args.loss_mask.first_token(rollout) for rollout in rows]
             old_N = torch.cat([old[i][start:] for i, start in zip(at, first, strict=True)]) if old else None
             batch = self.collate(rows)
-            scored.append(ScoredBatch(batch, torch.cat([states.hidden[i] for i in at]), states.head, old_N))
+            sampler_N = self._sampler_log_probs(rows)
+            hidden_ND = torch.cat([states.hidden[i] for i in at])
+            scored.append(ScoredBatch(batch, hidden_ND, states.head, old_N, sampler_N, version))
             meters.count_positions(batch)
         return scored
 
-    def roll_out(
+    def _rolled_out(
+        self, dataset: Dataset | Stream, slots: tuple[Slot, ...], key: str, meters: Meters, use: BatchUse
+    ) -> tuple[int, list[Rollout]]:
+        """(version of the weights that they were sampled from, one rollout per slot). Begins the upcoming batch's."""
+        if self.in_flight is not None and self.in_flight.key == key:
+            begun, self.in_flight = self.in_flight, None
+        else:
+            begun = self.begin_rollout(dataset, slots, key, meters, use.progress)
+        rollouts = begun.wait()
+        meters.count_completions(rollouts)
+        if use.upcoming is not None:
+            following = key_of(use.upcoming.generation_batch)
+            self.in_flight = self.begin_rollout(dataset, use.upcoming.slots, following, meters, use.progress)
+        return begun.weights_version, rollouts
+
+    def begin_rollout(
         self, dataset: Dataset | Stream, slots: tuple[Slot, ...], key: str, meters: Meters, progress: float = 1.0
-    ) -> list[Rollout]:
-        """One rollout per slot, from the student's prompt, or the teacher's: with generate_from_teacher, and of some
-        rows with teacher_rollout_fraction. progress: see BatchUse."""
+    ) -> InFlight:
+        """Begin one rollout per slot, from the student's prompt, or the teacher's: with generate_from_teacher, and of
+        some rows with teacher_rollout_fraction. progress: see BatchUse."""
         prompts = self.parts.prompts
         pairs = [prompts.build(self.example(dataset, slot)[1], slot.index) for slot in slots]
         for side in ("student", "teacher"):
@@ -120,13 +142,13 @@ class SelfDistillation(Objective):
                 "generation_prompt_text": [rendered.text for rendered in chosen],
             },
         )
-        completions = self.parts.rollouts.generate([rendered.ids for rendered in chosen], keys)
-        rollouts = [
-            Rollout(slot.row, pair, completion, slot.counted)
-            for slot, pair, completion in zip(slots, pairs, completions, strict=True)
-        ]
-        meters.count_completions(rollouts)
-        return rollouts
+        completions = self.parts.rollouts.begin([rendered.ids for rendered in chosen], keys)
+
+        def wait() -> list[Rollout]:
+            rows = zip(slots, pairs, completions(), strict=True)
+            return [Rollout(slot.row, pair, completion, slot.counted) for slot, pair, completion in rows]
+
+        return InFlight(key, self.weights_version, wait)
 
     def _share_from_teacher(self, progress: float) -> float:
         """Share of the rollouts from the teacher's prompt: teacher_rollout_fraction, falling linearly to 0."""
@@ -155,10 +177,23 @@ class SelfDistillation(Objective):
             start=self.start_model,
         )
 
-    @property
-    def _needs_old_log_probs(self) -> bool:
-        """Whether rollouts become off-policy, so that their loss is importance-weighted."""
-        return self.args.outlives_step and not self.args.generate_from_teacher
+    def _old_log_probs(self, scorer: Scorer, rollouts: list[Rollout]) -> list[Tensor] | None:
+        """Log-probabilities of each completion's tokens when it was sampled, if rollouts are or become off-policy, so
+        that their loss is importance-weighted: the sampler's, if it is another program, else those of a forward."""
+        args, sampler = self.args, self.parts.rollouts
+        if args.generate_from_teacher or not (args.outlives_step or args.rollout_lag):
+            return None
+        if sampler.has_own_weights and sampler.knows_log_probs:
+            return [torch.tensor(rollout.completion.log_probs, device=args.device) for rollout in rollouts]
+        return scorer.student_log_probs(rollouts)
+
+    def _sampler_log_probs(self, rollouts: list[Rollout]) -> Tensor | None:
+        """The sampler's log-probabilities of the loss tokens, [N]; None if any are unknown."""
+        if any(rollout.completion.log_probs is None for rollout in rollouts):
+            return None
+        first = [self.args.loss_mask.first_token(rollout) for rollout in rollouts]
+        of_rows = [rollout.completion.log_probs[start:] for rollout, start in zip(rollouts, first, strict=True)]
+        return torch.tensor([value for values in of_rows for value in values], device=self.args.device)
 
     def _padded(self, rollouts: list[Rollout], old: list[Tensor] | None) -> dict[str, Tensor | None]:
         """The rollouts as passed to TRL's callbacks: prompts left-padded, completions right-padded."""
@@ -182,8 +217,13 @@ class SelfDistillation(Objective):
     ) -> Tensor:
         picked = self.inspector.pick(scored, step)
         request = self.loss_request(scored, weights, picked.at_M)
+        # The sampler's log-probabilities can be compared with ours while the weights are those it had.
+        compares = scored.sampler_log_probs_N is not None and scored.weights_version == self.weights_version
+        request.terms = replace(request.terms, with_log_probs=compares)
         loss = model(**scored.batch.student.inputs, request=request)
         self.inspector.record(picked, request, scored, meters)
+        if compares:
+            meters.add_mismatch(request.log_probs_N - scored.sampler_log_probs_N)
         return loss * self.args.distillation_weight
 
     def loss_request(
@@ -217,6 +257,7 @@ class SelfDistillation(Objective):
                 self.start_model.start(engine)
 
     def after_step(self, engine: nn.Module, step: int) -> None:
+        self.weights_version += 1
         self.teacher.after_step(engine, step)
 
     def measure(self, engine: nn.Module, meters: Meters) -> None:
@@ -226,16 +267,20 @@ class SelfDistillation(Objective):
 
     def reset(self) -> None:
         self.completion_log.taken.clear()
+        self.in_flight = None
 
     def save(self, folder: str, engine: nn.Module, pending: GenerationBatch | None) -> None:
         state.save(folder, self.teacher, engine)
         if pending is not None:
             generation_batch.save(folder, pending)
+        if self.in_flight is not None:
+            generation_batch.save_in_flight(folder, self.in_flight)
 
     def load(self, folder: str, engine: nn.Module, with_batch: bool) -> GenerationBatch | None:
         self.load_weights(folder, engine)
         if not with_batch:
             return None
+        self.in_flight = generation_batch.load_in_flight(folder)
         return generation_batch.load(folder, self.collate, self.args.device, self.args.teacher_states_on)
 
     def load_weights(self, folder: str, engine: nn.Module) -> None:

@@ -81,7 +81,7 @@ class SupervisedFineTuning(Objective):
 
     @property
     def _stop_tokens(self) -> list[int]:
-        return self.parts.rollouts.sampler.eos_token_ids
+        return self.parts.rollouts.sampling.eos_token_ids
 
     @property
     def _end_of_text(self) -> int:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from sdft_ds.rollouts.draws import NonFiniteLogits
+from sdft_ds.rollouts.engine import SampledTokens
 
 
 def continuous(
     model: PreTrainedModel, prompts: list[list[int]], keys: list[str], config: GenerationConfig, synced: bool
-) -> list[list[int]]:
+) -> list[SampledTokens]:
     """Sample with transformers' continuous batching: rows join and leave the batch; the KV cache is paged.
 
     Sampling is seeded with the keys, but which random number a row gets depends on the batching.
@@ -38,14 +39,15 @@ def continuous(
         outputs = model.generate_batch(
             inputs=prompts,
             generation_config=config,
-            continuous_batching_config=ContinuousBatchingConfig(seed=seed, **on_cpu),
+            continuous_batching_config=ContinuousBatchingConfig(seed=seed, return_logprobs=True, **on_cpu),
         )
     if bool(non_finite):
         raise NonFiniteLogits(list(range(len(prompts))))  # which of them are affected is unknown
     failed = [output.error for output in outputs.values() if output.error]
     if failed:
         raise RuntimeError(f"Continuous batching failed: {failed[0]}")
-    return [outputs[name].generated_tokens for name in sorted(outputs, key=lambda name: int(name.rpartition("_")[2]))]
+    ordered = sorted(outputs, key=lambda name: int(name.rpartition("_")[2]))
+    return [SampledTokens(outputs[name].generated_tokens, outputs[name].logprobs, processed=True) for name in ordered]
 
 
 @contextmanager

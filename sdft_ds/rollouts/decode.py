@@ -13,8 +13,10 @@ from transformers.cache_utils import DynamicCache
 
 from sdft_ds.data.batch import pad_left
 from sdft_ds.distributed import ranks
+from sdft_ds.loss.divergence import token_log_probs
 from sdft_ds.model import prefix_cache
 from sdft_ds.rollouts.draws import Draws, Greedy
+from sdft_ds.rollouts.engine import SampledTokens
 
 # Logits processors of these options keep per-row state, so rows must not leave the batch.
 ROW_BOUND_OPTIONS = {"guidance_scale", "watermarking_config"}
@@ -22,19 +24,29 @@ ROW_BOUND_OPTIONS = {"guidance_scale", "watermarking_config"}
 
 def generate(
     model: PreTrainedModel, prompts: list[list[int]], keys: list[str], config: GenerationConfig, synced: bool
-) -> list[list[int]]:
+) -> list[SampledTokens]:
     """transformers' `generate`, which sets up logits processors and stopping criteria, with a custom decode loop."""
     input_ids, attention_mask = pad_left(prompts, config.pad_token_id, model.device)
     width, room = input_ids.shape[1], config.max_new_tokens
     choice = Draws(keys, room, model.device) if config.do_sample else Greedy(len(keys), model.device)
+    temperature = config.temperature or 1.0  # unset when greedy
+    log_probs_RC = torch.zeros(len(keys), room, device=model.device)
+
+    def choose(logits_AV: Tensor, scores_AV: Tensor, rows_A: Tensor, position: int) -> Tensor:
+        """The next token of each row, [A]; notes its log-probability."""
+        tokens_A = choice.choose(scores_AV, rows_A, position)
+        log_probs_RC[rows_A, position] = token_log_probs(logits_AV / temperature, tokens_A)
+        return tokens_A
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         own = isinstance(kwargs.get("past_key_values"), DynamicCache) and prefix_cache.supports_prefixes(model)
         if own and not any(getattr(generation_config, name) is not None for name in ROW_BOUND_OPTIONS):
             return decode_rows(
-                model, input_ids, attention_mask, logits_processor, stopping_criteria, choice.choose, room, synced
+                model, input_ids, attention_mask, logits_processor, stopping_criteria, choose, room, synced
             )
-        logits_processor.append(_Chosen(choice, width))
+        chosen = _Chosen(choose, width)
+        logits_processor.insert(0, chosen.see)
+        logits_processor.append(chosen)
         generation_config.do_sample = False
         # `generate` does not pass synced_gpus to a custom loop.
         return model._sample(
@@ -43,19 +55,25 @@ def generate(
 
     output = model.generate(input_ids, attention_mask=attention_mask, generation_config=config, custom_generate=loop)
     choice.check()
-    return output[:, width:].tolist()
+    tokens, log_probs = output[:, width:].tolist(), log_probs_RC.tolist()
+    return [SampledTokens(*each) for each in zip(tokens, log_probs[: len(tokens)], strict=True)]
 
 
 class _Chosen:
-    """Last logits processor of a greedy loop: masks all but the chosen token, so that the argmax is that token."""
+    """Last logits processor of a greedy loop: masks all but the chosen token, so that the argmax is that token.
+    `see` is the first one."""
 
-    def __init__(self, choice: Greedy, prompt_width: int):
-        self.choice = choice
+    def __init__(self, choose: Callable[[Tensor, Tensor, Tensor, int], Tensor], prompt_width: int):
+        self.choose = choose
         self.prompt_width = prompt_width
+
+    def see(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logits = scores
+        return scores
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rows = torch.arange(len(scores), device=scores.device)
-        tokens = self.choice.choose(scores, rows, input_ids.shape[1] - self.prompt_width)
+        tokens = self.choose(self.logits, scores, rows, input_ids.shape[1] - self.prompt_width)
         return torch.full_like(scores, float("-inf")).scatter(-1, tokens.unsqueeze(-1), 0.0)
 
 
@@ -65,13 +83,13 @@ def decode_rows(
     attention_mask_RT: Tensor,
     processors: Callable[[Tensor, Tensor], Tensor],
     finished: Callable[[Tensor, None], Tensor],
-    choose: Callable[[Tensor, Tensor, int], Tensor],
+    choose: Callable[[Tensor, Tensor, Tensor, int], Tensor],
     room: int,
     synced: bool,
 ) -> Tensor:
     """Prompts and completions of at most `room` tokens, [R, T + longest]; values after the end of a row are undefined.
 
-    synced: all ranks run equally many forwards.
+    choose: (logits, processed scores, rows, position) -> tokens. synced: all ranks run equally many forwards.
     """
     rows, width = input_ids_RT.shape
     sequences = torch.zeros(rows, width + room, dtype=input_ids_RT.dtype, device=input_ids_RT.device)
@@ -88,8 +106,9 @@ def decode_rows(
     for position in itertools.count():  # the maximum length is one of the stopping criteria in `finished`
         if len(active_A):
             end = width + position + 1
-            scores_AV = processors(sequences[active_A, : end - 1], logits_AV.float())
-            tokens_A = choose(scores_AV, active_A, position)
+            logits_AV = logits_AV.float()
+            scores_AV = processors(sequences[active_A, : end - 1], logits_AV)
+            tokens_A = choose(logits_AV, scores_AV, active_A, position)
             sequences[active_A, end - 1] = tokens_A
             going = (~finished(sequences[active_A, :end], None)).nonzero().squeeze(-1)
             if len(going) < len(active_A):

@@ -1,10 +1,10 @@
-"""Sampler: prompts -> completions from the current weights, in batches that fit into memory; registry of backends.
+"""Sampler of local rollouts, in batches that fit into memory; registry of backends.
 
 Backends: `generate` (decode.py), `continuous` (continuous.py), and those registered with add_backend. Non-finite
 logits raise NonFiniteLogits on all ranks. Patches the model's generation_config during a call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -20,10 +20,7 @@ from sdft_ds.model.skinny_gemm import skinny_gemm
 from sdft_ds.rollouts.continuous import continuous
 from sdft_ds.rollouts.decode import generate
 from sdft_ds.rollouts.draws import NonFiniteLogits
-
-# Options that only affect sampling; transformers warns about them under greedy decoding.
-SAMPLING_OPTIONS = {"temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
-
+from sdft_ds.rollouts.engine import SampledTokens, Sampling
 
 UNSUPPORTED_OPTIONS = {"num_beams", "num_return_sequences", "prompt_lookup_num_tokens", "streamer"}
 
@@ -35,33 +32,23 @@ CPU_BYTES = 8 << 30
 class Sampler:
     """Samples completions.
 
-    options: GenerationConfig fields. Unset fields take transformers' global defaults, never those of the model's own
-    generation_config: a sampling setting that the user did not choose would change what is learned.
     backend: a key of BACKENDS. batch_tokens: maximum tokens of one `generate` call, counting prompts, maximum
     completion lengths and padding; None: as memory allows.
     """
 
     def __init__(
         self,
-        options: dict[str, Any],
-        eos_token_ids: list[int],
-        pad_token_id: int,
-        seed: int,
+        sampling: Sampling,
         backend: str = "generate",
         batch_tokens: int | None = None,
     ):
-        if unsupported := UNSUPPORTED_OPTIONS & set(options):
+        if unsupported := UNSUPPORTED_OPTIONS & set(sampling.options):
             raise ValueError(
                 f"generation_kwargs: {', '.join(sorted(unsupported))} cannot be used for rollouts, which sample one "
                 "completion for each row; see num_generations."
             )
-        self.options = options
-        self.eos_token_ids = eos_token_ids
-        self.pad_token_id = pad_token_id
-        self.seed = seed
+        self.sampling = sampling
         self.backend = BACKENDS[backend]
-        # Callback for when this rank is done and starts to wait for the others: a separate phase for the watchdog.
-        self.on_wait: Callable[[], None] = lambda: None
         self.batch_tokens = batch_tokens
 
     def sample(
@@ -70,22 +57,22 @@ class Sampler:
         prompts: list[list[int]],
         keys: list[str],
         weights: AbstractContextManager[bool],
+        on_wait: Callable[[], None] = lambda: None,
         **overrides: Any,
     ) -> list[Completion]:
         """One completion for each prompt.
 
-        keys: seed each row's randomness, together with the run's seed. weights: context in which the model can
-        generate; yields whether every rank must continue until the last one is done (zero.generation_weights).
-        overrides: options for this call only. Called by every rank. Raises NonFiniteLogits on all ranks, and
-        RuntimeError if the number of completions differs from that of prompts.
+        keys: seed each row's randomness, together with the run's seed. on_wait: see RolloutEngine. weights: context in
+        which the model can generate; yields whether every rank must continue until the last one is done
+        (zero.generation_weights). overrides: options for this call only. Called by every rank. Raises NonFiniteLogits
+        on all ranks, and RuntimeError if the number of completions differs from that of prompts.
         """
-        options = {**self.options, **overrides}
-        if not options["do_sample"]:
-            options = {name: value for name, value in options.items() if name not in SAMPLING_OPTIONS}
+        sampling = self.sampling
+        options = sampling.of_call(**overrides)
         config = GenerationConfig(
-            **options, eos_token_id=self.eos_token_ids, pad_token_id=self.pad_token_id, use_cache=True
+            **options, eos_token_id=sampling.eos_token_ids, pad_token_id=sampling.pad_token_id, use_cache=True
         )
-        tokens_of: dict[int, list[int]] = {}
+        sampled: dict[int, SampledTokens] = {}
         non_finite: list[str] = []
         with (
             torch.no_grad(),
@@ -95,9 +82,9 @@ class Sampler:
             skinny_gemm(model),
         ):
             # A rank without rows takes part in the others' forwards with a one-token prompt.
-            asked, names = (prompts, keys) if prompts or not synced else ([[self.pad_token_id]], [""])
+            asked, names = (prompts, keys) if prompts or not synced else ([[sampling.pad_token_id]], [""])
             for rows in self._batches(model, asked, config.max_new_tokens, synced):
-                batch, seeded = [asked[row] for row in rows], [f"{self.seed}/{names[row]}" for row in rows]
+                batch, seeded = [asked[row] for row in rows], [sampling.seed_key(names[row]) for row in rows]
                 try:
                     outputs = self.backend(model, batch, seeded, config, synced)
                 except NonFiniteLogits as error:  # continue, as the other ranks do: raised on all of them below
@@ -105,10 +92,11 @@ class Sampler:
                     continue
                 if len(outputs) != len(batch):
                     raise RuntimeError(f"Generation returned {len(outputs)} completions for {len(batch)} prompts.")
-                tokens_of |= zip(rows, outputs, strict=True)
-        self.on_wait()
-        self._refuse(non_finite, model.device)
-        return [self._completion(tokens_of[row]) for row in range(len(prompts))]
+                known = [each if isinstance(each, SampledTokens) else SampledTokens(each) for each in outputs]
+                sampled |= zip(rows, known, strict=True)
+        on_wait()
+        refuse_non_finite(non_finite, model.device)
+        return [sampling.completion(sampled[row], options) for row in range(len(prompts))]
 
     def _batches(
         self, model: PreTrainedModel, prompts: list[list[int]], longest: int, synced: bool
@@ -126,15 +114,11 @@ class Sampler:
         batches = [sorted(batch) for batch in batches]
         return ranks.pad_to_equal_count(batches, batches[-1][-1:], model.device) if synced else batches
 
-    def _refuse(self, keys: list[str], device: torch.device) -> None:
-        """Raises NonFiniteLogits on every rank if any rank has such rows; called by every rank."""
-        if ranks.all_reduce_max(len(keys), device):
-            raise NonFiniteLogits([key for of_rank in ranks.all_gather_objects(keys) for key in of_rank])
 
-    def _completion(self, tokens: list[int]) -> Completion:
-        """Truncate after the first EOS token, which is kept: it is part of the completion."""
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self.eos_token_ids), None)
-        return Completion(ids=tokens[:end], truncated=end is None)
+def refuse_non_finite(keys: list[str], device: torch.device) -> None:
+    """Raises NonFiniteLogits on every rank if any rank has such rows; called by every rank."""
+    if ranks.all_reduce_max(len(keys), device):
+        raise NonFiniteLogits([key for of_rank in ranks.all_gather_objects(keys) for key in of_rank])
 
 
 def _bytes_to_use(device: torch.device) -> int:
@@ -156,8 +140,11 @@ def _bytes_of_rows(model: PreTrainedModel, prompts: list[list[int]], longest: in
     return [(len(prompt) + longest) * of_token + 24 * config.vocab_size for prompt in prompts]
 
 
-# (model, prompts, keys, config, synced: all ranks continue until the last is done) -> the tokens of each completion
-Backend = Callable[[PreTrainedModel, list[list[int]], list[str], GenerationConfig, bool], list[list[int]]]
+# (model, prompts, keys, config, synced: all ranks continue until the last is done) -> the tokens of each completion,
+# with or without their log-probabilities.
+Backend = Callable[
+    [PreTrainedModel, list[list[int]], list[str], GenerationConfig, bool], Sequence[list[int] | SampledTokens]
+]
 
 
 BACKENDS: dict[str, Backend] = {"generate": generate, "continuous": continuous}

@@ -34,12 +34,17 @@ class TeacherStates:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """A micro-batch with the hidden states of the teacher, if there is one, and old log-probabilities if needed."""
+    """A micro-batch with the hidden states of the teacher, if there is one, and old log-probabilities if needed.
+
+    sampler_log_probs_N: the sampler's log-probabilities, None if unknown; weights_version: of the weights that it had.
+    """
 
     batch: MicroBatch
     teacher_hidden_ND: Tensor | None
     teacher_head: HeadValues | None
     old_log_probs_N: Tensor | None = None
+    sampler_log_probs_N: Tensor | None = None
+    weights_version: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Jobs on a real two-node SLURM cluster, by the scripts in launch/, unmodified but for the header that users edit."""
 
+import importlib.util
 import json
 import os
 import re
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from sdft_ds.checkpoint import storage
+from tests.distributed.scenarios.export import student
 from tests.helpers import tiny
+from tests.helpers.vllm_server import SIZE
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "cluster.sh"
@@ -62,15 +65,16 @@ class Cluster:
         return subprocess.Popen(list(map(str, line)), cwd=ROOT, env=self.environment, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
-    def submit(self, script: str, folder: Path, *flags, header=()) -> str:
-        """The job's id. The header is what users edit; the rest of the script stays."""
+    def submit(self, script: str, folder: Path, *flags, header=(), **variables: str) -> str:
+        """The job's id. variables: of its environment. The header is what users edit; the rest of the script stays."""
         text = (ROOT / "launch" / "slurm" / script).read_text()
         head, rest = text.split("# ---- end of what is to be edited")
         head = re.sub(r"^#SBATCH .*\n", "", head, flags=re.M)
         lines = "".join(f"#SBATCH {option}\n" for option in [*HEADER, f"--output={folder}/job.log", *header])
         edited = folder / script
         edited.write_text(head + lines + "# ---- end of what is to be edited" + rest)
-        return self.on("ctl", "sbatch", "--parsable", edited, "--output_dir", folder / "run", *flags).strip()
+        own = ["env", *(f"{name}={value}" for name, value in variables.items())]
+        return self.on("ctl", *own, "sbatch", "--parsable", edited, "--output_dir", folder / "run", *flags).strip()
 
     def state(self, job: str) -> str:
         return re.search(r"JobState=(\w+)", self.on("ctl", "scontrol", "show", "job", job))[1]
@@ -229,6 +233,28 @@ def test_jobs_by_a_launcher_are_preempted_and_go_on(cluster, unbroken, tmp_path,
     cluster.wait(job, "COMPLETED", "FAILED")
     assert "start 2" in (tmp_path / "job.log").read_text()
     assert losses(tmp_path) == unbroken
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: bash launch/vllm_environment.sh")
+def test_a_job_whose_last_node_serves_is_preempted_and_goes_on(cluster, tmp_path):
+    """With the losses of one node that rolls out by itself."""
+    student(False).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, tiny.rows())))
+    flags = ["--model_name_or_path", tmp_path / "model", "--dataset_path", tmp_path / "data.jsonl", *FEW_STEPS,
+             "--max_completion_length", "8", "--bf16", "false", "--generation_kwargs", '{"do_sample": false}',
+             "--learning_rate", "1e-3", "--lr_scheduler_type", "constant", "--adam_epsilon", "1e-3"]  # fmt: skip
+    (tmp_path / "local").mkdir()
+    local = cluster.submit("train.sbatch", tmp_path / "local", *flags, header=["--nodes=1"])
+    cluster.wait(local, "COMPLETED", "FAILED")
+    serving = {"SERVER_ARGUMENTS": " ".join(SIZE), "VLLM_CPU_KVCACHE_SPACE": "1", "VENV": "none"}
+    job = cluster.submit("train_vllm.sbatch", tmp_path, *flags, "--vllm_server_timeout", "600", **serving)
+    wait_for_checkpoint(tmp_path, 600)
+    cluster.on("ctl", "scancel", "--signal=TERM", job)
+    cluster.wait_for_second_start(job, tmp_path)
+    cluster.wait(job, "COMPLETED", "FAILED", seconds=600)
+    assert losses(tmp_path) == pytest.approx(losses(tmp_path / "local"), rel=1e-4)
 
 
 def test_the_same_line_on_each_node(cluster, unbroken, tmp_path):

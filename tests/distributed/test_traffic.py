@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdft_ds.plan.footprint import SETUPS, Job
+from sdft_ds.plan.job import SETUPS, Job
 from sdft_ds.plan.model_shape import shape_of
 from sdft_ds.plan.traffic import volumes
 from tests.distributed.scenarios.communication import received

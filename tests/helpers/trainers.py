@@ -52,12 +52,12 @@ class Recorder(TrainerCallback):
         self.completions.append(completion_ids.tolist())
 
 
-def grown_student(lora: bool | str, tied: bool = True):
+def grown_student(lora: bool | str, tied: bool = True, **sizes: int):
     """The tiny Llama; its adapter is one that was trained, so that a teacher without it is another model.
 
     Made on the rank that uses it: a tensor that is sent to two processes is shared memory, trained by both.
     """
-    model = tiny.llama(tie_word_embeddings=tied)
+    model = tiny.llama(tie_word_embeddings=tied, **sizes)
     if lora:
         torch.manual_seed(11)
         model = get_peft_model(model, ADAPTERS[lora])

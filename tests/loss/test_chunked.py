@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def loss_and_gradients(function, hidden, head, terms, finish, **kwargs):
     for leaf in (hidden, head.weight_VD, head.bias_V):
         if leaf is not None:
             leaf.grad = None
-    loss, per_token = function(hidden, head, terms, torch.tensor(0.25), finish, **kwargs)
+    loss, per_token, *_ = function(hidden, head, terms, torch.tensor(0.25), finish, **kwargs)
     (loss * 3.0).backward()
     return [loss.detach(), per_token, hidden.grad, head.weight_VD.grad] + (
         [] if head.bias_V is None else [head.bias_V.grad]
@@ -73,9 +74,21 @@ def test_equals_the_plain_reference(divergence, bias, own_head, is_clip):
                 assert (value - reference).norm() <= 5e-6 * reference.norm()
 
 
+@pytest.mark.parametrize("name", ["forward", "jsd", "topk", "sampled"])
+def test_the_log_probabilities_of_the_tokens_come_with_the_loss(name):
+    hidden, head, terms = problem(DIVERGENCES[name])
+    assert chunked_distillation_loss(hidden, head, terms, torch.tensor(1.0), None)[2] is None
+    for finish in (None, softcap):
+        terms = replace(terms, with_log_probs=True)
+        got = chunked_distillation_loss(hidden, head, terms, torch.tensor(1.0), finish, chunk_tokens=5)[2]
+        temperature = terms.divergence.temperature
+        expected = chunked_token_log_probs(hidden.detach(), head, terms.tokens_N, temperature, finish)
+        torch.testing.assert_close(got, expected)
+
+
 def test_without_tokens_a_zero_stays_attached():
     hidden, head, terms = problem(DIVERGENCES["forward"], n=0)
-    loss, per_token = chunked_distillation_loss(hidden, head, terms, torch.tensor(1.0), None)
+    loss, per_token, _ = chunked_distillation_loss(hidden, head, terms, torch.tensor(1.0), None)
     loss.backward()
     assert loss.item() == 0.0 and per_token.shape == (0,)
     assert hidden.grad.shape == (0, D) and head.weight_VD.grad.abs().sum() == 0
@@ -84,7 +97,7 @@ def test_without_tokens_a_zero_stays_attached():
 def test_a_frozen_head_gets_no_gradient():
     hidden, head, terms = problem(DIVERGENCES["forward"])
     frozen = HeadValues(head.weight_VD.detach())
-    loss, _ = chunked_distillation_loss(hidden, frozen, terms, torch.tensor(1.0), None)
+    loss, *_ = chunked_distillation_loss(hidden, frozen, terms, torch.tensor(1.0), None)
     loss.backward()
     assert hidden.grad.abs().sum() > 0 and frozen.weight_VD.grad is None
 

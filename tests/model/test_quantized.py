@@ -10,6 +10,7 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import get_peft_model
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
+from sdft_ds.model import export
 from tests.distributed.scenarios import qlora
 from tests.helpers import tiny
 from tests.helpers.steps import loss_and_gradients
@@ -77,3 +78,22 @@ def test_sharded_weights_are_not_repacked(folder, two_ranks, stage):
     for rank in two_ranks.run(qlora.train_in_four_bits, stage, folder):
         assert rank["weights"] == alone["weights"]
         torch.testing.assert_close(rank["losses"], alone["losses"], rtol=1e-4, atol=1e-6)
+
+
+def test_weights_for_another_engine_are_dequantized_and_merged(folder):
+    model = adapted(quantized(folder))
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(param, std=0.1)
+    groups = export.whole_weights(model, model, torch.float32, with_tied_head=False)
+    got = {name: tensor for group in groups for name, tensor in group}
+    lm = model.get_base_model()
+    assert got.keys() == tiny.llama(**SIZES).state_dict().keys() - {"lm_head.weight"}
+    for name in four_bit_modules(model):
+        layer = model.get_submodule(name.removesuffix(".base_layer"))
+        base = dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state)
+        plain = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+        delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
+        assert delta.abs().max() > 0
+        torch.testing.assert_close(got[f"{plain}.weight"], base + delta, rtol=0, atol=1e-5)
+    assert got["model.norm.weight"].equal(lm.model.norm.weight)

@@ -64,7 +64,7 @@ def test_the_chunked_cross_entropy_is_the_whole_one(chunk):
     leaves = (hidden, weight, bias, down, up)
     head = HeadValues(weight, bias, Adapter(down, up, 0.5))
     terms = LossTerms(CrossEntropy(), None, None, tokens, weights)
-    loss, per_token = chunked_distillation_loss(hidden, head, terms, scale, torch.tanh, chunk)
+    loss, per_token, _ = chunked_distillation_loss(hidden, head, terms, scale, torch.tanh, chunk)
     logits = torch.tanh(F.linear(hidden, weight, bias) + 0.5 * hidden @ down.T @ up.T)
     expected = F.cross_entropy(logits, tokens, reduction="none")
     torch.testing.assert_close(per_token, expected.detach())

@@ -6,6 +6,7 @@ from sdft_ds.model import prefix_cache
 from sdft_ds.rollouts import decode as decoding
 from sdft_ds.rollouts import sampler
 from sdft_ds.rollouts.draws import Draws, NonFiniteLogits
+from sdft_ds.rollouts.engine import Sampling
 from sdft_ds.rollouts.sampler import Sampler
 from tests.helpers import tiny
 
@@ -26,7 +27,7 @@ EOS, PAD = 256, 257
 
 
 def sample(model, prompts, keys, batch_tokens=None, backend="generate", **options):
-    sampler = Sampler({**OPTIONS, **options}, [EOS], PAD, 1, backend, batch_tokens)
+    sampler = Sampler(Sampling({**OPTIONS, **options}, [EOS], PAD, 1), backend, batch_tokens)
     return sampler.sample(model, prompts, keys, AsItIs())
 
 
@@ -115,15 +116,37 @@ def test_too_few_outputs_are_an_error():
         sample(model, [[1], [2]], ["a", "b"])
 
 
+@pytest.mark.parametrize("backend", ["generate", "continuous"])
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"temperature": 0.5}, {"top_p": 0.6}])
+def test_each_token_has_the_log_probability_of_the_model_at_its_temperature(backend, options):
+    if backend == "continuous" and "cache_implementation" in options:
+        pytest.skip("has a cache of its own")
+    model, prompts = tiny.llama().eval(), [[1, 2, 3], [4] * 9]
+    completions = sample(model, prompts, ["a", "b"], backend=backend, **options)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if backend == "continuous" and "top_p" in options:
+            assert completion.log_probs is None  # known after top-p only
+            continue
+        logits = model(torch.tensor([prompt + completion.ids])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / options.get("temperature", 1.0)).log_softmax(-1)
+        expected = expected.gather(-1, torch.tensor(completion.ids).unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(torch.tensor(completion.log_probs), expected, atol=1e-4, rtol=0)
+
+
+def test_greedy_log_probabilities_are_unknown_at_another_temperature():
+    (completion,) = sample(tiny.llama(), [[1, 2]], ["a"], do_sample=False, temperature=0.5)
+    assert completion.log_probs is None
+
+
 def test_beams_are_refused():
     with pytest.raises(ValueError, match="num_beams"):
-        Sampler({**OPTIONS, "num_beams": 2}, [EOS], PAD, seed=1)
+        Sampler(Sampling({**OPTIONS, "num_beams": 2}, [EOS], PAD, seed=1))
 
 
 def test_continuous_batching_is_greedy_where_generate_is():
     model = tiny.llama()
     prompts = [[1, 2, 3], [4] * 9, [5, 6], [1, 2, 3]]
-    continuous = Sampler({**OPTIONS, "do_sample": False}, [EOS], PAD, 1, "continuous")
+    continuous = Sampler(Sampling({**OPTIONS, "do_sample": False}, [EOS], PAD, 1), "continuous")
     got = continuous.sample(model, prompts, list("abcd"), AsItIs())
     assert got == sample(model, prompts, list("abcd"), do_sample=False)
 
@@ -131,7 +154,7 @@ def test_continuous_batching_is_greedy_where_generate_is():
 def test_continuous_batching_samples_from_the_same_distribution():
     model, prompt, n = tiny.llama(seed=2).eval(), [1, 2, 3], 2000
     options = {**OPTIONS, "max_new_tokens": 1, "top_k": 8, "temperature": 0.8}
-    sampler = Sampler(options, [EOS], PAD, 1, "continuous")
+    sampler = Sampler(Sampling(options, [EOS], PAD, 1), "continuous")
     tokens = torch.tensor([c.ids[0] for c in sampler.sample(model, [prompt] * n, ["a"] * n, AsItIs())])
     top = (model(torch.tensor([prompt])).logits[0, -1] / 0.8).topk(8)
     expected = torch.zeros(264, dtype=torch.float64).scatter(0, top.indices, top.values.double().softmax(-1)) * n
@@ -147,7 +170,7 @@ def test_continuous_batching_leaves_the_model_and_the_generators_as_they_were():
     expected = torch.rand(1)
     torch.manual_seed(3)
     attention = model.config._attn_implementation
-    Sampler(OPTIONS, [EOS], PAD, 1, "continuous").sample(model, [[1, 2]], ["a"], AsItIs())
+    Sampler(Sampling(OPTIONS, [EOS], PAD, 1), "continuous").sample(model, [[1, 2]], ["a"], AsItIs())
     assert torch.equal(torch.rand(1), expected)
     assert model.training and model.config._attn_implementation == attention
 

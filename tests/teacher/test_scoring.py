@@ -21,7 +21,7 @@ def scorer_of(trainer, skip=0, **settings):
 
 def rollouts_of(trainer, n=8):
     item = next(iter(trainer.get_train_dataloader()))
-    return trainer.objective.roll_out(trainer.train_dataset, item.slots[:n], "a", trainer.meters["train"])
+    return trainer.objective.begin_rollout(trainer.train_dataset, item.slots[:n], "a", trainer.meters["train"]).wait()
 
 
 @pytest.fixture(scope="module")

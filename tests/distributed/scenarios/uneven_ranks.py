@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Cases:
         args, sampler = self.trainer.args, self.trainer.rollouts.sampler
         draw = random.Random(number)
         self.mine = random.Random(f"{number}/{ranks.rank()}")
-        kept, options, ends = dict(vars(args)), sampler.options, sampler.eos_token_ids
+        kept, sampling = dict(vars(args)), sampler.sampling
         try:
             args.scoring_batch_tokens = draw.choice((1, 150, 400, 16384))
             args.num_generations = draw.choice((1, 1, 2, 3))
@@ -56,18 +57,15 @@ class Cases:
             args.generate_from_teacher = draw.random() < 0.2
             args.num_iterations = draw.choice((1, 2))  # with 2 the log-probabilities of old rollouts are asked for
             sampler.batch_tokens = draw.choice((None, 1, 300))
-            sampler.options = {
-                **options,
-                "max_new_tokens": draw.choice((1, 1, 1, 2, 4)),
-                "do_sample": draw.random() < 0.8,
-            }
+            options = {"max_new_tokens": draw.choice((1, 1, 1, 2, 4)), "do_sample": draw.random() < 0.8}
             # All tokens end a completion, on one rank perhaps: nothing is left for the loss.
-            sampler.eos_token_ids = list(range(264)) if self.mine.random() < 0.2 else list(range(0, 264, 4))
+            ends = list(range(264)) if self.mine.random() < 0.2 else list(range(0, 264, 4))
+            sampler.sampling = replace(sampling, options={**sampling.options, **options}, eos_token_ids=ends)
             kind = draw.choices(list(KINDS), [weight for _, weight in KINDS.values()])[0]
             KINDS[kind][0](self, draw)
         finally:
             vars(args).update(kept)
-            sampler.options, sampler.eos_token_ids, sampler.batch_tokens = options, ends, None
+            sampler.sampling, sampler.batch_tokens = sampling, None
         return kind
 
     def generation_batch(self, draw: random.Random) -> None:
