@@ -68,7 +68,7 @@ class ScriptArguments:
     eval_fraction: float | None = setting(
         None,
         "Evaluate on this share of the training split, chosen by the seed and not trained on, instead.",
-        needs=Range(lambda value: 0 < value < 1, "in (0, 1)"),
+        valid=Range(lambda value: 0 < value < 1, "in (0, 1)"),
         only_with=OF_DATA,
     )
     dataset_streaming: bool = setting(
@@ -118,7 +118,7 @@ class ScriptArguments:
     eval_num_prompts: int | None = setting(
         8,
         "Evaluation prompts whose completions are printed after training; 0: none.",
-        needs=at_least(0),
+        valid=at_least(0),
         only_with=(*OF_DATA, "eval_strategy"),
     )
     eval_tasks: list[str] | None = setting(
@@ -127,9 +127,9 @@ class ScriptArguments:
         "NAME=FILE:SCORER; scorers: exact, contains, choice, answer_letter, regex, action.",
     )
     eval_tasks_steps: int | None = setting(
-        None, "Evaluate them, and the retention set, every N steps as well.", needs=at_least(1)
+        None, "Evaluate them, and the retention set, every N steps as well.", valid=at_least(1)
     )
-    eval_task_rows: int | None = setting(None, "Use only the first N rows of each file.", needs=at_least(1))
+    eval_task_rows: int | None = setting(None, "Use only the first N rows of each file.", valid=at_least(1))
     retention_file: str | None = setting(
         None, "Prompts, and answers if there are any, on which the model is compared with the starting model."
     )

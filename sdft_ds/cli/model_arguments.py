@@ -31,12 +31,12 @@ class ModelArguments:
         None, "Attention: eager, sdpa, flash_attention_2, ...", only_with=OF_MODEL
     )
     use_peft: bool = setting(False, "Train a LoRA adapter instead of all weights.")
-    lora_r: int = setting(16, "Rank of LoRA.", needs=at_least(1), only_with=OF_LORA)
-    lora_alpha: int = setting(32, "Scale of LoRA, divided by its rank.", needs=at_least(1), only_with=OF_LORA)
+    lora_r: int = setting(16, "Rank of LoRA.", valid=at_least(1), only_with=OF_LORA)
+    lora_alpha: int = setting(32, "Scale of LoRA, divided by its rank.", valid=at_least(1), only_with=OF_LORA)
     lora_dropout: float = setting(
         0.05,
         "Dropout of LoRA; disable_dropout sets it to 0.",
-        needs=Range(lambda value: 0 <= value < 1, "in [0, 1)"),
+        valid=Range(lambda value: 0 <= value < 1, "in [0, 1)"),
         only_with=(*OF_LORA, "disable_dropout=False"),
     )
     lora_target_modules: list[str] | None = setting(

@@ -63,10 +63,10 @@ def _names(names: Any) -> str:
 
 
 def _row(kind: type, f: Field, resume: bool) -> list[str]:
-    choices, needs = choices_of(kind, f), f.metadata.get("needs")
+    choices, valid = choices_of(kind, f), f.metadata.get("valid")
     value = ", ".join(f"`{name}`" for name in choices) if choices else _type(get_type_hints(kind)[f.name])
-    if needs is not None:
-        value += f", {needs.words}"
+    if valid is not None:
+        value += f", {valid.words}"
     row = [f"`{f.name}`", value, f"`{f.default!r}`".replace("\\n", "⏎"), f.metadata["help"]]
     if resume:
         about, done = [], f.metadata["resume"]

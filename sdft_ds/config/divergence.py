@@ -19,7 +19,7 @@ class DivergenceSettings:
     distillation_alpha: float = setting(
         0.5,
         "0: forward KL(teacher||student); 1: reverse KL(student||teacher); between: generalised JSD.",
-        needs=within(0, 1),
+        valid=within(0, 1),
         resume=FREE,
         read_by=("sdft",),
         card=True,
@@ -36,7 +36,7 @@ class DivergenceSettings:
     distillation_topk: int | None = setting(
         100,
         "Size of the student's top-k support. None: see full_logit_distillation.",
-        needs=positive(),
+        valid=positive(),
         resume=FREE,
         read_by=("sdft",),
         card=True,
@@ -66,12 +66,12 @@ class DivergenceSettings:
     distillation_is_clip: float | None = setting(
         2.0,
         "Largest importance weight, where a rollout is older than the weights. None: no such weight.",
-        needs=positive(),
+        valid=positive(),
         resume=FREE,
         read_by=("sdft",),
         card=True,
     )
-    distillation_weight: float = setting(1.0, "Factor applied to the loss.", needs=at_least(0), resume=FREE)
+    distillation_weight: float = setting(1.0, "Factor applied to the loss.", valid=at_least(0), resume=FREE)
     loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = setting(
         "dapo",
         "Aggregation over tokens: dapo, mean over all loss tokens of the optimizer step; grpo, mean of each "
@@ -83,7 +83,7 @@ class DivergenceSettings:
     num_loss_tokens_to_skip: int = setting(
         0,
         "First tokens of each completion to exclude from the loss.",
-        needs=at_least(0),
+        valid=at_least(0),
         resume=FREE,
         read_by=("sdft",),
         card=True,
@@ -94,7 +94,7 @@ class DivergenceSettings:
     loss_chunk_tokens: int | None = setting(
         None,
         "Tokens whose logits are in memory at once. Unset: as many as make 8 Mi logits.",
-        needs=positive(),
+        valid=positive(),
         resume=FREE,
     )
 

@@ -70,7 +70,7 @@ def setting(
     default: Any,
     help: str,
     *,
-    needs: Range | None = None,
+    valid: Range | None = None,
     choices: Sequence[str] | None = None,
     only_with: tuple[str, ...] = (),
     resume: OnResume | None = None,
@@ -82,13 +82,13 @@ def setting(
 ) -> Any:
     """A dataclass field that HfArgumentParser turns into a flag.
 
-    needs: range of a value that is not None. choices: valid names; omitted for a Literal. only_with: the settings
+    valid: range of a value that is not None. choices: valid names; omitted for a Literal. only_with: the settings
     without which it has no effect, each NAME or NAME=VALUE, or alternatives joined by " or ". resume: see OnResume.
     read_by: methods that read it, None for all; otherwise: its value under the other methods, by default its default.
     card: shown on the model card; a string: only for that kind of teacher. secret: never printed or saved. derived:
     computed from other settings, so not saved.
     """
-    about = {"needs": needs, "resume": resume, "read_by": read_by, "card": card, "secret": secret, "derived": derived}
+    about = {"valid": valid, "resume": resume, "read_by": read_by, "card": card, "secret": secret, "derived": derived}
     about["only_with"] = only_with
     about["otherwise"] = default if otherwise is MISSING else otherwise
     shown = {} if choices is None else {"choices": choices}
@@ -155,14 +155,14 @@ def check_ranges(config: Any) -> None:
     """Raises ValueError for a value that its field does not allow."""
     kind = type(config)
     for f in own_fields(kind):
-        value, needs, choices = getattr(config, f.name), f.metadata.get("needs"), choices_of(kind, f)
+        value, valid, choices = getattr(config, f.name), f.metadata.get("valid"), choices_of(kind, f)
         optional = may_be_none(kind, f)
         if value is None and optional:
             continue
         if choices is not None and value not in choices:
             raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}.")
-        if needs is not None and (value is None or not needs.holds(value)):
-            words = f"{needs.words} or None" if optional else needs.words
+        if valid is not None and (value is None or not valid.holds(value)):
+            words = f"{valid.words} or None" if optional else valid.words
             raise ValueError(f"{f.name} must be {words}, not {value!r}.")
 
 

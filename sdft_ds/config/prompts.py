@@ -16,12 +16,12 @@ from sdft_ds.data.validation import BadRows
 @dataclass
 class PromptSettings:
     max_prompt_length: int | None = setting(
-        512, "Maximum tokens of a student's prompt. None: no limit.", needs=positive(), resume=FREE, card=True
+        512, "Maximum tokens of a student's prompt. None: no limit.", valid=positive(), resume=FREE, card=True
     )
     max_teacher_prompt_length: int | None = setting(
         None,
         "Maximum tokens of a teacher's prompt. Unset: the model's context minus max_completion_length.",
-        needs=positive(),
+        valid=positive(),
         resume=FREE,
     )
     truncation: Literal["truncate", "drop", "error"] = setting(
@@ -39,7 +39,7 @@ class PromptSettings:
     max_bad_rows: int = setting(
         100,
         "Maximum rows that bad_rows=skip skips in a data set, or in a pass of a stream.",
-        needs=at_least(0),
+        valid=at_least(0),
         only_with=("bad_rows=skip",),
         resume=FREE,
     )

@@ -25,14 +25,14 @@ class RolloutSettings:
     num_generations: int = setting(
         8,
         "Completions sampled for each prompt.",
-        needs=at_least(1),
+        valid=at_least(1),
         resume=ANOTHER_RUN,
         read_by=("sdft",),
         otherwise=1,
         card=True,
     )
     num_generations_eval: int | None = setting(
-        None, "The same for evaluation. Unset: num_generations.", needs=at_least(1), resume=FREE, read_by=("sdft",)
+        None, "The same for evaluation. Unset: num_generations.", valid=at_least(1), resume=FREE, read_by=("sdft",)
     )
     generation_batch_size: int | None = setting(
         None,
@@ -48,28 +48,28 @@ class RolloutSettings:
         read_by=("sdft",),
     )
     num_iterations: int = setting(
-        1, "Times each generation batch is used.", needs=at_least(1), resume=ANOTHER_RUN, read_by=("sdft",), card=True
+        1, "Times each generation batch is used.", valid=at_least(1), resume=ANOTHER_RUN, read_by=("sdft",), card=True
     )
     max_completion_length: int = setting(
-        256, "Most tokens of a completion.", needs=at_least(1), resume=FREE, card=True
+        256, "Most tokens of a completion.", valid=at_least(1), resume=FREE, card=True
     )
     teacher_rollout_fraction: float = setting(
         0.0,
         "Share of the rollouts from the teacher's prompt at the first step, falling to 0 at the last.",
-        needs=within(0, 1),
+        valid=within(0, 1),
         resume=FREE,
         read_by=("sdft",),
     )
     anchor_fraction: float | None = setting(
         None,
         "Share of the prompts that are anchors, where there are any (command line: --anchor_path). Unset: 0.25.",
-        needs=Range(lambda value: 0 < value < 1, "in (0, 1)"),
+        valid=Range(lambda value: 0 < value < 1, "in (0, 1)"),
         resume=ANOTHER_RUN,
     )
     temperature: float = setting(
         1.0,
         "Sampling temperature; it divides the logits of the loss as well.",
-        needs=positive(' (for greedy rollouts: generation_kwargs {"do_sample": false})'),
+        valid=positive(' (for greedy rollouts: generation_kwargs {"do_sample": false})'),
         resume=FREE,
         card=True,
     )
@@ -97,7 +97,7 @@ class RolloutSettings:
         None,
         "Most tokens, prompts, longest completions and padding, that are generated at once on each rank. Unset: what "
         "half of the free memory of the GPU has room for; on a CPU 8 GiB.",
-        needs=positive(),
+        valid=positive(),
         resume=FREE,
     )
     ds3_gather_for_generation: bool = setting(

@@ -38,11 +38,11 @@ class RunSettings:
     log_completions: int = setting(
         50,
         "Write completions with each token's divergence, at the first step and every N steps; 0: never.",
-        needs=at_least(0),
+        valid=at_least(0),
         resume=FREE,
     )
     log_completions_rows: int = setting(
-        4, "Number of completions written each time.", needs=at_least(1), only_with=("log_completions",), resume=FREE
+        4, "Number of completions written each time.", valid=at_least(1), only_with=("log_completions",), resume=FREE
     )
     print_completions: bool = setting(
         False, "Print them in the terminal as well.", only_with=("log_completions",), resume=FREE
@@ -50,14 +50,14 @@ class RunSettings:
     inspect_tokens: int = setting(
         16,
         "Tokens sampled from each micro-batch to measure entropies, agreement and top-k mass; 0: none.",
-        needs=at_least(0),
+        valid=at_least(0),
         resume=FREE,
     )
     logging_nan_inf_filter: bool = setting(False, "Hide losses that are not finite from the log.", resume=FREE)
     max_nonfinite_steps: int = setting(
         5,
         "Consecutive optimizer steps with a non-finite gradient, each skipped, after which the run ends.",
-        needs=at_least(1),
+        valid=at_least(1),
         resume=FREE,
     )
     stop_on_collapse: bool = setting(
@@ -70,12 +70,12 @@ class RunSettings:
     preemption_exit_code: int = setting(
         99,
         "Exit code after a SIGTERM or SIGUSR1: a checkpoint was saved, and the file PREEMPTED in output_dir marks it.",
-        needs=within(1, 255),
+        valid=within(1, 255),
         resume=FREE,
     )
     preemption_deadline_seconds: float = setting(
         300.0,
         "Seconds after such a signal until the process ends, whether or not it has saved.",
-        needs=positive(),
+        valid=positive(),
         resume=FREE,
     )

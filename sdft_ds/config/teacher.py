@@ -51,15 +51,15 @@ class TeacherSettings:
         False, "An EMA teacher; the older name of teacher_model_kind ema.", resume=FREE, read_by=("sdft",)
     )
     ref_model_mixup_alpha: float | None = setting(
-        None, "The older name of teacher_update_rate.", needs=within(0, 1), resume=FREE, read_by=("sdft",)
+        None, "The older name of teacher_update_rate.", valid=within(0, 1), resume=FREE, read_by=("sdft",)
     )
     ref_model_sync_steps: int | None = setting(
-        None, "The older name of teacher_sync_steps.", needs=at_least(1), resume=FREE, read_by=("sdft",)
+        None, "The older name of teacher_sync_steps.", valid=at_least(1), resume=FREE, read_by=("sdft",)
     )
     teacher_update_rate: float | None = setting(
         None,
         "EMA: teacher = (1 - rate) teacher + rate student. Unset: 0.05; with sync_ref_model 0.6.",
-        needs=within(0, 1),
+        valid=within(0, 1),
         resume=FREE,
         read_by=("sdft",),
         card="ema",
@@ -67,7 +67,7 @@ class TeacherSettings:
     teacher_sync_steps: int | None = setting(
         None,
         "EMA: optimizer steps between two updates. Unset: 1; with sync_ref_model 512.",
-        needs=at_least(1),
+        valid=at_least(1),
         resume=FREE,
         read_by=("sdft",),
         card="ema",
@@ -93,7 +93,7 @@ class TeacherSettings:
     scoring_batch_tokens: int = setting(
         16384,
         "Maximum tokens of a batch of the scoring pass, prompts and padding included.",
-        needs=at_least(1),
+        valid=at_least(1),
         resume=FREE,
         read_by=("sdft",),
     )

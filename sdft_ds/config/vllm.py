@@ -42,14 +42,14 @@ class VllmSettings:
     vllm_gpu_memory_utilization: float = setting(
         0.3,
         "colocate: share of the device's memory for vLLM, its weights included.",
-        needs=Range(lambda value: 0 < value <= 1, "in (0, 1]"),
+        valid=Range(lambda value: 0 < value <= 1, "in (0, 1]"),
         resume=FREE,
     )
     vllm_max_model_length: int | None = setting(
-        None, "colocate: most tokens of prompt and completion. Unset: the model's.", needs=positive(), resume=FREE
+        None, "colocate: most tokens of prompt and completion. Unset: the model's.", valid=positive(), resume=FREE
     )
     vllm_tensor_parallel_size: int = setting(
-        1, "colocate: ranks that share one engine.", needs=positive(), resume=FREE
+        1, "colocate: ranks that share one engine.", valid=positive(), resume=FREE
     )
     vllm_enable_sleep_mode: bool = setting(False, "colocate: vLLM holds GPU memory during rollouts only.", resume=FREE)
     vllm_server_base_url: str | None = setting(
@@ -60,7 +60,7 @@ class VllmSettings:
     vllm_server_timeout: float = setting(
         240.0,
         "server: seconds that a run waits for a server that does not answer, before it ends resumable.",
-        needs=positive(),
+        valid=positive(),
         resume=FREE,
     )
     vllm_group_port: int = setting(51216, "server, nccl: port at which rank 0 and the servers meet.", resume=FREE)
@@ -81,7 +81,7 @@ class VllmSettings:
         0,
         "server: 1: roll out the next generation batch while this one is trained on, from weights that are one batch "
         "older.",
-        needs=within(0, 1),
+        valid=within(0, 1),
         resume=ANOTHER_RUN,
         read_by=("sdft",),
     )

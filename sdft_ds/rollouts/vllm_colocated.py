@@ -142,7 +142,7 @@ class ColocatedRollouts(VllmRollouts):
 
             destroy_model_parallel()
             LAYERWISE_INFO.clear()  # its values refer to its weak keys, which keeps all weights and the KV cache
-            self.llm, self.longest, self.is_stale = None, None, True
+            self.llm, self.longest, self.is_stale, self.pushes = None, None, True, 0
             gc.unfreeze()  # vLLM exempts what an engine allocates at its start from garbage collection
             gc.collect()
 

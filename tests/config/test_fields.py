@@ -25,7 +25,7 @@ def test_the_page_of_settings_is_made_from_them():
 
 @dataclasses.dataclass
 class Example:
-    some: int | None = fields.setting(None, "some", needs=fields.at_least(2), resume=fields.FREE)
+    some: int | None = fields.setting(None, "some", valid=fields.at_least(2), resume=fields.FREE)
     name: Literal["a", "b"] = fields.setting("a", "a name", resume=fields.FREE)
     other: str = fields.setting(
         "x", "another", choices=["x", "y"], resume=fields.FREE, read_by=("sdft",), otherwise="y"
