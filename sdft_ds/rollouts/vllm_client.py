@@ -1,8 +1,13 @@
 """One vLLM server over HTTP: requests, what it says about itself, and when it counts as gone. Does not import vllm."""
 
 import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -138,3 +143,43 @@ def _message(response: requests.Response) -> str:
     if isinstance(about, dict):
         about = about.get("message", about)
     return f"{response.status_code}: {' '.join(str(about).split())[:500]}"
+
+
+def in_background(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Future]:
+    """A future of work(item) for each item, by threads that do not keep the program from ending."""
+    futures = [(Future(), item) for item in items]
+    waiting = deque(futures)
+
+    def run() -> None:
+        while True:
+            try:
+                future, item = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                future.set_result(work(item))
+            except BaseException as error:
+                future.set_exception(error)
+
+    for _ in range(min(len(futures), CONCURRENT)):
+        threading.Thread(target=run, daemon=True).start()
+    return [future for future, _ in futures]
+
+
+def is_here(url: str) -> bool:
+    """Whether the address is one of this machine."""
+    _, theirs = _family_and_address(url)
+    return theirs.startswith("127.") or theirs == address_towards(url)
+
+
+def address_towards(url: str) -> str:
+    """This machine's address as the server reaches it."""
+    family, theirs = _family_and_address(url)
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((theirs, 9))  # sends nothing
+        return probe.getsockname()[0]
+
+
+def _family_and_address(url: str) -> tuple[int, str]:
+    family, _, _, _, address = socket.getaddrinfo(urlsplit(url).hostname, None, type=socket.SOCK_DGRAM)[0]
+    return family, address[0]

@@ -10,22 +10,19 @@ import importlib.util
 import math
 import os
 import shutil
-import socket
-import threading
 import time
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sdft_ds.config.sdft_config import SDFTConfig
@@ -34,8 +31,9 @@ from sdft_ds.model import export
 from sdft_ds.model.completion_forward import causal_lm_of
 from sdft_ds.rollouts import weight_sums
 from sdft_ds.rollouts.engine import SampledTokens, Sampling
-from sdft_ds.rollouts.vllm_client import CONCURRENT, Client, Refused, Served, Unreachable
+from sdft_ds.rollouts.vllm_client import Client, Refused, Served, Unreachable, in_background, is_here
 from sdft_ds.rollouts.vllm_engine import VllmRollouts, check_version
+from sdft_ds.rollouts.vllm_nccl import Group, Nccl
 from sdft_ds.rollouts.weight_sums import Sums
 
 OURS = "sdft-"  # first letters of the versions that runs push
@@ -43,7 +41,6 @@ SHARED_MEMORY = Path("/dev/shm")
 PROBE = "A 12,345.6 naïve\n\tdef f(x): 漢字 🙂 "
 T = TypeVar("T")
 Row = tuple[list[int], dict[str, Any]]  # prompt, sampling parameters
-Group = list[tuple[str, Tensor]]
 
 
 class ServerRollouts(VllmRollouts):
@@ -66,7 +63,7 @@ class ServerRollouts(VllmRollouts):
         self.dtype = args.compute_dtype
         self.folder: Path | None = None
         self.remove_folder: Callable[[], Any] | None = None
-        self.nccl: _Nccl | None = None
+        self.nccl: Nccl | None = None
 
     @property
     def version(self) -> str:
@@ -88,7 +85,7 @@ class ServerRollouts(VllmRollouts):
         self.sync = self._weight_sync()
         ranks.from_rank_0(self._make_folder)
         if self.sync == "nccl":
-            self.nccl = _Nccl(self.clients, self.args.vllm_group_port)
+            self.nccl = Nccl(self.clients, self.args.vllm_group_port)
 
     def _reached(self, client: Client) -> Served:
         remedy = "start one by launch/vllm_server.sh MODEL, or set vllm_server_base_url to where it runs"
@@ -184,7 +181,7 @@ class ServerRollouts(VllmRollouts):
 
     def _default_folder(self, output_dir: str) -> str | Path:
         """Shared memory, if the servers see it and two generations of weights fit."""
-        if not all(_is_here(client.url) for client in self.clients) or not SHARED_MEMORY.is_dir():
+        if not all(is_here(client.url) for client in self.clients) or not SHARED_MEMORY.is_dir():
             return output_dir
         size = sum(zero.full_shape(param).numel() for param in self.model.parameters()) * self.dtype.itemsize
         fits = self.sync == "adapter" or 2 * size < shutil.disk_usage(SHARED_MEMORY).free
@@ -242,7 +239,7 @@ class ServerRollouts(VllmRollouts):
             ranks.from_rank_0(compare, meanwhile=groups)
 
     def _publish_nccl(self, sums: Sums | None) -> None:
-        """Not run on the machines of the project's tests, which have no GPU for it."""
+        """Not run: see vllm_nccl.py."""
         if not self.nccl.metadata:
             self.nccl.metadata = [
                 (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
@@ -273,7 +270,7 @@ class ServerRollouts(VllmRollouts):
                 self._checked(client)  # it was restarted
             self._load(client)
 
-        for each in _in_background(lambda client: self._patiently(client, lambda: renew(client)), self.clients):
+        for each in in_background(lambda client: self._patiently(client, lambda: renew(client)), self.clients):
             each.result()
         if sums is not None:
             self._compare(sums)
@@ -315,7 +312,7 @@ class ServerRollouts(VllmRollouts):
         first = sum(map(len, of_ranks[: ranks.rank()]))
 
         def begin() -> Future | None:
-            return _in_background(self._rolled_out, [rows])[0] if ranks.rank() == 0 else None
+            return in_background(self._rolled_out, [rows])[0] if ranks.rank() == 0 else None
 
         begun = begin()
 
@@ -346,7 +343,7 @@ class ServerRollouts(VllmRollouts):
             asked = {self.clients[row % len(self.clients)] for row in missing}
             if not all([self._is_refreshed(client, failing.get(client)) for client in asked]):
                 return None
-            found = {row: each.result() for row, each in zip(missing, _in_background(ask, missing), strict=True)}
+            found = {row: each.result() for row, each in zip(missing, in_background(ask, missing), strict=True)}
             kept = {client for client in asked if self._is_current(client)}
             for row, answer in found.items():
                 client = self.clients[row % len(self.clients)]
@@ -452,112 +449,6 @@ class _new_folder:
             os.replace(self.part, self.folder)
 
 
-class _Nccl:
-    """Sends weights from this GPU to those of all servers, by vLLM's own packing. metadata: (name, dtype, shape) of
-    each tensor in the order of sending. Not run on the machines of the project's tests, which have no GPU for it."""
-
-    def __init__(self, clients: list[Client], port: int):
-        self.clients, self.port = clients, port
-        self.metadata: list[tuple[str, str, list[int]]] = []
-        self.group: Any = None
-
-    def restart(self) -> None:
-        """A group that has lost a member is of no use."""
-        self.group = None
-
-    def send(self, groups: Iterator[Group], version: str) -> None:
-        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
-
-        if self.group is None:
-            self.group = self._meet()
-        names, dtypes, shapes = map(list, zip(*self.metadata, strict=True))
-        about = {"names": names, "dtype_names": dtypes, "shapes": shapes}
-        for client in self.clients:
-            client.post("/start_weight_update")
-        # The servers receive while this rank sends.
-        receiving = _in_background(lambda client: client.post("/update_weights", update_info=about), self.clients)
-        packed_nccl_broadcast_producer(
-            iterator=_in_order(groups), group=self.group, src=0, post_iter_func=lambda item: item[1]
-        )
-        for each in receiving:
-            each.result()
-        for client in self.clients:
-            client.post("/finish_weight_update", weight_version=version)
-
-    def _meet(self) -> Any:
-        """The communicator of this rank (0) and the workers of all servers."""
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
-
-        sizes = [client.get("/get_world_size")["world_size"] for client in self.clients]
-        meeting = {
-            "master_address": _address_towards(self.clients[0].url),
-            "master_port": self.port,
-            "world_size": 1 + sum(sizes),
-        }
-        offsets = [1 + sum(sizes[:i]) for i in range(len(sizes))]
-        joining = _in_background(
-            lambda i: self.clients[i].post(
-                "/init_weight_transfer_engine", init_info={**meeting, "rank_offset": offsets[i], "packed": True}
-            ),
-            range(len(sizes)),
-        )
-        group = trainer_init(meeting)
-        for each in joining:
-            each.result()
-        return group
-
-
-def _in_order(groups: Iterator[Group]) -> Iterator[tuple[str, Tensor]]:
-    """Pairs, gathered on the default stream and there before they are given: vLLM packs them on streams of its own."""
-    while True:
-        with torch.cuda.stream(torch.cuda.default_stream()):
-            group = next(groups, None)
-        torch.cuda.synchronize()
-        if group is None:
-            return
-        yield from group
-
-
-def _in_background(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Future]:
-    """A future of work(item) for each item, by threads that do not keep the program from ending."""
-    futures = [(Future(), item) for item in items]
-    waiting = deque(futures)
-
-    def run() -> None:
-        while True:
-            try:
-                future, item = waiting.popleft()
-            except IndexError:
-                return
-            try:
-                future.set_result(work(item))
-            except BaseException as error:
-                future.set_exception(error)
-
-    for _ in range(min(len(futures), CONCURRENT)):
-        threading.Thread(target=run, daemon=True).start()
-    return [future for future, _ in futures]
-
-
 def _reset_prefix_cache(client: Client) -> None:
     if not client.post("/reset_prefix_cache")["success"]:
         raise Unreachable("its prefix cache is in use")
-
-
-def _is_here(url: str) -> bool:
-    """Whether the address is one of this machine."""
-    _, theirs = _family_and_address(url)
-    return theirs.startswith("127.") or theirs == _address_towards(url)
-
-
-def _address_towards(url: str) -> str:
-    """This machine's address as the server reaches it."""
-    family, theirs = _family_and_address(url)
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((theirs, 9))  # sends nothing
-        return probe.getsockname()[0]
-
-
-def _family_and_address(url: str) -> tuple[int, str]:
-    family, _, _, _, address = socket.getaddrinfo(urlsplit(url).hostname, None, type=socket.SOCK_DGRAM)[0]
-    return family, address[0]
