@@ -5,7 +5,9 @@ import torch
 
 from tests.distributed.scenarios import export
 
-CASES = [(None, False), (2, True), (3, False), (3, True), (3, "on the head"), (3, "head saved"), (None, "on the head")]
+REPEATED = [(None, False), (3, False), (3, "on the head")]
+CASES = [(2, True), (3, True), (3, "head saved"), (None, "on the head"),
+         *(pytest.param(*case, marks=pytest.mark.full) for case in REPEATED)]  # fmt: skip
 
 
 @pytest.mark.parametrize("stage, lora", CASES, ids=str)
