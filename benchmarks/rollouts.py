@@ -5,8 +5,9 @@
     python -m benchmarks.rollouts --model FOLDER [--engines local colocate ...] [--rows 8 32] [--json FILE]
 
 Each engine trains a few steps in a process of its own, on rows of which either all complete --tokens tokens (even) or
-each ends where it ends (skewed). The first step, which starts the engine, is left out; of the others the median. A
-server is started for each run by launch/vllm_server.sh, on the same machine; its memory is given apart.
+each ends where it ends (skewed). The first step, which starts the engine, and the last, which rolls out nothing ahead,
+are left out; of the others the median. A server is started for each run by launch/vllm_server.sh, on the same machine;
+its memory is given apart.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
     trainer.rollouts.publish = timed
     trainer.train()
-    logs = clock.logs[1:]
+    logs = clock.logs[1:-1]
     median = {
         name: statistics.median(log[name] for log in logs) for name in ("seconds/rollout", "completions/mean_length")
     }
@@ -77,7 +78,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         "tokens/s": args.rows * median["completions/mean_length"] / median["seconds/rollout"],
         "rollout s": median["seconds/rollout"],
         "push s": statistics.median(pushes[1:]) if len(pushes) > 1 else None,
-        "step s": statistics.median(clock.seconds[1:]),
+        "step s": statistics.median(clock.seconds[:-1]),
         "peak GiB": logs[-1].get("memory/peak_gib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20),
     }
 
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--rows", nargs="+", type=int, default=[8, 32], help="completions of a step (8 32)")
     parser.add_argument("--tokens", type=int, default=128, help="most tokens of a completion (128)")
-    parser.add_argument("--steps", type=int, default=4, help="with the one that warms up (4)")
+    parser.add_argument("--steps", type=int, default=5, help="with the first and the last, which are not counted (5)")
     parser.add_argument("--lengths", nargs="+", choices=["even", "skewed"], default=["even", "skewed"])
     parser.add_argument("--bf16", action="store_true", help="for a GPU, or a CPU with bf16 units")
     parser.add_argument("--json", type=Path, help="write the figures here")
