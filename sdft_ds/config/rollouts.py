@@ -18,6 +18,16 @@ from sdft_ds.config.fields import (
 ANCHOR_FRACTION = 0.25
 # Valid names of rollout_backend; rollouts.sampler.add_backend adds to them.
 ROLLOUT_BACKENDS = ["generate", "continuous"]
+# Options that only affect sampling; they mean nothing under greedy decoding.
+SAMPLING_OPTIONS = {"temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
+# Options that leave the next-token distribution as it is at its temperature, with these values or with any.
+NEUTRAL_VALUES = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+NEUTRAL_OPTIONS = {"max_new_tokens", "do_sample", "temperature", "cache_implementation", "disable_compile"}
+
+
+def reshapes(options: dict[str, Any]) -> bool:
+    """Whether options other than the temperature change the next-token distribution."""
+    return any(options[name] != NEUTRAL_VALUES.get(name) for name in options.keys() - NEUTRAL_OPTIONS)
 
 
 @dataclass

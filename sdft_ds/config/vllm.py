@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sdft_ds.config.fields import ANOTHER_RUN, FREE, Range, default_of, own_fields, positive, setting, within
+from sdft_ds.config.rollouts import reshapes
 
 TESTED_VLLM = "0.30.0"
 WEIGHT_SYNCS = ("auto", "nccl", "path", "adapter")
@@ -180,5 +181,4 @@ def allocator_against_sleep(environment: Mapping[str, str]) -> str | None:
 
 def _knows_old_log_probs(config: Any) -> bool:
     options = config.generation_options
-    plain = options["do_sample"] and config.top_p == 1 and not config.top_k and not config.min_p
-    return config.temperature == 1 or (plain and config.repetition_penalty == 1)
+    return config.temperature == 1 or (options["do_sample"] and not reshapes(options))

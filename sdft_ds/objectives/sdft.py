@@ -131,10 +131,8 @@ class SelfDistillation(Objective):
             meters.add(f"prompts/{side}_cut", prompts.counts.pop(f"{side}_prompts_cut", 0))
         keys = [f"{key}/{slot.row}" for slot in slots]
         share = self._share_from_teacher(progress)
-        chosen = [
-            pair.teacher if self._is_from_teacher(each, share) else pair.student
-            for pair, each in zip(pairs, keys, strict=True)
-        ]
+        from_teacher = [self._is_from_teacher(each, share) for each in keys]
+        chosen = [pair.teacher if other else pair.student for pair, other in zip(pairs, from_teacher, strict=True)]
         self.parts.dispatch(
             "on_generation_prompts_selected",
             lambda: {
@@ -145,7 +143,12 @@ class SelfDistillation(Objective):
         completions = self.parts.rollouts.begin([rendered.ids for rendered in chosen], keys)
 
         def wait() -> list[Rollout]:
-            rows = zip(slots, pairs, completions(), strict=True)
+            # After the teacher's prompt the sampler's log-probabilities are not the student's.
+            known = [
+                replace(completion, log_probs=None) if other else completion
+                for completion, other in zip(completions(), from_teacher, strict=True)
+            ]
+            rows = zip(slots, pairs, known, strict=True)
             return [Rollout(slot.row, pair, completion, slot.counted) for slot, pair, completion in rows]
 
         return InFlight(key, self.weights_version, wait)
@@ -183,7 +186,7 @@ class SelfDistillation(Objective):
         args, sampler = self.args, self.parts.rollouts
         if args.generate_from_teacher or not (args.outlives_step or args.rollout_lag):
             return None
-        if sampler.has_own_weights and sampler.knows_log_probs:
+        if sampler.has_own_weights and sampler.knows_log_probs and not args.teacher_rollout_fraction:
             return [torch.tensor(rollout.completion.log_probs, device=args.device) for rollout in rollouts]
         return scorer.student_log_probs(rollouts)
 
@@ -217,12 +220,9 @@ class SelfDistillation(Objective):
     ) -> Tensor:
         picked = self.inspector.pick(scored, step)
         request = self.loss_request(scored, weights, picked.at_M)
-        # The sampler's log-probabilities can be compared with ours while the weights are those it had.
-        compares = scored.sampler_log_probs_N is not None and scored.weights_version == self.weights_version
-        request.terms = replace(request.terms, with_log_probs=compares)
         loss = model(**scored.batch.student.inputs, request=request)
         self.inspector.record(picked, request, scored, meters)
-        if compares:
+        if request.log_probs_N is not None:
             meters.add_mismatch(request.log_probs_N - scored.sampler_log_probs_N)
         return loss * self.args.distillation_weight
 
@@ -241,6 +241,9 @@ class SelfDistillation(Objective):
                 weights_N=weights.weights_N,
                 old_log_probs_N=scored.old_log_probs_N,
                 is_clip=self.args.distillation_is_clip,
+                # To compare with the sampler's, while the weights are those it had.
+                with_log_probs=scored.sampler_log_probs_N is not None
+                and scored.weights_version == self.weights_version,
             ),
             scale=weights.scale,
             chunk_tokens=self.args.loss_chunk_tokens,

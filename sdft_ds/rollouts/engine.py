@@ -9,13 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sdft_ds.config.rollouts import SAMPLING_OPTIONS, reshapes
 from sdft_ds.data.batch import Completion
-
-# Options that only affect sampling; they mean nothing under greedy decoding.
-SAMPLING_OPTIONS = {"temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
-# Options that leave the next-token distribution as it is at its temperature, with these values or with any.
-NEUTRAL_VALUES = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-NEUTRAL_OPTIONS = {"max_new_tokens", "do_sample", "temperature", "cache_implementation", "disable_compile"}
 
 
 @dataclass(frozen=True)
@@ -59,19 +54,17 @@ class Sampling:
     def completion(self, sampled: SampledTokens, options: dict[str, Any]) -> Completion:
         """Truncate after the first end token, which is kept: it is part of the completion."""
         end = next((i + 1 for i, token in enumerate(sampled.ids) if token in self.eos_token_ids), None)
-        log_probs = sampled.log_probs
+        ids, log_probs = sampled.ids[:end], sampled.log_probs
+        if log_probs is not None:
+            log_probs = log_probs[: len(ids)] if self.knows_log_probs(options, sampled.processed) else None
+        return Completion(ids, end is None, log_probs)
+
+    def knows_log_probs(self, options: dict[str, Any], processed: bool) -> bool:
+        """Whether a sampler's log-probabilities are those of the model at the loss temperature. processed: see
+        SampledTokens."""
         # Greedy ones are at temperature 1.
-        if options.get("temperature", 1.0) != self.options.get("temperature", 1.0):
-            log_probs = None
-        if sampled.processed and reshapes(options):
-            log_probs = None
-        ids = sampled.ids[:end]
-        return Completion(ids, end is None, None if log_probs is None else log_probs[: len(ids)])
-
-
-def reshapes(options: dict[str, Any]) -> bool:
-    """Whether options other than the temperature change the next-token distribution."""
-    return any(options[name] != NEUTRAL_VALUES.get(name) for name in options.keys() - NEUTRAL_OPTIONS)
+        at_loss_temperature = options.get("temperature", 1.0) == self.options.get("temperature", 1.0)
+        return at_loss_temperature and not (processed and reshapes(options))
 
 
 class RolloutEngine(ABC):

@@ -17,7 +17,7 @@ from sdft_ds.data.batch import Completion
 from sdft_ds.distributed import ranks
 from sdft_ds.model import export
 from sdft_ds.rollouts import weight_sums
-from sdft_ds.rollouts.engine import RolloutEngine, SampledTokens, Sampling, reshapes
+from sdft_ds.rollouts.engine import RolloutEngine, SampledTokens, Sampling
 from sdft_ds.rollouts.sampler import refuse_non_finite
 from sdft_ds.rollouts.weight_sums import Sums
 
@@ -61,7 +61,7 @@ class VllmRollouts(RolloutEngine):
 
     @property
     def knows_log_probs(self) -> bool:
-        return self.log_probs_mode == "raw_logprobs" or not reshapes(self.sampling.options)
+        return self.sampling.knows_log_probs(self.sampling.of_call(), self.log_probs_mode == "processed_logprobs")
 
     def weights_changed(self) -> None:
         self.is_stale = True

@@ -29,6 +29,10 @@ def config(**settings):
         ({**SERVER, "vllm_server_base_url": "host:8000"}, "vllm_server_base_url: 'host:8000' is no address"),
         ({**SERVER, "vllm_server_base_url": ","}, "vllm_server_base_url is empty"),
         ({**SERVER, "vllm_server_timeout": 1800}, "vllm_server_timeout=1800 must be below ddp_timeout=1800"),
+        (
+            {**SERVER, "rollout_lag": 1, "temperature": 0.7, "generation_kwargs": {"min_new_tokens": 2}},
+            "rollout_lag=1 needs the sampler's",
+        ),
         ({**SERVER, "vllm_weight_sync": "ftp"}, "vllm_weight_sync must be one of auto, nccl, path, adapter"),
     ],
     ids=str,

@@ -468,3 +468,9 @@ def test_a_teacher_without_weights_of_its_own_is_not_saved(settings):
         make_trainer(save_teacher=True, **settings)
     with pytest.raises(ValueError, match="cannot be saved: it is the"):
         make_trainer(**settings).save_teacher("nowhere")
+
+
+def test_after_the_teachers_prompt_the_samplers_log_probabilities_are_not_compared():
+    student, both = (train(teacher_rollout_fraction=share, temperature=1.0)["logs"] for share in (0.0, 1.0))
+    assert all(log["rollout/logprob_diff_max"] < 1e-3 for log in student)
+    assert "rollout/logprob_diff" not in both[0]  # all rows of the first step are the teacher's
