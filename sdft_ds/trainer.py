@@ -131,7 +131,11 @@ class MethodTrainer(StepTrainer):
         Writes the report page at the end. Another call starts a new run from the current weights. Raises what
         ResumableTrainer.train raises.
         """
-        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        try:
+            result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except BaseException:
+            self.rollouts.abandon()
+            raise
         self.rollouts.close()
         if self.is_world_process_zero():
             self._write_page()

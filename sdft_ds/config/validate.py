@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from sdft_ds.config.fields import check_ranges, without_effect
 from sdft_ds.config.inherited import idle_settings
 from sdft_ds.config.teacher import EMA_RATES, EMA_STEPS
-from sdft_ds.config.vllm import idle_vllm_settings, refuse_vllm_contradictions
+from sdft_ds.config.vllm import refuse_vllm_contradictions
 from sdft_ds.data.prompts import parse_template
 
 # Fields of GenerationConfig with a setting of their own, because the loss or the lengths depend on them as well.
@@ -163,8 +163,7 @@ def warn_of_ineffective(config: Any) -> None:
         "ds3_gather_for_generation": (not config.ds3_gather_for_generation and not zero3, "the run is not ZeRO-3"),
     }
     own = [(f"{name}={getattr(config, name)!r}", reason) for name, (idle, reason) in ineffective.items() if idle]
-    vllm = [(f"{name}={getattr(config, name)!r}", reason) for name, reason in idle_vllm_settings(config).items()]
-    for setting, reason in [*own, *vllm, *idle_settings(config)]:
+    for setting, reason in [*own, *idle_settings(config)]:
         warnings.warn(f"{setting} has no effect: {reason}.", stacklevel=4)
     for sentence in without_effect(type(config), vars(config), vars(config)):
         warnings.warn(sentence, stacklevel=4)

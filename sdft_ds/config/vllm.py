@@ -3,10 +3,10 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from sdft_ds.config.fields import ANOTHER_RUN, FREE, Range, default_of, own_fields, positive, setting, within
+from sdft_ds.config.fields import ANOTHER_RUN, FREE, Range, positive, setting, within
 from sdft_ds.config.rollouts import reshapes
 
 TESTED_VLLM = "0.30.0"
@@ -21,6 +21,7 @@ VLLM_OPTIONS = {
     "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
 }
+COLOCATED, BY_SERVER = ("use_vllm", "vllm_mode=colocate"), ("use_vllm", "vllm_mode=server")
 
 
 @dataclass
@@ -32,50 +33,71 @@ class VllmSettings:
         "colocate",
         "colocate: an engine in each rank's process; server: vLLM's own server, started by launch/vllm_server.sh.",
         choices=("colocate", "server"),
+        only_with=("use_vllm",),
         resume=FREE,
     )
     vllm_model_impl: str = setting(
         "vllm",
         "colocate: whose implementation of the model vLLM runs; auto: vLLM's if it has one.",
         choices=("vllm", "transformers", "auto"),
+        only_with=COLOCATED,
         resume=FREE,
     )
     vllm_gpu_memory_utilization: float = setting(
         0.3,
         "colocate: share of the device's memory for vLLM, its weights included.",
         valid=Range(lambda value: 0 < value <= 1, "in (0, 1]"),
+        only_with=COLOCATED,
         resume=FREE,
     )
     vllm_max_model_length: int | None = setting(
-        None, "colocate: most tokens of prompt and completion. Unset: the model's.", valid=positive(), resume=FREE
+        None,
+        "colocate: most tokens of prompt and completion. Unset: the model's.",
+        valid=positive(),
+        only_with=COLOCATED,
+        resume=FREE,
     )
     vllm_tensor_parallel_size: int = setting(
-        1, "colocate: ranks that share one engine.", valid=positive(), resume=FREE
+        1, "colocate: ranks that share one engine.", valid=positive(), only_with=COLOCATED, resume=FREE
     )
-    vllm_enable_sleep_mode: bool = setting(False, "colocate: vLLM holds GPU memory during rollouts only.", resume=FREE)
+    vllm_enable_sleep_mode: bool = setting(
+        False, "colocate: vLLM holds GPU memory during rollouts only.", only_with=COLOCATED, resume=FREE
+    )
     vllm_server_base_url: str | None = setting(
-        None, "server: its address, as in http://host:8000; several, separated by commas, share the rows.", resume=FREE
+        None,
+        "server: its address, as in http://host:8000; several, separated by commas, share the rows.",
+        only_with=BY_SERVER,
+        resume=FREE,
     )
-    vllm_server_host: str = setting("0.0.0.0", "server: its host, without vllm_server_base_url.", resume=FREE)
-    vllm_server_port: int = setting(8000, "server: its port, without vllm_server_base_url.", resume=FREE)
+    vllm_server_host: str = setting(
+        "0.0.0.0", "server: its host, without vllm_server_base_url.", only_with=BY_SERVER, resume=FREE
+    )
+    vllm_server_port: int = setting(
+        8000, "server: its port, without vllm_server_base_url.", only_with=BY_SERVER, resume=FREE
+    )
     vllm_server_timeout: float = setting(
         240.0,
         "server: seconds that a run waits for a server that does not answer, before it ends resumable.",
         valid=positive(),
+        only_with=BY_SERVER,
         resume=FREE,
     )
-    vllm_group_port: int = setting(51216, "server, nccl: port at which rank 0 and the servers meet.", resume=FREE)
+    vllm_group_port: int = setting(
+        51216, "server, nccl: port at which rank 0 and the servers meet.", only_with=BY_SERVER, resume=FREE
+    )
     vllm_weight_sync: str = setting(
         "auto",
         "server: how weights reach it. nccl: from GPU to GPU; path: through files; adapter: a PEFT adapter's files "
         "only; auto: adapter if the server serves adapters, else path.",
         choices=WEIGHT_SYNCS,
+        only_with=BY_SERVER,
         resume=FREE,
     )
     vllm_weight_folder: str | None = setting(
         None,
         "server, path and adapter: folder for the files, which the servers can read by the same name. Unset: in "
         "shared memory (/dev/shm) if all servers are on this machine, else in output_dir.",
+        only_with=BY_SERVER,
         resume=FREE,
     )
     rollout_lag: int = setting(
@@ -93,24 +115,6 @@ class VllmSettings:
             host = "127.0.0.1" if self.vllm_server_host == "0.0.0.0" else self.vllm_server_host
             return [f"http://{host}:{self.vllm_server_port}"]
         return [url.strip().rstrip("/") for url in self.vllm_server_base_url.split(",") if url.strip()]
-
-
-_COLOCATE_ONLY = ("vllm_model_impl", "vllm_gpu_memory_utilization", "vllm_max_model_length",
-                  "vllm_tensor_parallel_size", "vllm_enable_sleep_mode")  # fmt: skip
-
-
-def idle_vllm_settings(config: Any) -> dict[str, str]:
-    """Settings of this chapter that are given without effect -> why."""
-    if not config.use_vllm:
-        reason, idle = "use_vllm is False", [f.name for f in own_fields(VllmSettings)]
-    elif config.vllm_mode == "server":
-        reason, idle = "vllm_mode is server: see launch/vllm_server.sh", list(_COLOCATE_ONLY)
-    else:
-        servers = [f.name for f in fields(VllmSettings) if f.name.startswith("vllm_server")]
-        reason = "vllm_mode is colocate"
-        idle = [*servers, "vllm_group_port", "vllm_weight_sync", "vllm_weight_folder"]
-    defaults = {f.name: default_of(f) for f in own_fields(VllmSettings)}
-    return {name: reason for name in idle if getattr(config, name) != defaults[name] and name != "rollout_lag"}
 
 
 def refuse_vllm_contradictions(config: Any) -> None:

@@ -60,8 +60,8 @@ def rollout_seconds(job: Job, engine: Vllm, machine: Machine) -> float:
 
 
 def sync(job: Job, engine: Vllm) -> str:
-    """How weights reach a server; auto: the adapter if only that is trained, else nccl."""
-    return engine.sync if engine.sync != "auto" else "adapter" if job.tuning != "full" else "nccl"
+    """How weights reach a server; auto: the adapter if only that is trained, else whole, by path."""
+    return engine.sync if engine.sync != "auto" else "adapter" if job.tuning != "full" else "path"
 
 
 def transfer_seconds(job: Job, engine: Vllm, machine: Machine) -> float:

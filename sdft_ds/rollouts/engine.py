@@ -106,3 +106,6 @@ class RolloutEngine(ABC):
 
     def close(self) -> None:
         """Free what the engine holds. It is not used afterwards."""
+
+    def abandon(self) -> None:
+        """Remove what would outlive this process: called after an error, on the ranks that had it. No collectives."""

@@ -5,14 +5,11 @@ completions and after all of them came, and answers in between of a server that 
 server has to know is in launch/vllm_server.sh.
 """
 
-import hashlib
 import importlib.util
 import math
-import os
 import shutil
 import time
 import uuid
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -34,17 +31,17 @@ from sdft_ds.rollouts.engine import SampledTokens, Sampling
 from sdft_ds.rollouts.vllm_client import Client, Refused, Served, Unreachable, in_background, is_here
 from sdft_ds.rollouts.vllm_engine import VllmRollouts, check_version
 from sdft_ds.rollouts.vllm_nccl import Group, Nccl
+from sdft_ds.rollouts.weight_files import SHARED_MEMORY, WeightFiles
 from sdft_ds.rollouts.weight_sums import Sums
 
 OURS = "sdft-"  # first letters of the versions that runs push
-SHARED_MEMORY = Path("/dev/shm")
 PROBE = "A 12,345.6 naïve\n\tdef f(x): 漢字 🙂 "
 T = TypeVar("T")
 Row = tuple[list[int], dict[str, Any]]  # prompt, sampling parameters
 
 
 class ServerRollouts(VllmRollouts):
-    """engine: returns the current training wrapper of the model. The attributes of rank 0 alone: clients, folder."""
+    """engine: returns the current training wrapper of the model. The attributes of rank 0 alone: clients, files."""
 
     def __init__(
         self,
@@ -61,8 +58,7 @@ class ServerRollouts(VllmRollouts):
         self.clients = [Client(url) for url in args.vllm_server_urls]
         self.served: list[Served] = []
         self.dtype = args.compute_dtype
-        self.folder: Path | None = None
-        self.remove_folder: Callable[[], Any] | None = None
+        self.files: WeightFiles | None = None
         self.nccl: Nccl | None = None
 
     @property
@@ -83,7 +79,7 @@ class ServerRollouts(VllmRollouts):
             raise ValueError("The vLLM servers differ in --dtype or --hf-overrides: start all of them by one command.")
         self.serves_tied_head = export.is_tied(self.model) and not self.served[0].untied
         self.sync = self._weight_sync()
-        ranks.from_rank_0(self._make_folder)
+        ranks.from_rank_0(self._make_files)
         if self.sync == "nccl":
             self.nccl = Nccl(self.clients, self.args.vllm_group_port)
 
@@ -168,19 +164,12 @@ class ServerRollouts(VllmRollouts):
                 return "the server was started without VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
         return None
 
-    def _make_folder(self) -> None:
-        """Choose the folder of weights and remove what a killed run has left there. Of rank 0."""
-        output = os.path.abspath(self.args.output_dir)
-        parent = Path(self.args.vllm_weight_folder or self._default_folder(output))
-        folder = parent.absolute() / f"sdft_ds-{hashlib.blake2b(output.encode(), digest_size=6).hexdigest()}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        self.folder = folder
-        # Called by close, or when the program ends.
-        self.remove_folder = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+    def _make_files(self) -> None:
+        self.files = WeightFiles(Path(self.args.vllm_weight_folder or self._default_folder()), self.args.output_dir)
 
-    def _default_folder(self, output_dir: str) -> str | Path:
+    def _default_folder(self) -> str | Path:
         """Shared memory, if the servers see it and two generations of weights fit."""
+        output_dir = self.args.output_dir
         if not all(is_here(client.url) for client in self.clients) or not SHARED_MEMORY.is_dir():
             return output_dir
         size = sum(zero.full_shape(param).numel() for param in self.model.parameters()) * self.dtype.itemsize
@@ -205,7 +194,7 @@ class ServerRollouts(VllmRollouts):
         groups = self._groups(sums)
 
         def write_and_load() -> None:
-            with _new_folder(self._weights_folder) as part:
+            with self.files.written(self.pushes) as part:
                 for i, group in enumerate(groups):
                     save_file({name: each.cpu().contiguous() for name, each in group}, part / f"{i:05d}.safetensors")
             self._load_everywhere(sums)
@@ -217,7 +206,7 @@ class ServerRollouts(VllmRollouts):
         config = self.model.peft_config[self.model.active_adapters[0]]
 
         def write_and_load() -> None:
-            with _new_folder(self._weights_folder) as part:
+            with self.files.written(self.pushes) as part:
                 save_file({name: each.cpu().contiguous() for name, each in weights.items()},
                           part / "adapter_model.safetensors")  # fmt: skip
                 config.save_pretrained(str(part))
@@ -260,10 +249,6 @@ class ServerRollouts(VllmRollouts):
 
         ranks.from_rank_0(send, meanwhile=groups)
 
-    @property
-    def _weights_folder(self) -> Path:
-        return self.folder / f"weights-{self.pushes}"
-
     def _load_everywhere(self, sums: Sums | None) -> None:
         def renew(client: Client) -> None:
             if self.pushes > 1 and client.weight_version() != self._version(self.pushes - 1):
@@ -277,7 +262,7 @@ class ServerRollouts(VllmRollouts):
 
     def _load(self, client: Client) -> None:
         """Have the server load the newest files."""
-        folder = str(self._weights_folder)
+        folder = str(self.files.path(self.pushes))
         try:
             if self.sync == "adapter":
                 self._unload_adapters(client)
@@ -422,31 +407,17 @@ class ServerRollouts(VllmRollouts):
     # ---- the end ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        if self.remove_folder is not None:  # on rank 0, once the servers were accepted
+        if self.files is not None:  # on rank 0, once the servers were accepted
             for client in self.clients if self.sync == "adapter" else ():
                 with suppress(Unreachable):
                     self._unload_adapters(client)
-            self.remove_folder()
-        self.folder = self.remove_folder = None
+        self.abandon()
         self.longest, self.is_stale, self.nccl = None, True, None
 
-
-class _new_folder:
-    """Context manager: yields a temporary folder that becomes `folder` at the end. One older generation is kept."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.part = folder.with_name(f"{folder.name}.part")
-
-    def __enter__(self) -> Path:
-        for old in sorted(self.folder.parent.glob("weights-*"), key=os.path.getmtime)[:-1]:
-            shutil.rmtree(old)
-        self.part.mkdir()
-        return self.part
-
-    def __exit__(self, kind: Any, *error: Any) -> None:
-        if kind is None:
-            os.replace(self.part, self.folder)
+    def abandon(self) -> None:
+        if self.files is not None:
+            self.files.remove()
+        self.files = None
 
 
 def _reset_prefix_cache(client: Client) -> None:

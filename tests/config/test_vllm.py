@@ -55,9 +55,9 @@ def test_sleep_mode_and_expandable_segments_are_refused_together(monkeypatch):
 @pytest.mark.parametrize(
     "settings, match",
     [
-        ({"vllm_gpu_memory_utilization": 0.5}, "vllm_gpu_memory_utilization=0.5 has no effect: use_vllm is False"),
-        ({**SERVER, "vllm_max_model_length": 9}, "vllm_max_model_length=9 has no effect: vllm_mode is server"),
-        ({"use_vllm": True, "vllm_weight_sync": "path"}, "vllm_weight_sync='path' has no effect: vllm_mode is coloc"),
+        ({"vllm_gpu_memory_utilization": 0.5}, "vllm_gpu_memory_utilization=0.5 has no effect without use_vllm."),
+        ({**SERVER, "vllm_max_model_length": 9}, "vllm_max_model_length=9 has no effect without vllm_mode=colocate"),
+        ({"use_vllm": True, "vllm_weight_sync": "path"}, "'path' has no effect without vllm_mode=server"),
     ],
     ids=str,
 )

@@ -78,3 +78,9 @@ def test_two_ranks_share_an_engine(two_ranks):
 def test_a_closed_engine_leaves_no_memory_behind(one_rank):
     (sizes,) = one_rank.run(vllm.memory_of_runs, 3, timeout=240)
     assert sizes[2] - sizes[0] < 0.5  # GiB; a KV cache is 1
+
+
+@pytest.mark.full
+def test_logits_that_are_not_numbers_end_the_run_by_name(two_ranks):
+    with pytest.raises(AssertionError, match="logits are NaN or infinite in the rollout of train/1, rows 0, 1, 2, 3"):
+        two_ranks.run(vllm.steps_with_a_nan, **vllm.VLLM)

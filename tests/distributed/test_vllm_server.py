@@ -227,3 +227,9 @@ def test_a_resume_is_exact_with_a_batch_in_flight(two_ranks, server, tmp_path, l
     for before, after in zip(whole, rest, strict=True):
         assert after["losses"] == before["losses"][3:]
         assert after["weights"].equal(before["weights"])
+
+
+@pytest.mark.full
+def test_logits_that_are_not_numbers_end_the_run_by_name(two_ranks, server):
+    with pytest.raises(AssertionError, match="logits are NaN or infinite in the rollout of train/1, rows 0, 1, 2, 3"):
+        two_ranks.run(vllm.steps_with_a_nan, **server.settings, vllm_weight_sync="path")

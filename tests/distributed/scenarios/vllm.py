@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from sdft_ds.distributed import zero
+from sdft_ds.model.completion_forward import causal_lm_of
 from tests.distributed.scenarios.export import merged, student
 from tests.helpers.trainers import Recorder, make_trainer
 
@@ -38,6 +40,16 @@ def steps(stage: int | None = None, lora: bool | str = False, tied: bool = True,
         "importance": [log.get("is/ratio") for log in logs],
         "random": torch.rand(1).item(),
     }
+
+
+def steps_with_a_nan(**settings) -> None:
+    """The weights are not numbers from the second rollout on."""
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            causal_lm_of(model).model.norm.weight.data.fill_(float("nan"))
+
+    make_trainer(model=student(False), callbacks=[Spoil()], **{**GREEDY, **settings}).train()
 
 
 def engine_weights(rollouts: Any) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from sdft_ds.distributed import ranks
 from sdft_ds.distributed.shutdown import Preempted
+from sdft_ds.rollouts.weight_files import LOCK
 from tests.distributed.scenarios.export import merged, student
 from tests.distributed.scenarios.vllm import GREEDY, as_the_engine_fuses, steps
 from tests.helpers import tiny
@@ -64,7 +65,7 @@ def folders_while_training(stage: int | None, lora: bool | str, **settings) -> l
 
     def look() -> None:
         publish()
-        found.append(sorted(os.listdir(trainer.rollouts.folder)) if ranks.rank() == 0 else [])
+        found.append(sorted({*os.listdir(trainer.rollouts.files.folder)} - {LOCK}) if ranks.rank() == 0 else [])
 
     trainer.rollouts.publish = look
     trainer.train()
