@@ -151,6 +151,14 @@ def forward_is_collective(engine: nn.Module) -> bool:
     return engines.stage(engine) == 3 and ranks.world_size() > 1
 
 
+def equally_many(engine: nn.Module, batches: list[list[int]], device: torch.device) -> list[list[int]]:
+    """The batches of row indices, one for each forward. Where forwards are collective, equally many on every rank: one
+    with fewer repeats its last row. Called by every rank before its first forward."""
+    if not forward_is_collective(engine):
+        return batches
+    return ranks.pad_to_equal_count(batches, batches[-1][-1:], device)
+
+
 def register_external_params(module: nn.Module, params: list[Tensor]) -> None:
     """Make ZeRO-3 gather parameters of submodules for the module's own forward, which uses them directly."""
     inside = {id(param) for param in module.parameters(recurse=False)}

@@ -6,12 +6,17 @@ after them are in the same columns of every row and at the right distance for sl
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+
+# The state of a recurrent layer, or of linear attention, has about as many elements as the keys and values of so many
+# tokens (Qwen3-Next: 512, Falcon-H1: 1536).
+STATE_TOKENS = 1024
 
 
 def supports_prefixes(model: PreTrainedModel) -> bool:
@@ -24,11 +29,30 @@ def supports_prefixes(model: PreTrainedModel) -> bool:
     )
 
 
-def key_value_width(config: PreTrainedConfig) -> int:
-    """Elements of a token's keys in one layer; its values have as many."""
-    heads = getattr(config, "num_attention_heads", None) or 1
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return (getattr(config, "num_key_value_heads", None) or heads) * head_width
+@dataclass(frozen=True)
+class CacheShape:
+    """What a row's cache holds. width: elements of a token's keys in one layer; its values have as many. windows: for
+    each attention layer the most tokens that it keeps, None for all. recurrent: number of layers with a state."""
+
+    width: int
+    windows: tuple[int | None, ...]
+    recurrent: int = 0
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "CacheShape":
+        heads = getattr(config, "num_attention_heads", None) or 1
+        head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        layers = DynamicCache(config=config).layers
+        return cls(
+            width=(getattr(config, "num_key_value_heads", None) or heads) * head_width,
+            windows=tuple(getattr(each, "sliding_window", None) for each in layers if isinstance(each, DynamicLayer)),
+            recurrent=sum(isinstance(each, LinearAttentionCacheLayerMixin) for each in layers),
+        )
+
+    def elements(self, length: int) -> int:
+        """Of a row of so many tokens; an estimate where there is a state."""
+        kept = sum(length if window is None else min(length, window) for window in self.windows)
+        return 2 * self.width * (kept + STATE_TOKENS * self.recurrent)
 
 
 def longest_row(model_config: PreTrainedConfig) -> tuple[int | None, str]:
@@ -68,6 +92,12 @@ def distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
             first.append(r)
         rows.append(number[prompt])
     return first, rows
+
+
+def memory_budget(free: int) -> int:
+    """Memory that the rows of one call may take of what is free: half of it, rounded down to a power of two so that a
+    run and its resume make the same calls."""
+    return 1 << (max(1, free // 2).bit_length() - 1)
 
 
 def batches_within(budget: int, sizes: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -119,7 +119,7 @@ def _of_local_rollouts(job: Job) -> Iterator[tuple[str, str, float]]:
     cache, and growing it, copies one layer at a time. Sampling a token creates fp32 scores, probabilities and an fp64
     sum."""
     shape, b, rows = job.shape, job.bytes, job.rollout_rows
-    yield "rollout", "KV cache", rows * (job.prompt + job.completion) * job.cached * (1 + 1 / shape.layers)
+    yield "rollout", "KV cache", rows * job.cached(job.prompt + job.completion) * (1 + 1 / shape.layers)
     yield "rollout", "activations", -(-rows // job.generations) * job.prompt * job.without_grad
     yield "rollout", "logits chunk", rows * shape.vocabulary * (b + 4 + 4 + 4 + 8)
     if job.tuning == "qlora":
@@ -149,7 +149,7 @@ def _of_passes(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     rows, length = job.scoring_rows, job.teacher_prompt + job.completion
     if job.generations > 1:
         prompts = -(-rows // job.generations)
-        yield "teacher", "KV cache", rows * length * job.cached * (1 + 1 / shape.layers)
+        yield "teacher", "KV cache", rows * job.cached(length) * (1 + 1 / shape.layers)
         tokens = max(prompts * job.teacher_prompt, rows * job.completion)
     else:
         tokens = rows * length

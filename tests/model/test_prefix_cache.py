@@ -113,8 +113,28 @@ def check_batches(draw):
 
 
 @pytest.mark.parametrize("config", ATTENTION.values(), ids=ATTENTION.keys())
-def test_the_width_of_keys_and_values_is_that_of_the_cache(config):
+@pytest.mark.parametrize("length", [3, 9])
+def test_the_size_of_a_cache_is_that_of_its_keys_and_values(config, length):
     cache = prefix_cache.empty_cache(model := model_of(config))
-    model(torch.tensor([[5, 6, 7]]), past_key_values=cache, use_cache=True)
-    keys, values = cache.layers[0].keys, cache.layers[0].values
-    assert prefix_cache.key_value_width(config) == keys[:, :, 0].numel() == values[:, :, 0].numel()
+    model(torch.arange(length).unsqueeze(0) + 5, past_key_values=cache, use_cache=True)
+    shape, held = (
+        prefix_cache.CacheShape.of(config),
+        sum(each.keys.numel() + each.values.numel() for each in cache.layers),
+    )
+    windows = len([window for window in shape.windows if window is not None and window <= length])
+    # A layer with a window keeps a token less, as long as no token is added.
+    assert shape.elements(length) == held + 2 * shape.width * windows and not shape.recurrent
+    assert 2 * shape.width == 2 * cache.layers[0].keys[:, :, 0].numel()
+
+
+def test_the_size_of_a_cache_counts_states_and_windows():
+    linear = Qwen3NextConfig(**SMALL, layer_types=["linear_attention", "full_attention"])
+    both = FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8)
+    shapes = [
+        prefix_cache.CacheShape.of(config)
+        for config in (linear, both, ATTENTION["gemma3 (window of 4 in some layers)"])
+    ]
+    assert [shape.recurrent for shape in shapes] == [1, 2, 0]
+    assert [shape.windows for shape in shapes] == [(None,), (None, None), (4, None)]
+    assert shapes[0].elements(5000) == 2 * 16 * (5000 + prefix_cache.STATE_TOKENS)
+    assert shapes[2].elements(5000) == 2 * 16 * (5000 + 4)
