@@ -151,21 +151,36 @@ def fan_out(cache: DynamicCache, rows_R: Tensor, room: int) -> None:
             layer.batch_select_indices(rows_R)
 
 
+def without(finished: list[bool]) -> list[int]:
+    """The rows that are not finished, in the order in which `keep_rows` copies fewest: each in its place, but the last
+    ones in the places of those that are."""
+    left = [row for row, ends in enumerate(finished) if not ends]
+    last = [row for row in left if row >= len(left)]
+    return [last.pop() if finished[place] else place for place in range(len(left))]
+
+
+def keep_rows(cache: DynamicCache, rows: list[int]) -> None:
+    """Reduce a cache that was fanned out to these rows, in this order."""
+    for layer in cache.layers:
+        if isinstance(layer, RoomyLayer):
+            layer.keep_rows(rows)
+        else:
+            layer.batch_select_indices(torch.tensor(rows, dtype=torch.long, device=layer.keys.device))
+
+
 class RoomyLayer(DynamicLayer):
     """Preallocated KV cache layer: new tokens are written in place, where DynamicLayer would copy the full cache."""
 
     def __init__(self, filled: DynamicLayer, rows_R: Tensor, room: int):
         super().__init__()
         self.dtype, self.device, self.is_initialized = filled.dtype, filled.device, True
-        self._take(filled.keys, filled.values, rows_R, room)
-
-    def _take(self, keys: Tensor, values: Tensor, rows: Tensor, room: int) -> None:
-        length = keys.shape[2]
+        length = filled.keys.shape[2]
         self.room_keys, self.room_values = (
-            old.new_empty(len(rows), old.shape[1], length + room, old.shape[3]) for old in (keys, values)
+            old.new_empty(len(rows_R), old.shape[1], length + room, old.shape[3])
+            for old in (filled.keys, filled.values)
         )
-        torch.index_select(keys, 0, rows, out=self.room_keys[:, :, :length])
-        torch.index_select(values, 0, rows, out=self.room_values[:, :, :length])
+        torch.index_select(filled.keys, 0, rows_R, out=self.room_keys[:, :, :length])
+        torch.index_select(filled.values, 0, rows_R, out=self.room_values[:, :, :length])
         self._show(length)
 
     def _show(self, length: int) -> None:
@@ -179,5 +194,13 @@ class RoomyLayer(DynamicLayer):
         self._show(end)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._take(self.keys, self.values, indices, self.room_keys.shape[2] - self.keys.shape[2])
+    def keep_rows(self, rows: list[int]) -> None:
+        """Reduce to rows of `without`. Only those that move are copied: to copy all that stay, each time that a row
+        ends, would take as long as the attention of several tokens."""
+        length = self.keys.shape[2]
+        for room in (self.room_keys, self.room_values):
+            for place, row in enumerate(rows):
+                if place != row:
+                    room[place, :, :length] = room[row, :, :length]
+        self.room_keys, self.room_values = self.room_keys[: len(rows)], self.room_values[: len(rows)]
+        self._show(length)
