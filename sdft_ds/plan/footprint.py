@@ -101,6 +101,7 @@ def _transient(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     """(phase, part, bytes) of temporary memory."""
     yield from _of_passes(job, setup)
     yield from _of_gradients(job, setup)
+    yield from _of_swaps(job, setup)
     if setup.vllm is None:
         yield from _of_local_rollouts(job)
     else:
@@ -112,6 +113,18 @@ def _transient(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
             yield phase, "gathered weights", ahead
         if setup.vllm is None:
             yield "rollout", "gathered weights", job.weights if setup.gather else ahead
+
+
+def _of_swaps(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
+    """What a shadow brings to the device from the host: one parameter's values at a time, in fp32, its own or those of
+    the masters."""
+    if not job.has_shadow or setup.offload_parameters:
+        return
+    one = 4 * min(job.shape.largest, job.trained) / _shards(job, setup, since=1)
+    if setup.offload_optimizer or job.shadow_on_host:
+        yield "teacher", "teacher shadow", one
+    if setup.offload_optimizer and not job.shadow_on_host and job.teacher == "ema":  # an update, after the step
+        yield "optimizer", "teacher shadow", one
 
 
 def _of_local_rollouts(job: Job) -> Iterator[tuple[str, str, float]]:
