@@ -145,7 +145,8 @@ class Job:
         """Training's own estimate of bytes per rollout row, by which it chooses how many are generated at once."""
         shape, length = self.shape, self.prompt + self.completion
         widest = 4 * shape.hidden + 3 * shape.intermediate
-        return self.cached(length) + length * widest * self.bytes + 24 * shape.vocabulary
+        mask = (1 + self.bytes) * self.prompt**2
+        return self.cached(length) + length * widest * self.bytes + mask + 24 * shape.vocabulary
 
     @property
     def has_shadow(self) -> bool:

@@ -130,13 +130,20 @@ def _bytes_to_use(device: torch.device) -> int:
 
 
 def _bytes_of_rows(model: PreTrainedModel, prompts: list[list[int]], longest: int) -> list[int]:
-    """Estimated bytes of each row: its cache, one layer's activations in prefill, and the next-token scores in fp32
-    and fp64."""
+    """Estimated bytes of each row: its cache, one layer's activations in prefill with its mask (as booleans, and as
+    what a kernel adds), and the next-token scores in fp32 and fp64."""
     config = model.config.get_text_config(decoder=True)
     cache, size = prefix_cache.CacheShape.of(config), model.dtype.itemsize
     widest = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    lengths = [len(prompt) + longest for prompt in prompts]
-    return [size * (cache.elements(length) + length * widest) + 24 * config.vocab_size for length in lengths]
+    of_pair = 1 + size
+    if config._attn_implementation == "eager":  # holds the scores, and their softmax in fp32
+        of_pair += (size + 4) * (getattr(config, "num_attention_heads", None) or 0)
+    return [
+        size * (cache.elements(len(prompt) + longest) + (len(prompt) + longest) * widest)
+        + of_pair * len(prompt) ** 2
+        + 24 * config.vocab_size
+        for prompt in prompts
+    ]
 
 
 # (model, prompts, keys, config, synced: all ranks continue until the last is done) -> the tokens of each completion,

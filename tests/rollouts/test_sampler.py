@@ -233,6 +233,14 @@ def test_the_estimate_of_a_rows_memory_covers_its_cache(monkeypatch):
     )
 
 
+def test_attention_that_is_not_fused_takes_more_of_a_long_prompt():
+    model, prompts = tiny.llama(), [[1] * 100, [1] * 200]
+    fused = sampler._bytes_of_rows(model, prompts, 8)
+    model.set_attn_implementation("eager")
+    eager = sampler._bytes_of_rows(model, prompts, 8)
+    assert [more - less for more, less in zip(eager, fused, strict=True)] == [4 * 8 * 100**2, 4 * 8 * 200**2]
+
+
 def test_no_prompts_are_no_completions():
     assert sample(tiny.llama(), [], []) == []
 
