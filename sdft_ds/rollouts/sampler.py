@@ -103,7 +103,7 @@ class Sampler:
     ) -> list[list[int]]:
         """Row indices of each call: all at once, or as many as fit. synced: equally many calls on every rank; a rank
         with fewer repeats its last row."""
-        if self.backend is not generate:  # other backends manage their own cache
+        if self.backend is not generate and model.device.type != "cpu":  # there, others size their own cache
             batches = [list(range(len(prompts)))] if prompts else []
         elif self.batch_tokens is not None:
             sizes = [len(prompt) + longest for prompt in prompts]

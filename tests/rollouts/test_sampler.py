@@ -218,6 +218,15 @@ def test_without_a_setting_memory_decides(monkeypatch):
     assert len(calls) > 1 and all(len(rows) > 1 for rows in calls[1:-1])
 
 
+def test_continuous_batching_on_a_cpu_has_cache_for_a_call_that_fits(monkeypatch):
+    """On an accelerator it sizes its cache by what is free; on a CPU it allocates one for all rows of a call."""
+    model, rows, plain = tiny.llama(), [], sampler.BACKENDS["continuous"]
+    whole = sample(model, SHARED, list("abcdefg"), backend="continuous", do_sample=False)
+    monkeypatch.setitem(sampler.BACKENDS, "continuous", lambda *a: (rows.append(len(a[1])), plain(*a))[1])
+    assert sample(model, SHARED, list("abcdefg"), 60, "continuous", do_sample=False) == whole
+    assert len(rows) > 1 and sum(rows) == len(SHARED)
+
+
 def test_the_estimate_of_a_rows_memory_covers_its_cache(monkeypatch):
     model, held, fan_out = tiny.llama(), [], prefix_cache.fan_out
 
