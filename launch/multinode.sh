@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Several nodes without a scheduler: run the same line on each of them.
 #
-#   MASTER=HOST NODES=2 bash launch/multinode.sh --deepspeed ds_configs/zero3.json ...    flags of launch/train.py
+#   MASTER=HOST NODES=2 bash launch/multinode.sh --deepspeed ds_configs/zero2.json ...    flags of launch/train.py
 #
 # MASTER: the name or address of one of the nodes, as the others reach it. NODES: how many. NPROC_PER_NODE: processes on
 # each, by default its GPUs, or one. PORT (29500): free on MASTER, open to the others. --dry-run as the first argument

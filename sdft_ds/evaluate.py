@@ -81,7 +81,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass
 class _Saved:
-    """A saved model and its evaluation settings."""
+    """A saved model and its evaluation settings. batch_size: lm-eval's."""
 
     model: PreTrainedModel
     prompts: PromptBuilder
@@ -114,8 +114,9 @@ class _Saved:
             seed=0,
         )
         rollouts = LocalRollouts(sampling, self.model, lambda: self.model)
+        tokens = SDFTConfig.__dataclass_fields__["scoring_batch_tokens"].default
         subject = EvalModel(
-            lambda: self.model, rollouts.generate, self.prompts, self.batch_size, self.longest, self.model.device
+            lambda: self.model, rollouts.generate, self.prompts, tokens, self.longest, self.model.device
         )
         return TaskEvaluator(tasks, subject, start)
 
@@ -150,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--retention_file", help=said("retention_file"))
     parser.add_argument("--lm_eval", nargs="+", metavar="TASK", help="tasks of lm-eval: names, or YAML files")
     parser.add_argument("--max_completion_length", type=int, default=longest, help=f"of an answer ({longest})")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows at once (8)")
+    parser.add_argument("--batch_size", type=int, default=8, help="of lm-eval: rows at once (8)")
     dtypes = ("auto", "bfloat16", "float16", "float32")
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="dtype of the weights; auto: as saved")
     parser.add_argument("--trust_remote_code", action="store_true", help=said("trust_remote_code", SDFTConfig))

@@ -117,7 +117,7 @@ class MethodTrainer(StepTrainer):
             prompts=self.prompts,
             anchors=self.anchor_dataset,
             rollouts=self.rollouts,
-            packing=packing_for(causal_lm_of(self.model), self.args.padding_free),
+            packing=packing_for(causal_lm_of(self.model), self.args.padding_free, self.args.device),
             compute_dtype=self.args.compute_dtype,
             dispatch=self.dispatch,
         )

@@ -9,6 +9,7 @@ fail() {
 
 # Sets OUTPUT_DIR, MASTER_ADDR, MASTER_PORT and TRAIN, the arguments of launch/train.py. With --dry-run as the first
 # argument DRY_RUN is set: the job prints its command and ends; outside a job it shows one node called localhost.
+# DEEPSPEED_CONFIG: of ds_configs/, unless --deepspeed says another.
 prepare() {
   DRY_RUN=
   if [ "${1:-}" = --dry-run ]; then
@@ -24,7 +25,7 @@ prepare() {
   fi
 
   OUTPUT_DIR="runs/${SLURM_JOB_NAME:-job}-${SLURM_JOB_ID:-0}" # the job id stays the same when the job is started again
-  TRAIN=(--deepspeed ds_configs/zero3.json --resume_from_checkpoint true --save_strategy steps)
+  TRAIN=(--deepspeed "ds_configs/${DEEPSPEED_CONFIG:-zero2}.json" --resume_from_checkpoint true --save_strategy steps)
   OUTPUT_DIR=$(argument --output_dir "$@" || echo "$OUTPUT_DIR")
   TRAIN+=(--output_dir "$OUTPUT_DIR" "$@") # of a flag that is there twice the last one counts
 

@@ -25,7 +25,10 @@ class ModelArguments:
     model_name_or_path: str | None = setting(None, "The model: a hub id or a folder. Unset: the embedded demo model.")
     model_revision: str = setting("main", "Branch, tag or commit on the hub.", only_with=OF_MODEL)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = setting(
-        None, "Load the weights in this dtype. Unset: float32, or that of DeepSpeed's engine.", only_with=OF_MODEL
+        None,
+        "Load the weights in this dtype. Unset: that of DeepSpeed's engine; without DeepSpeed float32, and with bf16 "
+        "bfloat16 for weights that are frozen under LoRA.",
+        only_with=OF_MODEL,
     )
     attn_implementation: str | None = setting(
         None, "Attention: eager, sdpa, flash_attention_2, ...", only_with=OF_MODEL

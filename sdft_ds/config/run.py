@@ -20,7 +20,8 @@ class RunSettings:
     )
     bf16: bool | None = setting(
         None,
-        "Train in bf16: autocast over fp32 weights, or DeepSpeed's bf16 engine. Unset: on, unless fp16 is.",
+        "Train in bf16: autocast over weights in fp32 (frozen under LoRA: bf16), or DeepSpeed's bf16 engine. Unset: "
+        "on, unless fp16 is.",
         resume=OF_ONE_PRECISION,
         card=True,
     )

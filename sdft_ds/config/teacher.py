@@ -92,10 +92,10 @@ class TeacherSettings:
     )
     scoring_batch_tokens: int = setting(
         16384,
-        "Maximum tokens of a batch of the scoring pass, prompts and padding included.",
+        "Maximum tokens of a forward that only scores: of the scoring pass, and for the retention set's KL. Prompts "
+        "and padding included.",
         valid=at_least(1),
         resume=FREE,
-        read_by=("sdft",),
     )
 
     @property

@@ -151,6 +151,14 @@ def forward_is_collective(engine: nn.Module) -> bool:
     return engines.stage(engine) == 3 and ranks.world_size() > 1
 
 
+def equally_many(engine: nn.Module, batches: list[list[int]], device: torch.device) -> list[list[int]]:
+    """The batches of row indices, one for each forward. Where forwards are collective, equally many on every rank: one
+    with fewer repeats its last row. Called by every rank before its first forward."""
+    if not forward_is_collective(engine):
+        return batches
+    return ranks.pad_to_equal_count(batches, batches[-1][-1:], device)
+
+
 def register_external_params(module: nn.Module, params: list[Tensor]) -> None:
     """Make ZeRO-3 gather parameters of submodules for the module's own forward, which uses them directly."""
     inside = {id(param) for param in module.parameters(recurse=False)}
@@ -186,7 +194,7 @@ class LocalShard:
     """This rank's shard of a trainable parameter, flat: elements [offset, offset + len(weights)) of the full one.
 
     weights: used by the forward, on all ranks once `publish_shards` has exited. master: the fp32 values that the
-    optimizer updates; None if it updates the weights themselves.
+    optimizer updates, where it has them: in host memory if it is offloaded; None if it updates the weights themselves.
     """
 
     name: str
@@ -197,6 +205,11 @@ class LocalShard:
     @property
     def values(self) -> Tensor:
         return self.weights if self.master is None else self.master
+
+    def write(self, values: Tensor) -> None:
+        """Set the weights. Values on another device are converted on that of the weights, one shard at a time: a host
+        would take longer, and all shards together would take the device's memory."""
+        self.weights.copy_(values.to(self.weights.device))
 
 
 def local_shards(engine: nn.Module, trainable: list[tuple[str, nn.Parameter]]) -> list[LocalShard]:
@@ -218,12 +231,12 @@ def local_shards(engine: nn.Module, trainable: list[tuple[str, nn.Parameter]]) -
 
 
 def _stage3_piece(engine: nn.Module, name: str, param: nn.Parameter) -> LocalShard:
-    from deepspeed.utils import safe_get_local_fp32_param
-
-    shard = param.ds_tensor
-    trains = hasattr(engine.optimizer, "parameter_offload")  # an inference engine has no masters
+    shard, master = param.ds_tensor, None
+    if hasattr(engine.optimizer, "parameter_offload"):  # an inference engine has no masters
+        # Not by safe_get_local_fp32_param, which copies those of an offloaded optimizer to the device.
+        master = engine.optimizer._get_fp32_opt_state_partition(param, release_swap_buffers=True)[0].detach()
     offset = shard.ds_numel * param.ds_zero_partition_rank  # rank in the sharding group, which may be smaller
-    return LocalShard(name, offset, shard.data, safe_get_local_fp32_param(param) if trains else None)
+    return LocalShard(name, offset, shard.data, master)
 
 
 def _fragment_piece(name: str, param: nn.Parameter) -> LocalShard:

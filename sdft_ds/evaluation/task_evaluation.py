@@ -18,13 +18,12 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from sdft_ds.data.batch import Completion
 from sdft_ds.data.prompts import PromptBuilder
-from sdft_ds.data.schedule import evaluation_batches
 from sdft_ds.distributed import engines, ranks, zero
 from sdft_ds.evaluation import retention
 from sdft_ds.evaluation.retention import ReferenceContinuation
 from sdft_ds.evaluation.tasks import RETENTION, Task, TaskRow
 from sdft_ds.files import atomic_write
-from sdft_ds.model import completion_forward
+from sdft_ds.model import completion_forward, prefix_cache
 from sdft_ds.model.modes import evaluating
 from sdft_ds.model.prefix_cache import longest_row
 from sdft_ds.trainer import MethodTrainer
@@ -45,13 +44,14 @@ class EvalModel:
     """The evaluated model. generate: (prompts as token ids, row keys) -> greedy completions. engine: returns the
     current wrapper of the model.
 
-    batch_size: rows generated, or compared with the start, at once on each rank. longest: tokens of a completion.
+    tokens_per_batch: maximum tokens of a forward that compares rows with the start, padding included. longest: tokens
+    of a completion.
     """
 
     engine: Callable[[], nn.Module]
     generate: Callable[[list[list[int]], list[str]], list[Completion]]
     prompts: PromptBuilder
-    batch_size: int
+    tokens_per_batch: int
     longest: int
     device: torch.device
 
@@ -62,7 +62,7 @@ class EvalModel:
             engine=lambda: trainer.model_wrapped,
             generate=lambda prompts, keys: trainer.rollouts.generate(prompts, keys, do_sample=False),
             prompts=trainer.prompts.unlimited(),
-            batch_size=trainer.args.per_device_eval_batch_size,
+            tokens_per_batch=trainer.args.scoring_batch_tokens,
             longest=trainer.args.max_completion_length,
             device=trainer.args.device,
         )
@@ -145,31 +145,48 @@ class TaskEvaluator:
 
     def _kl_to_start(self, prompts: list[list[int]], completions: list[Completion]) -> float:
         engine, pad, device = self.subject.engine(), self.subject.tokenizer.pad_token_id, self.subject.device
+
+        def keep(rows: list[int]) -> list[ReferenceContinuation]:
+            tokens = [completions[row].ids for row in rows]
+            return retention.continuations(forward, [prompts[row] for row in rows], tokens, pad, device)
+
+        def compare(rows: list[int]) -> list[float]:
+            start = [self.start[row] for row in rows]
+            return retention.divergences(forward, [prompts[row] for row in rows], start, pad, device)
+
+        work = keep if self.start is None else compare
+        tokens = [each.ids for each in completions] if self.start is None else [each.tokens for each in self.start]
         with zero.scoring_pass(engine) as forward, evaluating(engine):
+            values = self._on_all_ranks(prompts, lambda rows: self._in_batches(work, rows, prompts, tokens))
+        if self.start is None:
+            self.start = values
+            return 0.0
+        return retention.mean(values, self.start)
 
-            def keep(rows: list[int]) -> list[ReferenceContinuation]:
-                tokens = [completions[row].ids for row in rows]
-                return retention.continuations(forward, [prompts[row] for row in rows], tokens, pad, device)
-
-            def compare(rows: list[int]) -> list[float]:
-                start = [self.start[row] for row in rows]
-                return retention.divergences(forward, [prompts[row] for row in rows], start, pad, device)
-
-            if self.start is None:
-                self.start = self._on_all_ranks(prompts, keep)
-                return 0.0
-            return retention.mean(self._on_all_ranks(prompts, compare), self.start)
+    def _in_batches(
+        self,
+        work: Callable[[list[int]], list[Any]],
+        rows: list[int],
+        prompts: list[list[int]],
+        tokens: list[list[int]],
+    ) -> list[Any]:
+        """work(row indices) -> a value per row, by one forward; in batches of at most tokens_per_batch, as many as all
+        ranks make."""
+        sizes = [len(prompts[row]) + len(tokens[row]) for row in rows]
+        batches = prefix_cache.batches_within(self.subject.tokens_per_batch, sizes, [prompts[row] for row in rows])
+        found = {}
+        for batch in zero.equally_many(self.subject.engine(), batches, self.subject.device):
+            found |= zip(batch, work([rows[i] for i in batch]), strict=True)
+        return [found[i] for i in range(len(rows))]
 
     def _on_all_ranks(self, prompts: list[list[int]], work: Callable[[list[int]], list[Any]]) -> list[Any]:
-        """work(row indices) -> a value per row, over all rows, longest first; every rank makes as many calls."""
+        """work(row indices) -> a value per row, over all rows. Each rank does its share in one call, or repeats the
+        last row if it has none."""
         order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-        size = min(self.subject.batch_size, -(-len(prompts) // ranks.world_size()))
-        found = {}
-        for slots in evaluation_batches(len(prompts), size, ranks.rank(), ranks.world_size(), num_generations=1):
-            made = zip(slots, work([order[slot.index] for slot in slots]), strict=True)
-            found |= {order[slot.index]: value for slot, value in made if slot.counted}
-        for others in ranks.all_gather_objects(found):
-            found |= others
+        mine = order[ranks.rank() :: ranks.world_size()] or order[-1:]
+        found: dict[int, Any] = {}
+        for share in ranks.all_gather_objects(list(zip(mine, work(mine), strict=True))):
+            found |= share
         return [found[row] for row in range(len(prompts))]
 
 

@@ -51,14 +51,13 @@ def load_model(
     """Load a model given by name; wrap it with a new adapter if peft_config is given.
 
     The name may be an adapter's: it is loaded with its base model, and its training continues. Weights are loaded in
-    fp32, or in the dtype of DeepSpeed's engine, which keeps fp32 masters itself, unless `model_init_kwargs` overrides
-    it.
+    the dtype of `_default_dtype`, unless `model_init_kwargs` overrides it.
     """
     if isinstance(model, str):
-        options = {"dtype": _default_dtype(args), **_init_kwargs(args)}
+        adapter = adapter_config(model, args)
+        options = {"dtype": _default_dtype(args, adapter or peft_config), **_init_kwargs(args)}
         if isinstance(options["dtype"], str) and options["dtype"] != "auto":
             options["dtype"] = dtype_named(options["dtype"])
-        adapter = adapter_config(model, args)
         with nullcontext() if _made_of_shards(adapter or peft_config) else launch.unsharded():
             if adapter is None:
                 return _with_adapter(AutoModelForCausalLM.from_pretrained(model, **options), peft_config)
@@ -85,8 +84,13 @@ def _made_of_shards(config: PeftConfig | dict[str, Any] | None) -> bool:
     is created."""
     if config is None:
         return True
-    config = config if isinstance(config, dict) else config.to_dict()
+    config = _as_dict(config)
     return config["peft_type"] == PeftType.LORA and config.get("trainable_token_indices") is None
+
+
+def _as_dict(config: PeftConfig | dict[str, Any]) -> dict[str, Any]:
+    """An adapter's configuration, as in its adapter_config.json."""
+    return config.to_dict() if isinstance(config, PeftConfig) else config
 
 
 def _with_adapter(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
@@ -179,8 +183,26 @@ def _init_kwargs(args: SDFTConfig) -> dict[str, Any]:
     return {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
 
 
-def _default_dtype(args: SDFTConfig) -> torch.dtype:
-    return torch.float32 if args.hf_deepspeed_config is None else args.hf_deepspeed_config.dtype()
+def _default_dtype(args: SDFTConfig, adapter: PeftConfig | dict[str, Any] | None) -> torch.dtype:
+    """With DeepSpeed its engine's, which keeps fp32 masters of what it trains. Without, fp32, in which no update is
+    lost; for weights that stay frozen under LoRA the compute dtype, to which autocast would cast them at each use."""
+    if args.hf_deepspeed_config is not None:
+        return args.hf_deepspeed_config.dtype()
+    return torch.bfloat16 if args.bf16 and _trains_factors_only(adapter) else torch.float32
+
+
+def _trains_factors_only(adapter: PeftConfig | dict[str, Any] | None) -> bool:
+    """Whether only LoRA's factors are trained: PEFT keeps those in fp32 beside weights in bf16, and converts their
+    inputs. What else an adapter may train, a bias or a copied module, would have the dtype of the loaded weights."""
+    if adapter is None:
+        return False
+    config = _as_dict(adapter)
+    others = ("modules_to_save", "trainable_token_indices", "target_parameters")
+    return (
+        config["peft_type"] == PeftType.LORA
+        and config.get("bias", "none") == "none"
+        and not any(config.get(name) for name in others)
+    )
 
 
 def dtype_named(name: str) -> torch.dtype:

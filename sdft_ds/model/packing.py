@@ -7,11 +7,16 @@ long as the longest row, and rows share them only where that costs less than pad
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from sdft_ds.data.batch import Bins, one_row_per_bin
 from sdft_ds.distributed import zero
 from sdft_ds.model.prefix_cache import supports_prefixes
+
+# Cost of attention with a mask beyond its FLOPs, by device. On CUDA a mask rules out the flash kernel, and keys and
+# values are copied for each query head. An estimate, not measured.
+MASK_COSTS = {"cuda": 4.0}
 
 
 @dataclass(frozen=True)
@@ -19,13 +24,14 @@ class Packing:
     """on: always, never, or (None) where it costs less.
 
     linear: FLOPs per token outside attention; quadratic: FLOPs per pair of tokens; varlen: attention computes only
-    within rows.
+    within rows; mask_cost: see MASK_COSTS.
     """
 
     on: bool | None
     linear: float = 1.0
     quadratic: float = 0.0
     varlen: bool = False
+    mask_cost: float = 1.0
 
     def bins_of(self, lengths: list[int]) -> Bins:
         """Lines for rows of these lengths (prompt + completion)."""
@@ -34,7 +40,7 @@ class Packing:
         if self.varlen:
             return [list(range(len(lengths)))]
         width, lines = max(lengths), first_fit(lengths)
-        masked = len(lines) * (self.linear + width * self.quadratic)
+        masked = len(lines) * (self.linear + width * self.quadratic * self.mask_cost)
         causal = len(lengths) * (self.linear + width * self.quadratic / 2)  # causal kernels skip future tokens
         return lines if self.on or masked < causal else one_row_per_bin(lengths)
 
@@ -52,8 +58,9 @@ def first_fit(lengths: list[int]) -> Bins:
     return lines
 
 
-def packing_for(model: PreTrainedModel, on: bool | None) -> Packing:
-    """Packing for this model. Raises ValueError if packing is requested but rows would affect each other."""
+def packing_for(model: PreTrainedModel, on: bool | None, device: torch.device) -> Packing:
+    """Packing for this model on this device. Raises ValueError if packing is requested but rows would affect
+    each other."""
     if not supports_prefixes(model):
         if on:
             raise ValueError(
@@ -69,4 +76,5 @@ def packing_for(model: PreTrainedModel, on: bool | None) -> Packing:
         linear=2.0 * sum(zero.full_shape(weight).numel() for weight in weights),
         quadratic=4.0 * config.num_hidden_layers * config.hidden_size,
         varlen="flash" in config._attn_implementation,
+        mask_cost=MASK_COSTS.get(device.type, 1.0),
     )

@@ -6,12 +6,17 @@ after them are in the same columns of every row and at the right distance for sl
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+
+# The state of a recurrent layer, or of linear attention, has about as many elements as the keys and values of so many
+# tokens (Qwen3-Next: 512, Falcon-H1: 1536).
+STATE_TOKENS = 1024
 
 
 def supports_prefixes(model: PreTrainedModel) -> bool:
@@ -24,11 +29,30 @@ def supports_prefixes(model: PreTrainedModel) -> bool:
     )
 
 
-def key_value_width(config: PreTrainedConfig) -> int:
-    """Elements of a token's keys in one layer; its values have as many."""
-    heads = getattr(config, "num_attention_heads", None) or 1
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return (getattr(config, "num_key_value_heads", None) or heads) * head_width
+@dataclass(frozen=True)
+class CacheShape:
+    """What a row's cache holds. width: elements of a token's keys in one layer; its values have as many. windows: for
+    each attention layer the most tokens that it keeps, None for all. recurrent: number of layers with a state."""
+
+    width: int
+    windows: tuple[int | None, ...]
+    recurrent: int = 0
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "CacheShape":
+        heads = getattr(config, "num_attention_heads", None) or 1
+        head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        layers = DynamicCache(config=config).layers
+        return cls(
+            width=(getattr(config, "num_key_value_heads", None) or heads) * head_width,
+            windows=tuple(getattr(each, "sliding_window", None) for each in layers if isinstance(each, DynamicLayer)),
+            recurrent=sum(isinstance(each, LinearAttentionCacheLayerMixin) for each in layers),
+        )
+
+    def elements(self, length: int) -> int:
+        """Of a row of so many tokens; an estimate where there is a state."""
+        kept = sum(length if window is None else min(length, window) for window in self.windows)
+        return 2 * self.width * (kept + STATE_TOKENS * self.recurrent)
 
 
 def longest_row(model_config: PreTrainedConfig) -> tuple[int | None, str]:
@@ -68,6 +92,12 @@ def distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
             first.append(r)
         rows.append(number[prompt])
     return first, rows
+
+
+def memory_budget(free: int) -> int:
+    """Memory that the rows of one call may take of what is free: half of it, rounded down to a power of two so that a
+    run and its resume make the same calls."""
+    return 1 << (max(1, free // 2).bit_length() - 1)
 
 
 def batches_within(budget: int, sizes: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -121,21 +151,36 @@ def fan_out(cache: DynamicCache, rows_R: Tensor, room: int) -> None:
             layer.batch_select_indices(rows_R)
 
 
+def without(finished: list[bool]) -> list[int]:
+    """The rows that are not finished, in the order in which `keep_rows` copies fewest: each in its place, but the last
+    ones in the places of those that are."""
+    left = [row for row, ends in enumerate(finished) if not ends]
+    last = [row for row in left if row >= len(left)]
+    return [last.pop() if finished[place] else place for place in range(len(left))]
+
+
+def keep_rows(cache: DynamicCache, rows: list[int]) -> None:
+    """Reduce a cache that was fanned out to these rows, in this order."""
+    for layer in cache.layers:
+        if isinstance(layer, RoomyLayer):
+            layer.keep_rows(rows)
+        else:
+            layer.batch_select_indices(torch.tensor(rows, dtype=torch.long, device=layer.keys.device))
+
+
 class RoomyLayer(DynamicLayer):
     """Preallocated KV cache layer: new tokens are written in place, where DynamicLayer would copy the full cache."""
 
     def __init__(self, filled: DynamicLayer, rows_R: Tensor, room: int):
         super().__init__()
         self.dtype, self.device, self.is_initialized = filled.dtype, filled.device, True
-        self._take(filled.keys, filled.values, rows_R, room)
-
-    def _take(self, keys: Tensor, values: Tensor, rows: Tensor, room: int) -> None:
-        length = keys.shape[2]
+        length = filled.keys.shape[2]
         self.room_keys, self.room_values = (
-            old.new_empty(len(rows), old.shape[1], length + room, old.shape[3]) for old in (keys, values)
+            old.new_empty(len(rows_R), old.shape[1], length + room, old.shape[3])
+            for old in (filled.keys, filled.values)
         )
-        torch.index_select(keys, 0, rows, out=self.room_keys[:, :, :length])
-        torch.index_select(values, 0, rows, out=self.room_values[:, :, :length])
+        torch.index_select(filled.keys, 0, rows_R, out=self.room_keys[:, :, :length])
+        torch.index_select(filled.values, 0, rows_R, out=self.room_values[:, :, :length])
         self._show(length)
 
     def _show(self, length: int) -> None:
@@ -149,5 +194,13 @@ class RoomyLayer(DynamicLayer):
         self._show(end)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._take(self.keys, self.values, indices, self.room_keys.shape[2] - self.keys.shape[2])
+    def keep_rows(self, rows: list[int]) -> None:
+        """Reduce to rows of `without`. Only those that move are copied: to copy all that stay, each time that a row
+        ends, would take as long as the attention of several tokens."""
+        length = self.keys.shape[2]
+        for room in (self.room_keys, self.room_values):
+            for place, row in enumerate(rows):
+                if place != row:
+                    room[place, :, :length] = room[row, :, :length]
+        self.room_keys, self.room_values = self.room_keys[: len(rows)], self.room_values[: len(rows)]
+        self._show(length)

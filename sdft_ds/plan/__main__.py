@@ -26,6 +26,7 @@ from sdft_ds.config.fields import check_ranges
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.config.teacher import TEACHER_KINDS
 from sdft_ds.config.vllm import VllmSettings
+from sdft_ds.model.prefix_cache import memory_budget
 from sdft_ds.plan import traffic, vllm
 from sdft_ds.plan.footprint import PARTS, Footprint, footprint
 from sdft_ds.plan.job import OFFLOAD, OFFLOAD_OPTIMIZER, SETUPS, ZERO_2, ZERO_3, Job, Setup, Vllm
@@ -66,11 +67,11 @@ class Cluster:
     host_memory: float
 
     def footprint(self, job: Job, setup: Setup) -> Footprint:
-        """Memory of a job. As in training, rollouts use half of the free memory unless rollout_batch_tokens is set."""
+        """Memory of a job. As in training, rollouts use half of the free memory or less, or rollout_batch_tokens."""
         found = footprint(job, setup)
         if job.rollout_tokens is None and setup.vllm is None:
             rest = sum(size for part, size in found.phases["rollout"].items() if part not in OF_ROLLOUTS)
-            rows = max(1, int(((self.memory - self.overhead) * GIB - rest) / 2 / job.rollout_row))
+            rows = max(1, memory_budget(int((self.memory - self.overhead) * GIB - rest)) // job.rollout_row)
             if rows < job.rows:
                 found = footprint(replace(job, rollout_tokens=rows * (job.prompt + job.completion)), setup)
         return found

@@ -101,6 +101,7 @@ def _transient(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     """(phase, part, bytes) of temporary memory."""
     yield from _of_passes(job, setup)
     yield from _of_gradients(job, setup)
+    yield from _of_swaps(job, setup)
     if setup.vllm is None:
         yield from _of_local_rollouts(job)
     else:
@@ -114,12 +115,24 @@ def _transient(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
             yield "rollout", "gathered weights", job.weights if setup.gather else ahead
 
 
+def _of_swaps(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
+    """What a shadow brings to the device from the host: one parameter's values at a time, in fp32, its own or those of
+    the masters."""
+    if not job.has_shadow or setup.offload_parameters:
+        return
+    one = 4 * min(job.shape.largest, job.trained) / _shards(job, setup, since=1)
+    if setup.offload_optimizer or job.shadow_on_host:
+        yield "teacher", "teacher shadow", one
+    if setup.offload_optimizer and not job.shadow_on_host and job.teacher == "ema":  # an update, after the step
+        yield "optimizer", "teacher shadow", one
+
+
 def _of_local_rollouts(job: Job) -> Iterator[tuple[str, str, float]]:
     """Rollouts in the training process. Each prompt is prefilled once for all its completions. Removing rows from the
     cache, and growing it, copies one layer at a time. Sampling a token creates fp32 scores, probabilities and an fp64
     sum."""
     shape, b, rows = job.shape, job.bytes, job.rollout_rows
-    yield "rollout", "KV cache", rows * (job.prompt + job.completion) * job.cached * (1 + 1 / shape.layers)
+    yield "rollout", "KV cache", rows * job.cached(job.prompt + job.completion) * (1 + 1 / shape.layers)
     yield "rollout", "activations", -(-rows // job.generations) * job.prompt * job.without_grad
     yield "rollout", "logits chunk", rows * shape.vocabulary * (b + 4 + 4 + 4 + 8)
     if job.tuning == "qlora":
@@ -149,7 +162,7 @@ def _of_passes(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     rows, length = job.scoring_rows, job.teacher_prompt + job.completion
     if job.generations > 1:
         prompts = -(-rows // job.generations)
-        yield "teacher", "KV cache", rows * length * job.cached * (1 + 1 / shape.layers)
+        yield "teacher", "KV cache", rows * job.cached(length) * (1 + 1 / shape.layers)
         tokens = max(prompts * job.teacher_prompt, rows * job.completion)
     else:
         tokens = rows * length

@@ -106,10 +106,9 @@ class Job:
         quantized = self.shape.linear_parameters
         return NF4_BYTES * quantized + (self.elements - quantized) * self.bytes
 
-    @property
-    def cached(self) -> int:
-        """Bytes of a token's keys and values."""
-        return 2 * self.shape.key_value * self.shape.layers * self.bytes
+    def cached(self, length: int) -> int:
+        """Bytes of the cache of a row of so many tokens."""
+        return self.shape.cache.elements(length) * self.bytes
 
     @property
     def dequantized(self) -> int:
@@ -144,9 +143,10 @@ class Job:
     @property
     def rollout_row(self) -> float:
         """Training's own estimate of bytes per rollout row, by which it chooses how many are generated at once."""
-        shape = self.shape
-        of_token = 2 * shape.key_value * shape.layers + 4 * shape.hidden + 3 * shape.intermediate
-        return (self.prompt + self.completion) * of_token * self.bytes + 24 * shape.vocabulary
+        shape, length = self.shape, self.prompt + self.completion
+        widest = 4 * shape.hidden + 3 * shape.intermediate
+        mask = (1 + self.bytes) * self.prompt**2
+        return self.cached(length) + length * widest * self.bytes + mask + 24 * shape.vocabulary
 
     @property
     def has_shadow(self) -> bool:

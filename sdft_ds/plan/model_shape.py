@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from sdft_ds.model.prefix_cache import key_value_width
+from sdft_ds.model.prefix_cache import CacheShape
 
 # Built-in names: the public configurations of Llama 2 7B, Qwen3 32B, Llama 3.1 70B and Llama 3.1 405B.
 BUILT_IN = {
@@ -36,8 +36,8 @@ class ModelShape:
     tied: shared with the embedding.
 
     largest: the largest parameter. linears: (last part of the name, in, out) of every linear layer but the head.
-    query, key_value: widths of a layer's queries and of its keys; intermediate: of its feed-forward layer. positions:
-    tokens of its context.
+    query: width of a layer's queries; intermediate: of its feed-forward layer. cache: of a row. positions: tokens of
+    its context.
     """
 
     parameters: int
@@ -50,9 +50,14 @@ class ModelShape:
     positions: int
     hidden: int
     query: int
-    key_value: int
     intermediate: int
     vocabulary: int
+    cache: CacheShape
+
+    @property
+    def key_value(self) -> int:
+        """Width of a layer's keys, and of its values."""
+        return self.cache.width
 
     @property
     def layer(self) -> float:
@@ -103,9 +108,9 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
         positions=getattr(config, "max_position_embeddings", None) or 0,
         hidden=config.hidden_size,
         query=config.num_attention_heads * head_width,
-        key_value=key_value_width(config),
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=head.weight.shape[0],
+        cache=CacheShape.of(config),
     )
 
 

@@ -25,7 +25,7 @@ def rows(job: Job, engine: Vllm) -> int:
 
 def row_bytes(job: Job, engine: Vllm) -> float:
     """Bytes of KV cache per row on each of its GPUs."""
-    return (job.prompt + job.completion) * job.cached / engine.parallel
+    return job.cached(job.prompt + job.completion) / engine.parallel
 
 
 def wanted(job: Job, engine: Vllm) -> float:
@@ -39,7 +39,7 @@ def least(job: Job, engine: Vllm) -> float:
 
 
 def _longest(job: Job, engine: Vllm) -> float:
-    return engine.length * job.cached / engine.parallel
+    return job.cached(engine.length) / engine.parallel
 
 
 def rows_at_once(job: Job, engine: Vllm) -> int:
@@ -52,7 +52,7 @@ def rollout_seconds(job: Job, engine: Vllm, machine: Machine) -> float:
     of_engine, at_once = rows(job, engine), rows_at_once(job, engine)
     rate = machine.flops * 1e12 * machine.mfu * engine.parallel
     prefill = 2 * -(-of_engine // job.generations) * job.prompt * job.shape.parameters / rate
-    read = weights(job, engine) + at_once * (job.prompt + job.completion / 2) * job.cached / engine.parallel
+    read = weights(job, engine) + at_once * job.cached(job.prompt + job.completion // 2) / engine.parallel
     computing = 2 * at_once * job.shape.parameters / rate
     reductions = 2 * job.shape.layers * (engine.parallel - 1) * machine.latency * 1e-6
     step = max(computing, read / (machine.memory_bandwidth * 1e9)) + reductions

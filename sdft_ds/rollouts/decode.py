@@ -110,10 +110,11 @@ def decode_rows(
             scores_AV = processors(sequences[active_A, : end - 1], logits_AV)
             tokens_A = choose(logits_AV, scores_AV, active_A, position)
             sequences[active_A, end - 1] = tokens_A
-            going = (~finished(sequences[active_A, :end], None)).nonzero().squeeze(-1)
-            if len(going) < len(active_A):
-                active_A, tokens_A, mask_AT = active_A[going], tokens_A[going], mask_AT[going]
-                cache.batch_select_indices(going)
+            ends = finished(sequences[active_A, :end], None).tolist()
+            if any(ends):
+                rows = prefix_cache.without(ends)
+                active_A, tokens_A, mask_AT = active_A[rows], tokens_A[rows], mask_AT[rows]
+                prefix_cache.keep_rows(cache, rows)
         if not (ranks.all_reduce_max(len(active_A), active_A.device) if synced else len(active_A)):
             break
         if len(active_A):

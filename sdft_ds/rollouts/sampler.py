@@ -103,7 +103,7 @@ class Sampler:
     ) -> list[list[int]]:
         """Row indices of each call: all at once, or as many as fit. synced: equally many calls on every rank; a rank
         with fewer repeats its last row."""
-        if self.backend is not generate:  # other backends manage their own cache
+        if self.backend is not generate and model.device.type != "cpu":  # there, others size their own cache
             batches = [list(range(len(prompts)))] if prompts else []
         elif self.batch_tokens is not None:
             sizes = [len(prompt) + longest for prompt in prompts]
@@ -122,22 +122,28 @@ def refuse_non_finite(keys: list[str], device: torch.device) -> None:
 
 
 def _bytes_to_use(device: torch.device) -> int:
-    """Memory budget for the rows of one call: on an accelerator half of the free memory, rounded down to a power of
-    two so that a run and its resume make the same calls."""
+    """Memory budget for the rows of one call."""
     if device.type == "cpu":
         return CPU_BYTES
     kept = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
-    half = (torch.accelerator.get_memory_info(device)[0] + kept) // 2
-    return 1 << (max(1, half).bit_length() - 1)
+    return prefix_cache.memory_budget(torch.accelerator.get_memory_info(device)[0] + kept)
 
 
 def _bytes_of_rows(model: PreTrainedModel, prompts: list[list[int]], longest: int) -> list[int]:
-    """Estimated bytes of each row: KV cache of all tokens, one layer's activations in prefill, and the next-token
-    scores in fp32 and fp64."""
+    """Estimated bytes of each row: its cache, one layer's activations in prefill with its mask (as booleans, and as
+    what a kernel adds), and the next-token scores in fp32 and fp64."""
     config = model.config.get_text_config(decoder=True)
+    cache, size = prefix_cache.CacheShape.of(config), model.dtype.itemsize
     widest = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    of_token = (2 * config.num_hidden_layers * prefix_cache.key_value_width(config) + widest) * model.dtype.itemsize
-    return [(len(prompt) + longest) * of_token + 24 * config.vocab_size for prompt in prompts]
+    of_pair = 1 + size
+    if config._attn_implementation == "eager":  # holds the scores, and their softmax in fp32
+        of_pair += (size + 4) * (getattr(config, "num_attention_heads", None) or 0)
+    return [
+        size * (cache.elements(len(prompt) + longest) + (len(prompt) + longest) * widest)
+        + of_pair * len(prompt) ** 2
+        + 24 * config.vocab_size
+        for prompt in prompts
+    ]
 
 
 # (model, prompts, keys, config, synced: all ranks continue until the last is done) -> the tokens of each completion,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_ds.data.batch import LossMask, MicroBatch, PackedInputs, Rollout, pack_rows, pad_left, pad_right
-from sdft_ds.distributed import ranks, zero
+from sdft_ds.distributed import zero
 from sdft_ds.loss.chunked import HeadValues
 from sdft_ds.model import prefix_cache
 from sdft_ds.model.completion_forward import HiddenStates, TokenLogProbs, causal_lm_of, head_of
@@ -149,12 +149,9 @@ class Scorer:
         return dict(zip(at, kept, strict=False))
 
     def _batches(self, lengths: list[int], prompts: list[list[int]]) -> list[list[int]]:
-        """Row indices, in batches within the budget. Where a forward is collective, equally many on every rank: one
-        with fewer repeats its last row, the shortest. Called by every rank before its first forward."""
+        """Row indices, in batches within the budget, as many as all ranks make."""
         batches = prefix_cache.batches_within(self.tokens_per_batch, lengths, prompts)
-        if zero.forward_is_collective(self.engine):
-            batches = ranks.pad_to_equal_count(batches, batches[-1][-1:], self._device)
-        return batches
+        return zero.equally_many(self.engine, batches, self._device)
 
     def _of_whole_rows(self, forward: nn.Module, rollouts: list[Rollout]) -> tuple[Tensor, ...]:
         rows = [rollout.prompts.teacher.ids + rollout.completion.ids for rollout in rollouts]

@@ -68,21 +68,21 @@ class ShadowTeacher(Teacher):
                     else:
                         if piece.master is None:
                             copies[piece.name] = piece.weights.clone()
-                        piece.weights.copy_(self.values[piece.name])
+                        piece.write(self.values[piece.name])
             yield
         finally:
             with zero.publish_shards(engine):
                 for piece in zero.local_shards(engine, self.trainable):
                     if piece.master is not None:
-                        piece.weights.copy_(piece.master)
+                        piece.write(piece.master)
                     elif piece.name in copies:
-                        piece.weights.copy_(copies[piece.name])
+                        piece.write(copies[piece.name])
                     elif piece.name in exchanged:
                         self._exchange(piece)
 
     def _exchange(self, piece: zero.LocalShard) -> None:
         student = piece.weights.to(self.values[piece.name].device, copy=True)
-        piece.weights.copy_(self.values[piece.name])
+        piece.write(self.values[piece.name])
         self.values[piece.name] = student
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Scripts of launch/ that start vLLM: the commands that they would run. None of these needs vLLM."""
+"""Scripts of launch/: the commands that they would run. None of these needs vLLM."""
 
 import os
 import shlex
@@ -73,6 +73,16 @@ def test_the_jobs_two_commands():
     assert "--block-signal=TERM" in serve
     assert train[train.index("--vllm_server_base_url") + 1] == f"http://localhost:{port}"
     assert train[-6:] == arguments
+
+
+@pytest.mark.parametrize("kind, config", [("", 2), ("_torchrun", 2), ("_deepspeed", 2), ("_vllm", 3)])
+def test_jobs_keep_the_weights_on_each_gpu_unless_their_models_are_large(kind, config):
+    """Of a flag that is there twice the last one counts."""
+    script, model = f"launch/slurm/train{kind}.sbatch", ["--model_name_or_path", "MODEL"]
+    *_, command = commands(run(script, "--dry-run", *model))
+    assert [word for word in command if "ds_configs" in word] == [f"ds_configs/zero{config}.json"]
+    *_, command = commands(run(script, "--dry-run", *model, "--deepspeed", "ds_configs/zero1.json"))
+    assert dict(zip(command, command[1:], strict=False))["--deepspeed"] == "ds_configs/zero1.json"
 
 
 @pytest.mark.parametrize(

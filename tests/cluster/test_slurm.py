@@ -24,7 +24,8 @@ NEEDED = ["slurmctld", "slurmd", "sbatch", "sshd", "pdsh", "ip", "unshare", "nse
 HEADER = ["--time=10", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
 STEPS = 10
 # The embedded default, a few steps of it, without its baseline's minutes.
-FEW_STEPS = ["--max_steps", str(STEPS), "--save_steps", "2", "--logging_steps", "1", "--disable_tqdm", "true"]
+FEW_STEPS = ["--max_steps", str(STEPS), "--save_steps", "2", "--logging_steps", "1", "--disable_tqdm", "true",
+             "--deepspeed", "ds_configs/zero3.json"]  # fmt: skip
 
 pytestmark = [
     pytest.mark.slurm,

@@ -35,6 +35,16 @@ def test_ranks_whose_rollouts_differ_in_length_do_not_hang(two_ranks, gather):
     assert lengths[0] <= 4 < lengths[1] <= 8
 
 
+@pytest.mark.parametrize("gather", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_ranks_with_unlike_numbers_of_rows_make_calls_that_fit(two_ranks, gather):
+    """As many on both where all ranks go on together; and what is sampled depends on neither."""
+    expected, calls = generation.in_calls_that_fit(None, True)
+    assert calls == [6]
+    (one, few), (five, many) = two_ranks.run(generation.in_calls_that_fit, 3, gather, 80, timeout=120)
+    assert one + five == expected
+    assert many == [2, 3] and few == ([1] if gather else [1, 1])
+
+
 @pytest.mark.parametrize("gather", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_train_evaluate_train(two_ranks, gather):
     expected = two_ranks.run(generation.train_evaluate_train, None, True)[0]

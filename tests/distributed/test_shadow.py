@@ -38,6 +38,15 @@ def test_rate_one_copies_and_rate_zero_freezes(one_rank):
     assert frozen["drift"] == pytest.approx([1.0] * len(frozen["drift"]))
 
 
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.full), 2, 3])
+def test_masters_and_shadow_come_to_the_device_one_parameter_at_a_time(one_rank, stage):
+    """With an offloaded optimizer; all of them together would be as large as the model in fp32."""
+    (copies,) = one_rank.run(shadow.copies_of_a_teachers_work, stage, bf16=True)
+    parameters = len(copies["swap in"])
+    assert parameters > 10 and len(copies["swap"]) == 2 * parameters  # the shadow in, the masters back
+    assert {part: max(counts) for part, counts in copies.items()} == dict.fromkeys(copies, 1)
+
+
 @pytest.mark.parametrize("stage", [None, 2])
 def test_no_rank_goes_on_before_a_checkpoint_is_whole(two_ranks, tmp_path, stage):
     assert two_ranks.run(checkpoints.whole_at_on_save, stage, str(tmp_path)) == [True, True]

@@ -9,6 +9,7 @@ from sdft_ds import SDFTConfig, SDFTTrainer, report
 from sdft_ds.demo.build import MODEL_DIR
 from sdft_ds.demo.run import RECIPE
 from sdft_ds.demo.world import questions, train_rows
+from sdft_ds.evaluation import retention
 from sdft_ds.evaluation.task_evaluation import FIGURES, TaskEvaluation
 from sdft_ds.evaluation.tasks import Task, TaskRow
 from tests.distributed.scenarios import task_evaluation
@@ -168,6 +169,36 @@ def test_the_best_checkpoint_is_the_one_with_the_best_figure_of_a_task(tmp_path)
     assert trainer.state.best_metric == moved[2] == lines(tmp_path, "retention")[-1]["kl_to_start"]
     assert trainer.evaluate()["eval_tasks/retention/kl_to_start"] == moved[2]
     assert not [name for name in trainer.evaluate(metric_key_prefix="mine") if "tasks" in name]
+
+
+def asked_and_compared(folder, monkeypatch, tokens):
+    """The last KL from the start, how many rows each call of a run generated for questions, and the shapes of the
+    forwards that compare."""
+    trainer = trainer_with_questions(folder, max_steps=2, scoring_batch_tokens=tokens, per_device_eval_batch_size=2)
+    asked, shapes, generate, view = [], [], trainer.rollouts.generate, retention._view
+
+    def generating(prompts, keys, **options):
+        asked.extend([len(prompts)] if options else [])
+        return generate(prompts, keys, **options)
+
+    def comparing(*args):
+        made = view(*args)
+        shapes.append(made[0].input_ids_LT.shape)
+        return made
+
+    monkeypatch.setattr(retention, "_view", comparing)
+    trainer.rollouts.generate = generating
+    trainer.train()
+    monkeypatch.undo()
+    return lines(folder, "retention")[-1]["kl_to_start"], asked, shapes
+
+
+def test_questions_are_asked_together_and_compared_with_the_start_in_forwards_that_fit(tmp_path, monkeypatch):
+    whole, asked, shapes = asked_and_compared(tmp_path / "whole", monkeypatch, 16384)
+    assert asked == [5, 6, 5, 6] and len(shapes) == 2  # before training and after it
+    parts, asked, shapes = asked_and_compared(tmp_path / "parts", monkeypatch, 120)
+    assert asked == [5, 6, 5, 6] and len(shapes) > 2 and all(shape.numel() <= 120 for shape in shapes)
+    assert parts == pytest.approx(whole, rel=1e-5) and parts > 0
 
 
 def test_without_answers_there_is_no_accuracy(tmp_path):

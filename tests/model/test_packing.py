@@ -22,6 +22,9 @@ def test_rows_share_lines_where_it_costs_less_than_padding():
     assert Packing(None, linear=1.0).bins_of(even) == [[0], [1], [2], [3]]
     # Where attention is all the work, a masked line costs twice a causal one: 2 x 2 lines against 3 rows.
     assert Packing(None, linear=0.0, quadratic=1.0).bins_of([100, 30, 30]) == [[0], [1], [2]]
+    # Two lines cost less than six rows, unless a mask costs several times its FLOPs.
+    assert Packing(None, linear=10.0, quadratic=1.0).bins_of(skewed) == [[0], [2, 4, 1, 3, 5]]
+    assert Packing(None, linear=10.0, quadratic=1.0, mask_cost=4.0).bins_of(skewed) == [[i] for i in range(6)]
     assert Packing(None, varlen=True).bins_of(even) == [[0, 1, 2, 3]]
     assert Packing(False, varlen=True).bins_of(even) == [[0], [1], [2], [3]]
     assert Packing(True, quadratic=1e9).bins_of([100, 30, 30]) == [[0], [1, 2]]
@@ -60,12 +63,17 @@ def test_packed_rows_do_not_see_each_other(attention, window):
 def test_recurrent_layers_are_never_packed():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1))
-    assert packing_for(model, None) == Packing(on=False)
+    assert packing_for(model, None, CPU) == Packing(on=False)
     with pytest.raises(ValueError, match="padding_free: MambaForCausalLM"):
-        packing_for(model, True)
+        packing_for(model, True, CPU)
 
 
 def test_the_costs_are_those_of_the_model():
-    packing = packing_for(tiny.llama(), None)
+    packing = packing_for(tiny.llama(), None, CPU)
     # 2 layers of attention (32 x 32, 2 x 32 x 16, 32 x 32) and MLP (3 x 32 x 64), and two operations for each weight.
     assert packing == dataclasses.replace(packing, linear=2 * 2 * (32 * 32 * 3 + 3 * 32 * 64), quadratic=4 * 2 * 32)
+
+
+def test_a_mask_costs_more_on_a_gpu():
+    assert packing_for(tiny.llama(), None, CPU).mask_cost == 1.0
+    assert packing_for(tiny.llama(), None, torch.device("cuda")).mask_cost == 4.0

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     FalconH1Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -15,7 +16,6 @@ from transformers import (
 
 from sdft_ds.data.batch import pad_left
 from sdft_ds.model import prefix_cache
-from tests.helpers import tiny
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "head_dim": 8}  # fmt: skip
@@ -60,17 +60,46 @@ def test_what_follows_a_shared_prompt_is_what_follows_it_in_a_row_of_its_own(con
         torch.testing.assert_close(torch.cat(parts, dim=1)[r], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", ATTENTION.values(), ids=ATTENTION.keys())
 @torch.no_grad()
-def test_rows_can_leave():
-    model = tiny.llama().eval()
+def test_rows_can_leave(config):
+    model = model_of(config)
     cache = prefix_cache.empty_cache(model)
-    prompts = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    model(prompts, past_key_values=cache, use_cache=True)
-    prefix_cache.fan_out(cache, torch.tensor([0, 1, 1]), room=4)
-    model(torch.tensor([[7], [8], [9]]), past_key_values=cache, use_cache=True)
-    cache.batch_select_indices(torch.tensor([1]))
-    last = model(torch.tensor([[10]]), past_key_values=cache, use_cache=True).logits[0, -1]
-    torch.testing.assert_close(last, model(torch.tensor([[4, 5, 6, 8, 10]])).logits[0, -1])
+    model(torch.tensor([[1, 2, 3], [4, 5, 6]]), past_key_values=cache, use_cache=True)
+    prefix_cache.fan_out(cache, torch.tensor([0, 1, 1, 0, 1]), room=5)
+    rows = [[1, 2, 3, 7], [4, 5, 6, 8], [4, 5, 6, 9], [1, 2, 3, 10], [4, 5, 6, 11]]
+    model(torch.tensor(rows)[:, -1:], past_key_values=cache, use_cache=True)
+    for finished in ([True, False, False, True, False], [False, True, False], [False, False], [True, False]):
+        kept = prefix_cache.without(finished)
+        prefix_cache.keep_rows(cache, kept)
+        rows = [[*rows[row], 12] for row in kept]
+        last = model(torch.tensor(rows)[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+        torch.testing.assert_close(last, model(torch.tensor(rows)).logits[:, -1], rtol=1e-4, atol=1e-5)
+    assert rows == [[4, 5, 6, 9, 12, 12, 12, 12]]
+    prefix_cache.keep_rows(cache, prefix_cache.without([True]))
+    assert cache.layers[0].keys.shape[0] == 0
+
+
+def test_a_row_that_leaves_has_one_row_copied():
+    layer = type("Filled", (), {"dtype": torch.float32, "device": torch.device("cpu"), "keys": torch.rand(2, 1, 3, 4)})
+    layer.values = layer.keys + 1
+    cache = DynamicCache()
+    cache.layers = [prefix_cache.RoomyLayer(layer, torch.arange(2).repeat(4), room=2)]
+    room, before = cache.layers[0].room_keys, cache.layers[0].keys.clone()
+    rows = prefix_cache.without([False, False, True, False, False, False, False, False])
+    assert rows == [0, 1, 7, 3, 4, 5, 6]
+    prefix_cache.keep_rows(cache, rows)
+    assert torch.equal(cache.layers[0].keys, before[rows]) and cache.layers[0].keys.data_ptr() == room.data_ptr()
+    assert prefix_cache.without([True, True]) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_stay_in_their_places_but_the_last_ones(seed):
+    draw = random.Random(seed)
+    finished = [draw.random() < 0.4 for _ in range(draw.randint(1, 12))]
+    rows = prefix_cache.without(finished)
+    assert sorted(rows) == [row for row, ends in enumerate(finished) if not ends]
+    assert all(row == place or (finished[place] and row >= len(rows)) for place, row in enumerate(rows))
 
 
 def test_recurrent_layers_do_not_share_prefixes():
@@ -113,8 +142,28 @@ def check_batches(draw):
 
 
 @pytest.mark.parametrize("config", ATTENTION.values(), ids=ATTENTION.keys())
-def test_the_width_of_keys_and_values_is_that_of_the_cache(config):
+@pytest.mark.parametrize("length", [3, 9])
+def test_the_size_of_a_cache_is_that_of_its_keys_and_values(config, length):
     cache = prefix_cache.empty_cache(model := model_of(config))
-    model(torch.tensor([[5, 6, 7]]), past_key_values=cache, use_cache=True)
-    keys, values = cache.layers[0].keys, cache.layers[0].values
-    assert prefix_cache.key_value_width(config) == keys[:, :, 0].numel() == values[:, :, 0].numel()
+    model(torch.arange(length).unsqueeze(0) + 5, past_key_values=cache, use_cache=True)
+    shape, held = (
+        prefix_cache.CacheShape.of(config),
+        sum(each.keys.numel() + each.values.numel() for each in cache.layers),
+    )
+    windows = len([window for window in shape.windows if window is not None and window <= length])
+    # A layer with a window keeps a token less, as long as no token is added.
+    assert shape.elements(length) == held + 2 * shape.width * windows and not shape.recurrent
+    assert 2 * shape.width == 2 * cache.layers[0].keys[:, :, 0].numel()
+
+
+def test_the_size_of_a_cache_counts_states_and_windows():
+    linear = Qwen3NextConfig(**SMALL, layer_types=["linear_attention", "full_attention"])
+    both = FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8)
+    shapes = [
+        prefix_cache.CacheShape.of(config)
+        for config in (linear, both, ATTENTION["gemma3 (window of 4 in some layers)"])
+    ]
+    assert [shape.recurrent for shape in shapes] == [1, 2, 0]
+    assert [shape.windows for shape in shapes] == [(None,), (None, None), (4, None)]
+    assert shapes[0].elements(5000) == 2 * 16 * (5000 + prefix_cache.STATE_TOKENS)
+    assert shapes[2].elements(5000) == 2 * 16 * (5000 + 4)

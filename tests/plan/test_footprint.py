@@ -6,11 +6,12 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 
 from sdft_ds.plan.footprint import footprint
-from sdft_ds.plan.job import OFFLOAD, OFFLOAD_OPTIMIZER, SETUPS, ZERO_2, ZERO_3, Job
+from sdft_ds.plan.job import OFFLOAD, OFFLOAD_OPTIMIZER, SETUPS, ZERO_0, ZERO_2, ZERO_3, Job
 from sdft_ds.plan.model_shape import load_shape, shape_of
 from tests.distributed.scenarios import communication
 from tests.helpers import tiny
 from tests.helpers.cases import covering
+from tests.helpers.trainers import ADAPTERS, make_trainer
 
 SEVEN = Job(load_shape("7b"), ranks=8, teacher="ema")
 WIDE = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -33,6 +34,15 @@ def test_of_a_lora_job_only_the_adapter_is_trained_and_shadowed(two_ranks, stage
     parts = footprint(job, SETUPS[stage]).parts
     for part, size in held.items():
         assert parts[part] == pytest.approx(size, rel=0.03), part
+
+
+def test_without_deepspeed_what_lora_leaves_frozen_takes_what_it_does_in_an_engine(tmp_path):
+    tiny.llama().save_pretrained(tmp_path)
+    model = make_trainer(model=str(tmp_path), peft_config=ADAPTERS[True], bf16=True).model
+    frozen = sum(param.nbytes for param in model.parameters() if not param.requires_grad)
+    shape = shape_of(tiny.llama())
+    job = Job(shape, ranks=1, tuning="lora", adapter=shape.adapter_parameters(4, None))
+    assert footprint(job, ZERO_0).parts["weights"] == frozen + 2 * job.adapter
 
 
 def activations(job: Job, phase: str) -> float:
@@ -131,6 +141,27 @@ def test_a_rollout_holds_as_many_rows_as_it_generates_at_once():
     )
     assert SEVEN.rows == 8 and all_rows["KV cache"] == 4 * two["KV cache"]
     assert all_rows["logits chunk"] == 4 * two["logits chunk"]
+
+
+def test_of_an_offloaded_optimizer_one_parameters_masters_come_to_the_device():
+    """And none where the weights are in host memory as well."""
+    largest = 4 * SEVEN.shape.largest / 8
+    shadow, whole = (footprint(replace(SEVEN, shadow_on_host=host), OFFLOAD_OPTIMIZER) for host in (True, False))
+    for phase, more in (("rollout", 0), ("teacher", largest), ("optimizer", largest)):
+        assert whole.phases[phase]["teacher shadow"] == 4 * SEVEN.trained / 8 + more
+    assert (
+        shadow.parts["teacher shadow"]
+        == largest
+        == footprint(replace(SEVEN, shadow_on_host=True), ZERO_2).parts["teacher shadow"]
+    )
+    assert footprint(SEVEN, OFFLOAD).parts["teacher shadow"] == 0
+
+
+def test_a_window_bounds_what_a_rollout_caches():
+    cache = replace(SEVEN.shape.cache, windows=(128, None) * 16)
+    windowed = replace(SEVEN, shape=replace(SEVEN.shape, cache=cache))
+    whole, half = (footprint(job, ZERO_2).phases["rollout"]["KV cache"] for job in (SEVEN, windowed))
+    assert half == whole * (768 + 128) / (2 * 768)
 
 
 def test_a_rollout_of_zero_3_holds_all_weights_unless_it_gathers_layer_by_layer():

@@ -37,6 +37,9 @@ def test_a_configuration_is_planned_and_its_command_is_one_that_training_takes(t
     "argv, command",
     [
         (["7b", "--memory", "200"], "deepspeed --num_gpus 8 .*zero2.json"),
+        # As README and launch/slurm have it for this size, on one node and on several.
+        (["7b", "--teacher_model_kind", "base", "--per_device_train_batch_size", "4"], "zero2.json"),
+        (["7b", "--teacher_model_kind", "base", "--nodes", "4"], "sbatch .*zero2.json"),
         (["7b", "--gpus", "2"], "zero3.json"),
         (["7b", "--gpus", "1"], "zero3_offload_optimizer.json"),
         (["7b", "--gpus", "1", "--host_memory", "10"], None),

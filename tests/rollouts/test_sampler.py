@@ -218,6 +218,15 @@ def test_without_a_setting_memory_decides(monkeypatch):
     assert len(calls) > 1 and all(len(rows) > 1 for rows in calls[1:-1])
 
 
+def test_continuous_batching_on_a_cpu_has_cache_for_a_call_that_fits(monkeypatch):
+    """On an accelerator it sizes its cache by what is free; on a CPU it allocates one for all rows of a call."""
+    model, rows, plain = tiny.llama(), [], sampler.BACKENDS["continuous"]
+    whole = sample(model, SHARED, list("abcdefg"), backend="continuous", do_sample=False)
+    monkeypatch.setitem(sampler.BACKENDS, "continuous", lambda *a: (rows.append(len(a[1])), plain(*a))[1])
+    assert sample(model, SHARED, list("abcdefg"), 60, "continuous", do_sample=False) == whole
+    assert len(rows) > 1 and sum(rows) == len(SHARED)
+
+
 def test_the_estimate_of_a_rows_memory_covers_its_cache(monkeypatch):
     model, held, fan_out = tiny.llama(), [], prefix_cache.fan_out
 
@@ -231,6 +240,14 @@ def test_the_estimate_of_a_rows_memory_covers_its_cache(monkeypatch):
     assert (
         held[0] < sum(sampler._bytes_of_rows(model, [widest] * len(SHARED), OPTIONS["max_new_tokens"])) < 60 * held[0]
     )
+
+
+def test_attention_that_is_not_fused_takes_more_of_a_long_prompt():
+    model, prompts = tiny.llama(), [[1] * 100, [1] * 200]
+    fused = sampler._bytes_of_rows(model, prompts, 8)
+    model.set_attn_implementation("eager")
+    eager = sampler._bytes_of_rows(model, prompts, 8)
+    assert [more - less for more, less in zip(eager, fused, strict=True)] == [4 * 8 * 100**2, 4 * 8 * 200**2]
 
 
 def test_no_prompts_are_no_completions():

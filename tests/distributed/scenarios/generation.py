@@ -1,7 +1,11 @@
 """Rollouts of an engine."""
 
+from collections.abc import Callable
+
 from transformers import TrainerCallback
 
+from sdft_ds.distributed import ranks
+from sdft_ds.rollouts import sampler
 from tests.helpers.trainers import Recorder, make_trainer
 
 
@@ -28,6 +32,36 @@ def generate(stage, gather: bool, uneven: bool = False, warm: bool = False, **se
     if warm:
         take()
     return completions
+
+
+PROMPTS = [[1, 2, 3], [4] * 30, [5, 6], [4] * 29, [7, 8, 9], [1, 2, 3]]
+
+
+def in_calls_that_fit(stage, gather: bool, tokens: int | None = None) -> tuple[list, list[int]]:
+    """Completions of all PROMPTS, of which the first rank has one and the second the others; rows of each call."""
+    trainer = make_trainer(stage, ds3_gather_for_generation=gather, max_steps=1, rollout_batch_tokens=tokens)
+    mine = (
+        range(len(PROMPTS)) if ranks.world_size() == 1 else range(1) if ranks.rank() == 0 else range(1, len(PROMPTS))
+    )
+    calls, found = [], []
+    plain: Callable = trainer.rollouts.sampler.backend
+
+    def counted(model, prompts, *args):
+        calls.append(len(prompts))
+        return plain(model, prompts, *args)
+
+    class Take(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            trainer.rollouts.sampler.backend = sampler.generate = counted
+            try:
+                made = trainer.rollouts.generate([PROMPTS[i] for i in mine], [f"a/{i}" for i in mine])
+            finally:
+                trainer.rollouts.sampler.backend = sampler.generate = plain
+            found.extend(zip(mine, (completion.ids for completion in made), strict=True))
+
+    trainer.add_callback(Take())
+    trainer.train()
+    return found, calls
 
 
 def train_evaluate_train(stage, gather: bool) -> list[float]:

@@ -1,7 +1,11 @@
 """The teacher's shadow: swapped in and out, and averaged."""
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from sdft_ds.distributed import zero
@@ -51,3 +55,40 @@ def average(stage, rate: float, **settings) -> dict[str, Any]:
         moved += (expected[name] - start[name]).square().sum().item()
     drift = [log["teacher/distance"] for log in recorder.logs if "teacher/distance" in log]
     return {"off": off**0.5, "moved": moved**0.5, "drift": drift}
+
+
+@contextmanager
+def copies_to_the_device() -> Iterator[list[int]]:
+    """As on a GPU whose weights, masters and shadow are in host memory: each `to` copies. Yields how many copies were
+    alive after each."""
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    counts: list[int] = []
+    plain = torch.Tensor.to
+
+    def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        found = plain(tensor, *args, **kwargs)
+        found = found.clone() if found is tensor or found.data_ptr() == tensor.data_ptr() else found
+        alive.add(found)
+        counts.append(len(alive))
+        return found
+
+    torch.Tensor.to = to
+    try:
+        yield counts
+    finally:
+        del torch.Tensor.to
+
+
+def copies_of_a_teachers_work(stage: int, **settings) -> dict[str, list[int]]:
+    """Copies on the device in each part of an EMA teacher's work after a step of training."""
+    trainer = make_trainer(stage, teacher_model_kind="ema", teacher_sync_steps=1, max_steps=1, **settings)
+    trainer.train()
+    teacher, engine = trainer.teacher, trainer.model_wrapped
+    found = {}
+    with torch.no_grad(), copies_to_the_device() as found["swap"], teacher.weights(engine):
+        found["swap in"] = list(found["swap"])
+    with copies_to_the_device() as found["update"]:
+        teacher.after_step(engine, 1)
+    with copies_to_the_device() as found["drift"]:
+        teacher.drift(engine)
+    return found
