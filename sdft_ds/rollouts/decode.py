@@ -139,6 +139,7 @@ def decode_rows(
                         each[kept] for each in (active_A, done_A, tokens_A, mask_AT)
                     )
                     cache.batch_select_indices(kept)
+                    _keep_rows(processors, kept)
             if look and not (ranks.all_reduce_max(len(active_A), device) if synced else len(active_A)):
                 break
             if len(active_A):
@@ -147,6 +148,14 @@ def decode_rows(
             else:
                 model(input_ids=input_ids_RT[:1, :1], use_cache=False)  # only to take part in the weight all-gathers
     return sequences[:, :end]
+
+
+def _keep_rows(processors: LogitsProcessorList, rows: Tensor) -> None:
+    """Of what logits processors know of each row (repetition_penalty: how far its prompt is padded)."""
+    for processor in processors:
+        lengths = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(lengths, Tensor):
+            processor.prompt_ignore_length = lengths[rows]
 
 
 def _decode_settings(model: PreTrainedModel, rows: int) -> AbstractContextManager[Any]:

@@ -300,7 +300,7 @@ def windowed():
 
 @pytest.mark.parametrize("make", [tiny.llama, windowed])
 @pytest.mark.parametrize("prompts", [SHARED, [[1, 2, 3], [4, 5, 6]] * 3], ids=["padded", "of one length"])
-@pytest.mark.parametrize("options", [{}, {"do_sample": False}, {"top_p": 0.7}])
+@pytest.mark.parametrize("options", [{}, {"do_sample": False}, {"top_p": 0.7, "repetition_penalty": 1.2}])
 def test_completions_do_not_depend_on_how_often_finished_rows_are_looked_for(monkeypatch, make, prompts, options):
     model, keys = make(), list("abcdefg")[: len(prompts)]
     expected = sample(model, prompts, keys, max_new_tokens=50, **options)
@@ -381,3 +381,12 @@ def test_few_rows_are_decoded_with_transformers_settings_for_mixtures_of_experts
         entered.clear()
         sample(model, [[1, 2, 3]] * rows, list("abc")[:rows])
         assert entered == expected
+
+
+def test_repetitions_are_penalized_as_by_transformers_also_when_rows_leave():
+    """Rows of padded prompts, each with its own padding, that end at different times."""
+    model, keys, penalty = tiny.llama(), list("abcdefg"), {"repetition_penalty": 1.3, "max_new_tokens": 40}
+    together = sample(model, SHARED, keys, **penalty)
+    assert len({len(completion.ids) for completion in together}) > 1
+    assert together == [sample(model, [prompt], [key], **penalty)[0] for prompt, key in zip(SHARED, keys, strict=True)]
+    assert together == sample(model, SHARED, keys, cache_implementation="static", **penalty)
