@@ -54,6 +54,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Returns records as in evaluations.jsonl under `start` (with --start) and `model`, and lm-eval results under
     `lm_eval`."""
     launch.avoid_cudnn_attention()
+    launch.expand_segments(True)
     tasks = read_tasks(args.eval_tasks, args.retention_file, args.eval_task_rows)
     if not tasks and not args.lm_eval:
         raise ValueError("Nothing to evaluate: give --eval_tasks, --retention_file or --lm_eval.")

@@ -93,7 +93,7 @@ class DivergenceSettings:
     )
     loss_chunk_tokens: int | None = setting(
         None,
-        "Tokens whose logits are in memory at once. Unset: as many as make 8 Mi logits.",
+        "Tokens whose logits are in memory at once. Unset: as many as make 64 Mi logits on a GPU, 8 Mi on a CPU.",
         valid=positive(),
         resume=FREE,
     )

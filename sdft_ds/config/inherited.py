@@ -219,7 +219,7 @@ def refuse_settings(config: Any) -> None:
             "deterministically. Leave it False: the random draws depend on the seed only in any case."
         )
     if config.use_liger_kernel:
-        _refuse_liger(config)
+        config.liger_kernel_config = _without_ligers_heads(config)
     _refuse_optimizer(config)
     available = get_available_reporting_integrations()
     for tracker in config.report_to:
@@ -229,15 +229,27 @@ def refuse_settings(config: Any) -> None:
             raise ValueError(f"report_to: {tracker} is not installed: pip install {tracker}, or leave it out.")
 
 
-def _refuse_liger(config: Any) -> None:
+_LIGER_HEADS = ("fused_linear_cross_entropy", "cross_entropy")
+
+
+def _without_ligers_heads(config: Any) -> dict[str, Any]:
+    """liger_kernel_config, in which Liger's losses are off: it would replace the model's forward, or torch's cross
+    entropy, by them. Raises ValueError if one is asked for, or if there are no kernels here."""
     kernels = config.liger_kernel_config or {}
-    if kernels.get("fused_linear_cross_entropy", True) or kernels.get("cross_entropy", False):
+    for name in _LIGER_HEADS:
+        if kernels.get(name):
+            raise ValueError(
+                f"liger_kernel_config: {name} would replace the model's forward, in which the loss is computed, or "
+                "what it computes with: leave it out."
+            )
+    if config.use_cpu:
+        raise ValueError("use_liger_kernel=True needs a GPU, and this run is on the CPU: leave it False.")
+    if not is_liger_kernel_available():
         raise ValueError(
-            "use_liger_kernel=True would replace the model's forward, which computes the loss, by one for cross "
-            'entropy: set liger_kernel_config={"fused_linear_cross_entropy": False, "cross_entropy": False}.'
+            "use_liger_kernel=True needs liger-kernel, which is not installed: pip install liger-kernel, or leave it "
+            "False."
         )
-    if config.use_cpu or not is_liger_kernel_available():
-        raise ValueError("use_liger_kernel=True needs a GPU, and pip install liger-kernel. Or leave it False.")
+    return {**kernels, **dict.fromkeys(_LIGER_HEADS, False)}
 
 
 def _refuse_optimizer(config: Any) -> None:

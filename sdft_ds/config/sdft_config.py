@@ -41,7 +41,8 @@ class SDFTConfig(
 
     Creating one initializes what transformers and accelerate initialize with their settings, including the process
     group (on a CPU DeepSpeed's before them), with ddp_timeout as timeout of all groups; it sets RANK and related
-    variables if DeepSpeed is used and no launcher has set them, and switches off cuDNN's attention.
+    variables if DeepSpeed is used and no launcher has set them. For the process it switches off cuDNN's attention, and
+    on a GPU sets how torch allocates memory and, unless `tf32` is given, multiplies in fp32.
     """
 
     method: ClassVar[str] = "sdft"
@@ -62,6 +63,8 @@ class SDFTConfig(
             self.activation_checkpointing = True
         self.use_cpu = self.use_cpu or launch.no_accelerator()
         launch.avoid_cudnn_attention()
+        if not self.use_cpu:  # vLLM in this process has an allocator of its own, which does not work with them
+            launch.expand_segments(not (self.use_vllm and self.vllm_mode == "colocate"))
         with launch.naming_the_port():
             launch.start_process_group(self.deepspeed, self.use_cpu, self.ddp_timeout)
         for name in self._OWN_DICT_FIELDS:
@@ -73,6 +76,10 @@ class SDFTConfig(
         with launch.naming_the_port():
             super().__post_init__()
         self.deepspeed = given
+        if not self.use_cpu and self.tf32 is None:
+            # What is still in fp32 then: adapters under ZeRO-3, and what models compute from half-precision values,
+            # which TF32 holds exactly. Code from elsewhere may also multiply positions, which it does not.
+            launch.multiply_in_tf32((self.bf16 or self.fp16) and not self.trust_remote_code)
         if self._n_gpu > 1:
             warnings.warn(
                 f"This process was started alone and trains on the first of {self._n_gpu} GPUs. For all of them start "

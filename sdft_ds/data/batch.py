@@ -117,7 +117,8 @@ class MicroBatch:
     """R rollouts with the student's prompts. tokens_N, rows_N and offsets_N: each loss token's id, its row in this
     batch, and its 0-based index in the completion.
 
-    padding: number of padding positions.
+    padding: number of padding positions. anchor_N: whether each loss token is of an anchor; others_M: the indices of
+    those that are not. Both None if there are no anchors.
     """
 
     student: PackedInputs
@@ -126,12 +127,8 @@ class MicroBatch:
     offsets_N: Tensor
     rollouts: list[Rollout]
     padding: int
-
-    @property
-    def anchor_N(self) -> Tensor | None:
-        """Whether each loss token is of an anchor, [N] bool; None if there are none."""
-        anchors = [rollout.prompts.anchor for rollout in self.rollouts]
-        return torch.tensor(anchors, device=self.rows_N.device)[self.rows_N] if any(anchors) else None
+    anchor_N: Tensor | None = None
+    others_M: Tensor | None = None
 
 
 def collate(
@@ -149,13 +146,18 @@ def collate(
     ends = [len(rollout.completion.ids) for rollout in rollouts]
     offsets = [place for end, count in zip(ends, counts, strict=True) for place in range(end - count, end)]
     student = pack_rows(rows, counts, lines_of(lengths), pad_token_id, device)
+    rows_N = torch.repeat_interleave(torch.arange(len(rollouts)), torch.tensor(counts))
+    anchor_N = torch.tensor([rollout.prompts.anchor for rollout in rollouts])[rows_N]
+    has_anchors = any(rollout.prompts.anchor for rollout in rollouts)
     return MicroBatch(
         student=student,
         tokens_N=torch.tensor(tokens, dtype=torch.long, device=device),
-        rows_N=torch.repeat_interleave(torch.arange(len(rollouts)), torch.tensor(counts)).to(device),
+        rows_N=rows_N.to(device),
         offsets_N=torch.tensor(offsets, dtype=torch.long, device=device),
         rollouts=rollouts,
         padding=student.input_ids_LT.numel() - sum(lengths),
+        anchor_N=anchor_N.to(device) if has_anchors else None,
+        others_M=(~anchor_N).nonzero().flatten().to(device) if has_anchors else None,
     )
 
 

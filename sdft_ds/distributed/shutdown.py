@@ -89,6 +89,9 @@ def _fail(error: BaseException) -> NoReturn:
     """Raise the error if there is one rank. Else print it, notify the others, and end the process here: they may still
     wait inside the process group, and closing it would wait for them."""
     if ranks.world_size() == 1:
+        if ranks.started():
+            with suppress(RuntimeError):  # after an error on the device nothing works there any more
+                distributed.destroy_process_group()
         raise error
     status = 1
     if not isinstance(error, SystemExit):

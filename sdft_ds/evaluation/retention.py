@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sdft_ds.data.batch import PackedInputs, one_row_per_bin, pack_rows
 from sdft_ds.files import atomic_write
-from sdft_ds.loss.chunked import CHUNK_ELEMENTS, HeadValues, LogitsTransform, whole_logits
+from sdft_ds.loss.chunked import HeadValues, LogitsTransform, chunks_of, whole_logits
 
 LIKELIEST = 128
 FILE = "evaluations/retention.safetensors"  # not beside a model, where some loaders take every safetensors file
@@ -78,9 +78,7 @@ class _FromStart:
 
 def _chunks(hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -> Iterator[tuple[slice, Tensor]]:
     """Yields (slice, log-probabilities [C, V] fp32), one chunk of tokens at a time: [N, V] is never in memory."""
-    size = max(1, CHUNK_ELEMENTS // head.weight_VD.shape[0])
-    for start in range(0, len(hidden_ND), size):
-        chunk = slice(start, start + size)
+    for chunk in chunks_of(len(hidden_ND), head.weight_VD.shape[0], hidden_ND.device):
         yield chunk, whole_logits(hidden_ND[chunk], head, finish).log_softmax(-1)
 
 

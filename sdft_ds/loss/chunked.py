@@ -28,7 +28,8 @@ from sdft_ds.loss.divergence import (
 LogitsTransform = Callable[[Tensor], Tensor] | None
 
 # Elements of one chunk's logits; 8 Mi fp32 elements are 32 MB, and a full-vocabulary loss holds about seven of them.
-CHUNK_ELEMENTS = 1 << 23
+# Each chunk reads the head several times, and the gradient of a trained one, so on a GPU chunks are larger.
+CHUNK_ELEMENTS, CHUNK_ELEMENTS_CUDA = 1 << 23, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def chunked_distillation_loss(
     with terms.with_log_probs the student's log-probability of each token [N]).
 
     finish: the model's logits transform after the head (scale, softcap); None: identity.
-    chunk_tokens: tokens per chunk; by default as many as fit into CHUNK_ELEMENTS logits.
+    chunk_tokens: tokens per chunk; by default as many as fit into `chunk_elements` logits.
     """
     adapter = (None, None, 0.0) if head.adapter is None else tuple(vars(head.adapter).values())
     return _ChunkedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, *adapter, terms, scale, finish, chunk_tokens)
@@ -180,7 +181,7 @@ def chunked_token_log_probs(
     """Log-probability of each token at the given temperature, [N] fp32, without grad."""
     projection = _Projection(head, hidden_ND, finish)
     log_probs_N = torch.empty(len(tokens_N), dtype=torch.float32, device=hidden_ND.device)
-    for chunk in chunks_of(len(tokens_N), head.weight_VD.shape[0], chunk_tokens):
+    for chunk in chunks_of(len(tokens_N), head.weight_VD.shape[0], hidden_ND.device, chunk_tokens):
         log_probs_N[chunk] = token_log_probs(projection.logits(hidden_ND[chunk]) / temperature, tokens_N[chunk])
     return log_probs_N
 
@@ -190,10 +191,28 @@ def whole_logits(hidden_ND: Tensor, head: HeadValues, finish: LogitsTransform) -
     return _Projection(head, hidden_ND, finish).logits(hidden_ND)
 
 
-def chunks_of(n: int, elements_per_token: int, chunk_tokens: int | None = None) -> list[slice]:
-    """Slices of n tokens, each of chunk_tokens, or of as many as fit into CHUNK_ELEMENTS."""
-    size = chunk_tokens or max(1, CHUNK_ELEMENTS // elements_per_token)
+def chunk_elements(device_type: str) -> int:
+    """Elements of one chunk's logits on this type of device."""
+    return CHUNK_ELEMENTS_CUDA if device_type == "cuda" else CHUNK_ELEMENTS
+
+
+def chunks_of(n: int, elements_per_token: int, device: torch.device, chunk_tokens: int | None = None) -> list[slice]:
+    """Slices of n tokens, each of chunk_tokens, or of as many as fit into the device's chunk_elements."""
+    size = chunk_tokens or max(1, chunk_elements(device.type) // elements_per_token)
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def has_fp32_products(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether matrix products of operands of this dtype can be returned in fp32, as they were accumulated: torch's
+    out_dtype, on CUDA only. Rounded to bf16 first, logits from 16 to 32 are off by up to 0.06."""
+    return device_type == "cuda" and torch.version.hip is None and dtype in (torch.bfloat16, torch.float16)
+
+
+def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32, of matrices or batches of them; rounded to the operands' dtype first where it has to be."""
+    if has_fp32_products(a.device.type, a.dtype):
+        return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
 class _Projection:
@@ -215,9 +234,14 @@ class _Projection:
 
     def raw_logits(self, hidden_CD: Tensor) -> Tensor:
         with torch.autocast(self.device_type, enabled=False):
-            logits_CV = F.linear(hidden_CD.to(self.dtype), self.weight_VD, self.bias_V).float()
+            if has_fp32_products(self.device_type, self.dtype):
+                logits_CV = _fp32_product(hidden_CD.to(self.dtype), self.weight_VD.T)
+                if self.bias_V is not None:
+                    logits_CV += self.bias_V
+            else:
+                logits_CV = F.linear(hidden_CD.to(self.dtype), self.weight_VD, self.bias_V).float()
             if self.adapter is not None:
-                logits_CV += self.adapter.scale * (self.low_rank(hidden_CD) @ self.adapter.up_VQ.T).float()
+                logits_CV += self.adapter.scale * _fp32_product(self.low_rank(hidden_CD), self.adapter.up_VQ.T)
             return logits_CV
 
     def low_rank(self, hidden_CD: Tensor) -> Tensor:
@@ -230,8 +254,8 @@ class _Projection:
         """Logits of K vocabulary entries per position, [C, K]; only without an adapter."""
         with torch.autocast(self.device_type, enabled=False):
             rows_CKD = self.weight_VD[indices_CK]
-            raw_CK = torch.bmm(rows_CKD, hidden_CD.to(self.dtype).unsqueeze(-1)).squeeze(-1)
-            return self.finish((raw_CK if self.bias_V is None else raw_CK + self.bias_V[indices_CK]).float())
+            raw_CK = _fp32_product(rows_CKD, hidden_CD.to(self.dtype).unsqueeze(-1)).squeeze(-1)
+            return self.finish(raw_CK if self.bias_V is None else raw_CK + self.bias_V[indices_CK])
 
 
 class _Gradients:
@@ -266,6 +290,9 @@ class _Gradients:
         if self.weight is not None:
             if head.dtype == torch.float32:
                 self.weight.addmm_(grad_CV.T, hidden_CD.to(head.dtype))
+            elif has_fp32_products(head.device_type, head.dtype):  # without a product as large as the gradient
+                operands = grad_CV.T, hidden_CD.to(head.dtype)
+                torch.addmm(self.weight, *operands, out_dtype=torch.float32, out=self.weight)
             else:
                 self.weight += grad_CV.T @ hidden_CD.to(head.dtype)
 
@@ -355,7 +382,7 @@ class _ChunkedLoss(torch.autograd.Function):
         sparse = divergence.needs_student_only(vocabulary) and student.adapter is None and teacher.adapter is None
         elements = max(vocabulary, divergence.topk * weight_VD.shape[1]) if sparse else vocabulary
 
-        for chunk in chunks_of(len(hidden_ND), elements, chunk_tokens):
+        for chunk in chunks_of(len(hidden_ND), elements, hidden_ND.device, chunk_tokens):
             if sparse:
                 loss_C, log_probs_C = _sparse_chunk(student, teacher, hidden_ND[chunk], terms, gradients, chunk)
             elif divergence.is_full(vocabulary):

@@ -66,7 +66,7 @@ def token_diagnostics(
     teacher_head = head if terms.teacher_head is None else terms.teacher_head.beside(head)
     vocabulary = head.weight_VD.shape[0]
     parts = []
-    for chunk in chunks_of(len(at_M), vocabulary) or [slice(0, 0)]:
+    for chunk in chunks_of(len(at_M), vocabulary, hidden_ND.device) or [slice(0, 0)]:
         at_C = at_M[chunk]
         student_CV, teacher_CV = (
             (whole_logits(states_ND[at_C], values, finish) / terms.divergence.temperature).log_softmax(-1)

@@ -5,6 +5,7 @@ Formulas: the SDFT paper (arXiv 2601.19897) and, between the end points, the gen
 arXiv 2306.13649 (GKD).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -110,9 +111,7 @@ def interpolated_divergence(student_NK: Tensor, teacher_NK: Tensor, alpha: float
         return kl(teacher_NK, student_NK)
     if alpha == 1.0:
         return kl(student_NK, teacher_NK)
-    log_alpha = torch.tensor(alpha, dtype=student_NK.dtype, device=student_NK.device).log()
-    log_rest = torch.tensor(1.0 - alpha, dtype=student_NK.dtype, device=student_NK.device).log()
-    mixture_NK = torch.logaddexp(student_NK + log_rest, teacher_NK + log_alpha)
+    mixture_NK = torch.logaddexp(student_NK + math.log(1.0 - alpha), teacher_NK + math.log(alpha))
     return (1.0 - alpha) * kl(student_NK, mixture_NK) + alpha * kl(teacher_NK, mixture_NK)
 
 
@@ -133,8 +132,7 @@ def interpolated_divergence_and_gradient(
     if alpha == 1.0:
         ratio, weight, rest = student_NV - teacher_NV, 1.0, 0.0
     else:
-        log_alpha, log_rest = (torch.tensor(x, dtype=torch.float64).log().item() for x in (alpha, 1.0 - alpha))
-        mixture_NV = torch.logaddexp(student_NV + log_rest, teacher_NV + log_alpha)
+        mixture_NV = torch.logaddexp(student_NV + math.log(1.0 - alpha), teacher_NV + math.log(alpha))
         teacher = teacher_NV.exp()
         terms = teacher_NV.sub_(mixture_NV).mul_(teacher).masked_fill_(teacher == 0, 0.0)
         rest = alpha * terms.sum(-1)

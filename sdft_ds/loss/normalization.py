@@ -64,5 +64,6 @@ def loss_weights(
 
 def _per_completion(batch: MicroBatch) -> Tensor:
     """1 / (loss tokens of the token's completion), [N]."""
-    counts_R = torch.bincount(batch.rows_N, minlength=len(batch.rollouts))
-    return 1.0 / counts_R[batch.rows_N].float()
+    ones_N = torch.ones(len(batch.rows_N), device=batch.rows_N.device)
+    counts_R = torch.zeros(len(batch.rollouts), device=ones_N.device).index_add_(0, batch.rows_N, ones_N)
+    return 1.0 / counts_R[batch.rows_N]

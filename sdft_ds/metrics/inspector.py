@@ -46,11 +46,9 @@ class Inspector:
 
     def _sample(self, batch: MicroBatch) -> Tensor:
         """Loss tokens, without those of anchors."""
-        anchor_N = batch.anchor_N
-        if anchor_N is None:
+        if batch.others_M is None:
             return evenly_spaced(len(batch.tokens_N), self.args.inspect_tokens, self.args.device)
-        others_M = (~anchor_N).nonzero().flatten()
-        return others_M[evenly_spaced(len(others_M), self.args.inspect_tokens, self.args.device)]
+        return batch.others_M[evenly_spaced(len(batch.others_M), self.args.inspect_tokens, self.args.device)]
 
     def record(self, picked: Picked, request: DistillationLoss, scored: ScoredBatch, meters: Meters) -> None:
         """Add what the forward reported to the metrics, and keep the rows to log."""

@@ -1,12 +1,18 @@
-"""Table of all metrics (name, unit, reduction), and the meters that reduce them across ranks and steps."""
+"""Table of all metrics (name, unit, reduction), and the meters that reduce them across ranks and steps.
+
+Between log lines nothing waits for the device: values stay on it, and phases are timed by events on its stream.
+"""
 
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,6 +104,7 @@ POSITIONS = (0, 4, 16, 64, 256)  # first positions of the buckets of divergence 
 QUANTILES = {"divergence/p50": 0.5, "divergence/p90": 0.9, "divergence/p99": 0.99}
 # Histogram of the divergences: logarithmic bins from LEAST to MOST nats; the outer bins include all values beyond.
 BINS, LEAST, MOST = 256, 1e-7, 1e2
+Span = tuple[Any, Any]  # two moments: see Meters._now
 LATE = 1.5  # a rank slower than this many times the others' mean is reported as straggler
 
 
@@ -124,20 +131,21 @@ class Meters:
         self.ranks = ranks
         self.training = training
         self.straggler: str | None = None  # after `collect`: the rank that the others waited for, and its phase
-        self.inner_seconds = 0.0  # of phases nested in the current one
+        self.nested: list[Span] = []  # phases within the current one
         self.reset()
 
     def reset(self) -> None:
         self.since = time.perf_counter()
         self.sums = {name: [0.0, 0.0] for name in METRICS}
-        self.extremes = {name: float("-inf") for name in METRICS}
+        self.extremes: dict[str, float | Tensor] = {name: float("-inf") for name in METRICS}
+        self.spans: list[tuple[str, Span, list[Span]]] = []  # phases since then, each with those nested in it
         self.histogram = torch.zeros(BINS, dtype=torch.float64, device=self.device)
 
     def add(self, name: str, total: float | Tensor, count: float = 1.0) -> None:
         """Add a value (max, min) or a sum of `count` values (mean, sum, slowest). Tensors are not synchronized."""
         reduction = METRICS[name].reduction
         if reduction in ("max", "min"):
-            self.extremes[name] = max(self.extremes[name], total if reduction == "max" else -total)
+            self.extremes[name] = _larger(self.extremes[name], total if reduction == "max" else -total)
         else:
             self.sums[name][0] += total
             self.sums[name][1] += count
@@ -163,29 +171,30 @@ class Meters:
     def add_divergences(self, per_token_N: Tensor, offsets_N: Tensor, anchor_N: Tensor | None = None) -> None:
         """Add the divergences of loss tokens, those of anchors apart. offsets_N: their positions in their completions;
         anchor_N: see MicroBatch."""
-        if anchor_N is not None:
-            of_anchors = per_token_N[anchor_N]
-            self.add("anchors/distillation_loss", of_anchors.sum(), len(of_anchors))
-            per_token_N, offsets_N = per_token_N[~anchor_N], offsets_N[~anchor_N]
-        self.add("sdft/distillation_loss", per_token_N.sum(), len(per_token_N))
-        self.add("completions/loss_tokens", len(per_token_N))
-        bucket_N = torch.bucketize(offsets_N, torch.tensor(POSITIONS[1:], device=offsets_N.device), right=True)
+        counted_N = torch.ones_like(per_token_N)
+        if anchor_N is not None:  # without selecting tokens, which would wait for their number
+            counted_N = (~anchor_N).to(per_token_N.dtype)
+            self.add("anchors/distillation_loss", per_token_N.masked_fill(~anchor_N, 0.0).sum(), anchor_N.sum())
+            per_token_N = per_token_N.masked_fill(anchor_N, 0.0)
+        count = len(per_token_N) if anchor_N is None else (~anchor_N).sum()
+        self.add("sdft/distillation_loss", per_token_N.sum(), count)
+        self.add("completions/loss_tokens", count)
+        bucket_N = sum(offsets_N >= first for first in POSITIONS[1:]).long()
         zeros = torch.zeros(len(POSITIONS), device=per_token_N.device)
-        sums = zeros.index_add(0, bucket_N, per_token_N)
-        counts = zeros.index_add(0, bucket_N, torch.ones_like(per_token_N))
+        sums, counts = zeros.index_add(0, bucket_N, per_token_N), zeros.index_add(0, bucket_N, counted_N)
         for i, name in enumerate(name for name in METRICS if name.startswith("divergence/position")):
             self.add(name, sums[i], counts[i])
         per_token_N = per_token_N.double().nan_to_num(nan=MOST)
         share_N = (per_token_N.clamp(LEAST, MOST) / LEAST).log() / math.log(MOST / LEAST)
         bins_N = (share_N * BINS).long().clamp(max=BINS - 1)
-        self.histogram.index_add_(0, bins_N, torch.ones_like(share_N))
+        self.histogram.index_add_(0, bins_N, counted_N.double())
 
     def add_mismatch(self, differences_N: Tensor) -> None:
         """Add the differences between the sampler's and the student's log-probabilities of tokens."""
         if len(differences_N):
             size_N = differences_N.abs()
             self.add("rollout/logprob_diff", size_N.sum(), len(size_N))
-            self.add("rollout/logprob_diff_max", float(size_N.max()))
+            self.add("rollout/logprob_diff_max", size_N.max())
 
     def add_diagnostics(self, seen: TokenDiagnostics, old_log_probs_M: Tensor | None, clip: float | None) -> None:
         """Add the diagnostics of student and teacher at a sample of tokens."""
@@ -202,41 +211,62 @@ class Meters:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside to `seconds/<name>`, excluding nested phases, which count for themselves.
-        Synchronizes with the device, if any. A phase that raises adds nothing."""
+        On a device it is the time that its stream takes. A phase that raises adds nothing."""
         self.enter(name)
-        start, self.inner_seconds, outer = self._now(), 0.0, self.inner_seconds
-        seconds = 0.0
+        start, outer, self.nested = self._now(), self.nested, []
         try:
             yield
-            seconds = self._now() - start
-            self.add(f"seconds/{name}", seconds - self.inner_seconds, 0.0)
+            span = (start, self._now())
+            self.spans.append((name, span, self.nested))
+            outer.append(span)
         finally:
-            self.inner_seconds = outer + seconds
+            self.nested = outer
 
-    def _now(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        return time.perf_counter()
+    def _now(self) -> Any:
+        """This moment: seconds, or on a device an event on its stream."""
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.Event(self.device, enable_timing=True)
+        event.record()
+        return event
+
+    def _add_spans(self) -> None:
+        """Add the time of the phases so far; waits for their end."""
+        for name, span, nested in self.spans:
+            self.add(f"seconds/{name}", _seconds(span) - sum(map(_seconds, nested)), 0.0)
+        self.spans.clear()
+
+    def _on_device(self, values: Iterable[float | Tensor]) -> Tensor:
+        """The values as one tensor, fp64, in one transfer."""
+        values = list(values)
+        found = torch.tensor(
+            [0.0 if isinstance(value, Tensor) else float(value) for value in values], dtype=torch.float64
+        ).to(self.device)
+        for i, value in enumerate(values):
+            if isinstance(value, Tensor):
+                found[i] = value
+        return found
 
     def collect(self, steps: int) -> dict[str, float]:
         """The reduced values since the last call, over `steps` optimizer steps. Collective."""
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         self.add("memory/peak_gib", _peak_bytes(self.device) / 2**30)
-        sums = torch.tensor(
-            [[float(total), float(count)] for total, count in self.sums.values()],
-            dtype=torch.float64,
-            device=self.device,
-        )
+        self._add_spans()
+        sums = self._on_device(value for pair in self.sums.values() for value in pair).view(-1, 2)
         mine = sums[:, 0].clone()
         slowest = self.reduce(mine.clone(), "max")
         # The rank with the largest sum; the last one if tied.
-        slowest_rank = self.reduce(torch.where(mine == slowest, float(self.rank), -1.0), "max").tolist()
-        slowest = slowest.tolist()
-        sums = self.reduce(sums, "sum").tolist()
+        slowest_rank = self.reduce(torch.where(mine == slowest, float(self.rank), -1.0), "max")
+        sums = self.reduce(sums, "sum")
         histogram = self.reduce(self.histogram, "sum")
-        extremes = self.reduce(
-            torch.tensor(list(self.extremes.values()), dtype=torch.float64, device=self.device), "max"
-        ).tolist()
+        extremes = self.reduce(self._on_device(self.extremes.values()), "max")
+        found = torch.cat([slowest, slowest_rank, extremes, sums.flatten(), histogram]).tolist()
+        n = len(METRICS)
+        slowest, slowest_rank, extremes = found[:n], found[n : 2 * n], found[2 * n : 3 * n]
+        sums, histogram = (
+            list(zip(found[3 * n : 5 * n : 2], found[3 * n + 1 : 5 * n : 2], strict=True)),
+            found[5 * n :],
+        )
         self.reset()
         self.straggler = None
         values = _quantiles(histogram)
@@ -278,12 +308,30 @@ def _repeated(tokens: list[int], n: int = 4) -> float:
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _quantiles(histogram: Tensor) -> dict[str, float]:
+def _larger(a: float | Tensor, b: float | Tensor) -> float | Tensor:
+    """The larger of two numbers, each on the host or on the device."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.maximum(a, b)
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        tensor, number = (a, b) if isinstance(a, Tensor) else (b, a)
+        return tensor.clamp(min=number)
+    return max(a, b)
+
+
+def _seconds(span: Span) -> float:
+    start, end = span
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def _quantiles(histogram: list[float]) -> dict[str, float]:
     """The quantiles in nats, each as the midpoint of its bin."""
-    cumulated = histogram.cumsum(0)
+    cumulated = list(accumulate(histogram))
     if not cumulated[-1]:
         return {}
-    found = {name: int(torch.searchsorted(cumulated, share * cumulated[-1])) for name, share in QUANTILES.items()}
+    found = {name: bisect_left(cumulated, share * cumulated[-1]) for name, share in QUANTILES.items()}
     return {name: LEAST * (MOST / LEAST) ** ((bin + 0.5) / BINS) for name, bin in found.items()}
 
 

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import find_adapter_config_file, is_flash_attn_2_available, is_flash_attn_3_available
 
 from sdft_ds.config.sdft_config import SDFTConfig
@@ -333,6 +334,25 @@ def check_attention(config: PreTrainedConfig, args: SDFTConfig) -> None:
         )
     if name == "flex_attention" and args.use_cpu:
         raise ValueError("attn_implementation='flex_attention' cannot train on a CPU: use attn_implementation='sdpa'.")
+
+
+def check_kernels(config: PreTrainedConfig, args: SDFTConfig) -> None:
+    """Raises ValueError if use_liger_kernel has no kernels for the model."""
+    if args.use_liger_kernel:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+        if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+            raise ValueError(
+                f"use_liger_kernel=True: this liger-kernel has no kernels for {config.model_type} models: leave it "
+                "False, or install a newer one."
+            )
+
+
+def apply_kernels(model: nn.Module, args: SDFTConfig) -> None:
+    """With use_liger_kernel, compute the model's norms, rotary embeddings and MLPs with Liger's kernels, now, not as
+    transformers does when training begins: rollouts and evaluations before it compute with them as well."""
+    if args.use_liger_kernel:
+        apply_liger_kernel(model, args.liger_kernel_config)
 
 
 def check_support(config: PreTrainedConfig, args: SDFTConfig) -> None:

@@ -2,16 +2,19 @@
 
 Shapes: U unique prompts, R rows, C tokens after the prompts, T positions. Prompts are left-padded, so that the tokens
 after them are in the same columns of every row and at the right distance for sliding windows.
+
+Patches transformers' look at a mask, whose answer is known: see `padding_known`.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 # The state of a recurrent layer, or of linear attention, has about as many elements as the keys and values of so many
@@ -121,17 +124,22 @@ def batches_within(budget: int, sizes: Sequence[int], prompts: Sequence[Sequence
     return batches
 
 
-def prompt_inputs(input_ids_UT: Tensor, attention_mask_UT: Tensor) -> dict[str, Any]:
+def are_padded(lengths: Sequence[int], width: int) -> bool:
+    """Whether prompts of these lengths are padded, in a batch of this width; on the host, without reading the mask."""
+    return any(length < width for length in lengths)
+
+
+def prompt_inputs(input_ids_UT: Tensor, attention_mask_UT: Tensor, padded: bool) -> dict[str, Any]:
     """Inputs of the forward over left-padded prompts; without padding the mask is omitted, which is faster."""
-    if bool(attention_mask_UT.all()):
+    if not padded:
         return {"input_ids": input_ids_UT}
     positions_UT = (attention_mask_UT.cumsum(-1) - 1).clamp(min=0)
     return {"input_ids": input_ids_UT, "attention_mask": attention_mask_UT, "position_ids": positions_UT}
 
 
-def next_inputs(ids_RC: Tensor, prompt_mask_RT: Tensor, after: int) -> dict[str, Any]:
+def next_inputs(ids_RC: Tensor, prompt_mask_RT: Tensor, after: int, padded: bool) -> dict[str, Any]:
     """Inputs of the forward over C tokens after the prompts and `after` more tokens, all of which are cached."""
-    if bool(prompt_mask_RT.all()):
+    if not padded:
         return {"input_ids": ids_RC}
     rows, width = ids_RC.shape
     offsets_C = torch.arange(after, after + width, device=ids_RC.device)
@@ -140,6 +148,18 @@ def next_inputs(ids_RC: Tensor, prompt_mask_RT: Tensor, after: int) -> dict[str,
         "attention_mask": torch.nn.functional.pad(prompt_mask_RT, (0, after + width), value=1),
         "position_ids": prompt_mask_RT.sum(-1, keepdim=True) + offsets_C.expand(rows, -1),
     }
+
+
+@contextmanager
+def padding_known() -> Iterator[None]:
+    """Inside, a mask is taken to have padding wherever one is given, as by next_inputs: transformers reads it from the
+    device in each forward."""
+    original = masking_utils.fast_all
+    masking_utils.fast_all = lambda mask: False
+    try:
+        yield
+    finally:
+        masking_utils.fast_all = original
 
 
 def fan_out(cache: DynamicCache, rows_R: Tensor, room: int) -> None:

@@ -46,6 +46,7 @@ def prepare(
     loading.refuse_second_adapter(model, peft_config, args)
     config = loading.config_of(model, args)
     loading.check_attention(config, args)
+    loading.check_kernels(config, args)
     loading.check_support(config, args)
     loading.warn_of_router_loss(config)
     processing_class, tokenizer = loading.load_tokenizer(processing_class, config._name_or_path, args)
@@ -59,6 +60,7 @@ def prepare(
     elif args.anchor_fraction is not None:
         raise ValueError("anchor_fraction needs anchors: give an anchor_dataset (command line: --anchor_path).")
     model = loading.load_model(model, args, peft_config)
+    loading.apply_kernels(model, args)
     loading.check_embedding(tokenizer, model)
     if train_dataset is not None:
         loading.refuse_without_trainable(model)

@@ -7,7 +7,7 @@ Formulas come from DeepSpeed's source (0.19), this package's own code, or a meas
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sdft_ds.loss.chunked import CHUNK_ELEMENTS
+from sdft_ds.loss.chunked import chunk_elements
 from sdft_ds.plan import vllm
 from sdft_ds.plan.job import Job, Setup
 
@@ -205,7 +205,7 @@ def _loss_chunk(job: Job) -> float:
     sides' in the compute dtype. Top-k: one, plus K rows of the head per token and their gradient."""
     shape, b = job.shape, job.bytes
     support = 0 if job.topk is None else job.topk * shape.hidden
-    tokens = job.chunk_tokens or max(1, CHUNK_ELEMENTS // max(shape.vocabulary, support))
+    tokens = job.chunk_tokens or max(1, chunk_elements("cuda") // max(shape.vocabulary, support))
     tokens = min(tokens, job.batch * job.completion)
     half = b if b < 4 else 0  # fp32 logits are not copied
     if job.topk is None:

@@ -40,13 +40,15 @@ class Greedy:
     def __init__(self, rows: int, device: torch.device):
         self.non_finite_R = torch.zeros(rows, dtype=torch.bool, device=device)
 
-    def choose(self, scores_AV: Tensor, rows_A: Tensor, position: int) -> Tensor:
+    def choose(self, scores_AV: Tensor, rows_A: Tensor, position: int, done_A: Tensor | None = None) -> Tensor:
+        """The next token of each row, [A]. done_A: rows whose tokens are not used; nothing is noted of them."""
         tokens_A = scores_AV.argmax(-1)
-        self._note(scores_AV.gather(-1, tokens_A.unsqueeze(-1)).squeeze(-1), rows_A)
+        self._note(scores_AV.gather(-1, tokens_A.unsqueeze(-1)).squeeze(-1), rows_A, done_A)
         return tokens_A
 
-    def _note(self, values_A: Tensor, rows_A: Tensor) -> None:
-        self.non_finite_R[rows_A] |= ~values_A.isfinite()
+    def _note(self, values_A: Tensor, rows_A: Tensor, done_A: Tensor | None) -> None:
+        bad_A = ~values_A.isfinite()
+        self.non_finite_R[rows_A] |= bad_A if done_A is None else bad_A & ~done_A
 
     def check(self) -> None:
         """Raises NonFiniteLogits if any row had them; the only device sync."""
@@ -62,11 +64,11 @@ class Draws(Greedy):
         table = [uniforms(key, positions) for key in keys]
         self.table_RC = torch.from_numpy(numpy.stack(table)).to(device)
 
-    def choose(self, scores_AV: Tensor, rows_A: Tensor, position: int) -> Tensor:
+    def choose(self, scores_AV: Tensor, rows_A: Tensor, position: int, done_A: Tensor | None = None) -> Tensor:
         """Sample from softmax(scores) for each row by inverse transform: the token at which the cumulative probability
         exceeds the row's number, [A]. In fp64, so that summing over a large vocabulary is accurate."""
         cumulated_AV = scores_AV.softmax(-1).cumsum(-1, dtype=torch.float64)
-        self._note(cumulated_AV[:, -1], rows_A)
+        self._note(cumulated_AV[:, -1], rows_A, done_A)
         thresholds_A1 = self.table_RC[rows_A, position].unsqueeze(-1) * cumulated_AV[:, -1:]
         tokens_A = torch.searchsorted(cumulated_AV, thresholds_A1, right=True).squeeze(-1)
         return tokens_A.clamp_(max=scores_AV.shape[-1] - 1)  # for NaN rows searchsorted returns V

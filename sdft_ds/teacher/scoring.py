@@ -167,9 +167,10 @@ class Scorer:
         input_ids_UT, mask_UT = pad_left([prompts[r] for r in first], self.pad_token_id, self._device)
         cache = prefix_cache.empty_cache(causal_lm_of(self.teacher.model))
         width = input_ids_UT.shape[1]
+        padded = prefix_cache.are_padded(list(map(len, prompts)), width)
         ends_U = torch.arange(1, len(first) + 1, device=self._device) * width - 1
         last_UD = forward(
-            **prefix_cache.prompt_inputs(input_ids_UT, mask_UT),
+            **prefix_cache.prompt_inputs(input_ids_UT, mask_UT, padded),
             request=HiddenStates(ends_U), past_key_values=cache, use_cache=True,
         )  # fmt: skip
         completions = [rollout.completion.ids for rollout in rollouts]
@@ -177,7 +178,7 @@ class Scorer:
         rows_R = torch.tensor(prompt_of_row, device=self._device)
         prefix_cache.fan_out(cache, rows_R, room=ids_RC.shape[1])
         states_RCD = forward(
-            **prefix_cache.next_inputs(ids_RC, mask_UT[rows_R], after=0),
+            **prefix_cache.next_inputs(ids_RC, mask_UT[rows_R], 0, padded),
             request=HiddenStates(torch.arange(ids_RC.numel(), device=self._device)),
             past_key_values=cache, use_cache=True,
         ).view(*ids_RC.shape, -1)  # fmt: skip

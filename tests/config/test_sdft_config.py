@@ -1,12 +1,17 @@
 import dataclasses
+import os
 import re
 import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from sdft_ds import SDFTConfig
 from sdft_ds.config.fields import own_fields
+from sdft_ds.distributed import launch
+from tests.helpers import tiny
 
 
 def config(tmp_path="unused", **settings):
@@ -221,8 +226,69 @@ def test_a_divergence_that_starves_the_gradient_is_warned_about(alpha, words):
     assert [re.search(words, text) is not None for text in found] == [True] if words else not found
 
 
-def test_cudnns_attention_is_off(tmp_path):
+def test_cudnns_attention_is_off(tmp_path, monkeypatch):
     """It plans anew for every shape, and every decoded token has another."""
+    monkeypatch.delenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", raising=False)
     torch.backends.cuda.enable_cudnn_sdp(True)
     SDFTConfig(output_dir=str(tmp_path), report_to="none")
     assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    assert os.environ["TORCH_CUDNN_SDPA_DEPRIORITIZED"] == "1"
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Settings as on a GPU, as far as they are not the device's."""
+    allocator, precision = torch._C._accelerator_getAllocatorSettings(), torch.get_float32_matmul_precision()
+    monkeypatch.setattr(launch, "no_accelerator", lambda: False)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    for name in launch.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    yield
+    torch._C._accelerator_setAllocatorSettings(allocator or "expandable_segments:False")
+    torch.set_float32_matmul_precision(precision)
+
+
+def test_memory_is_allocated_in_segments_that_grow(as_on_a_gpu, monkeypatch, tmp_path):
+    made = {"output_dir": str(tmp_path), "report_to": "none"}
+    for settings, expected in [
+        ({}, "expandable_segments:True"),
+        ({"use_vllm": True}, "expandable_segments:False"),  # whose sleep mode cannot work with them
+        ({"use_vllm": True, "vllm_mode": "server"}, "expandable_segments:True"),
+    ]:
+        SDFTConfig(**made, **settings)
+        assert torch._C._accelerator_getAllocatorSettings() == expected
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    SDFTConfig(**made)
+    assert torch._C._accelerator_getAllocatorSettings() == "expandable_segments:False"
+
+
+def test_what_is_still_fp32_is_multiplied_in_tf32(as_on_a_gpu, tmp_path):
+    made = {"output_dir": str(tmp_path), "report_to": "none"}
+    for settings, expected in [
+        ({}, "high"),
+        ({"bf16": False}, "highest"),
+        ({"fp16": True}, "high"),
+        ({"trust_remote_code": True}, "highest"),
+        ({"use_cpu": True}, "highest"),  # left alone
+    ]:
+        SDFTConfig(**made, **settings)
+        assert torch.get_float32_matmul_precision() == expected, settings
+    torch.set_float32_matmul_precision("highest")
+    SDFTConfig(**made, tf32=False)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_positions_are_not_multiplied_as_matrices():
+    """TF32 cannot hold those above 2048."""
+    rotary = LlamaRotaryEmbedding(tiny.llama().config)
+    ops = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ops.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Recorded():
+        rotary(torch.zeros(1), torch.arange(4)[None])
+    assert ops and not any("mm" in name for name in ops)

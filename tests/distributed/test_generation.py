@@ -28,11 +28,13 @@ def test_same_completions_as_without_deepspeed(two_ranks, gather, warm, lora):
 
 @GATHER
 def test_ranks_whose_rollouts_differ_in_length_do_not_hang(two_ranks, gather):
-    lengths = [
-        max(len(ids) for ids in completions[0])
-        for completions in two_ranks.run(generation.generate, 3, gather, uneven=True, timeout=120)
+    """Nor with other lengths from one look for finished rows to the next, as on a GPU."""
+    found = [
+        two_ranks.run(generation.generate, 3, gather, uneven=True, look_every=every, timeout=120) for every in (1, 3)
     ]
+    lengths = [max(len(ids) for ids in completions[0]) for completions in found[0]]
     assert lengths[0] <= 4 < lengths[1] <= 8
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("gather", [False, pytest.param(True, marks=pytest.mark.full)])

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from sdft_ds.evaluation import retention
+from sdft_ds.loss import chunked
 from sdft_ds.model.completion_forward import RequestForward
 from tests.helpers import tiny
 
@@ -33,7 +34,7 @@ def literal(start, now, buckets):
 @pytest.mark.parametrize("chunk_elements", [1, 1000, 1 << 23])
 @pytest.mark.parametrize("vocabulary, buckets", [(264, retention.LIKELIEST), (100, None)])
 def test_the_divergence_is_that_of_two_literal_models(monkeypatch, chunk_elements, vocabulary, buckets):
-    monkeypatch.setattr(retention, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", chunk_elements)
     first, second = model(0, vocab_size=vocabulary), model(1, vocab_size=vocabulary)
     start = retention.continuations(first, PROMPTS, TOKENS, 0, CPU)
     assert [row.tokens for row in start] == TOKENS

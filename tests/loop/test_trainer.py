@@ -14,6 +14,7 @@ from sdft_ds.metrics.nonfinite import NonFiniteGuard
 from sdft_ds.model.completion_forward import causal_lm_of
 from sdft_ds.objectives.sdft import SelfDistillation
 from tests.helpers import reference, tiny
+from tests.helpers.host_syncs import HostSyncs
 from tests.helpers.steps import check_against_the_reference, first_step, loss_and_gradients
 from tests.helpers.trainers import Recorder, make_trainer, train
 
@@ -239,6 +240,28 @@ def test_training_learns_the_teacher():
         lora=True, max_steps=30, rows=1, num_generations=8, per_device_train_batch_size=8, distillation_alpha=0.0
     )  # fmt: skip
     assert sum(result["losses"][-5:]) < 0.7 * sum(result["losses"][:5])
+
+
+ANCHORS = [{"prompt": [{"role": "user", "content": f"What is {i}?"}]} for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"distillation_alpha": 0.5, "distillation_topk": 20},
+        {"loss_type": "grpo", "distillation_mode": "full_logits", "gradient_accumulation_steps": 2},
+        {"anchors": ANCHORS, "teacher_model_kind": "base", "num_generations": 1, "anchor_fraction": 0.5},
+    ],
+)
+def test_the_host_waits_once_in_a_micro_batch(settings):
+    """Where transformers looks whether a batch without a mask is packed."""
+    trainer = make_trainer(**settings, log_completions=0)
+    inputs = first_step(trainer)
+    with HostSyncs() as syncs:
+        for micro_batch in inputs:
+            trainer.training_step(trainer.model, micro_batch)
+    assert syncs.found == {"_local_scalar_dense": len(inputs)}
+    assert trainer.meters["train"].sums["sdft/distillation_loss"][1] > 0
 
 
 def test_dropout_is_switched_off_also_inside_attention():

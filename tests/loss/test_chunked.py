@@ -4,7 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sdft_ds.loss import chunked
 from sdft_ds.loss.chunked import (
+    Adapter,
     HeadValues,
     LossTerms,
     chunked_distillation_loss,
@@ -12,6 +14,7 @@ from sdft_ds.loss.chunked import (
     reference_distillation_loss,
 )
 from sdft_ds.loss.divergence import Divergence
+from tests.helpers.host_syncs import HostSyncs
 
 N, V, D = 13, 37, 8
 DIVERGENCES = {
@@ -126,3 +129,108 @@ def test_token_log_probs():
     expected = (hidden @ head.weight_VD.T / 0.5).log_softmax(-1).gather(-1, terms.tokens_N[:, None])[:, 0]
     got = chunked_token_log_probs(hidden, head, terms.tokens_N, 0.5, None, chunk_tokens=4)
     torch.testing.assert_close(got, expected.detach())
+
+
+def test_chunks_are_larger_on_a_gpu():
+    vocabulary = 152_064
+    sizes = [
+        chunked.chunks_of(10_000, vocabulary, torch.device(device))[0].stop for device in ("cpu", "cuda", "cuda:1")
+    ]
+    assert sizes == [55, 441, 441]
+    assert chunked.chunks_of(10_000, vocabulary, torch.device("cuda"), chunk_tokens=7)[0] == slice(0, 7)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES.keys())
+@pytest.mark.parametrize("is_clip", [None, 1.5])
+def test_the_host_never_waits_for_a_chunk(divergence, is_clip):
+    hidden, head, terms = problem(divergence, is_clip=is_clip)
+    terms, scale = replace(terms, with_log_probs=True), torch.tensor(1.0)
+    with HostSyncs() as syncs:
+        for finish in (None, softcap):
+            loss, *_ = chunked_distillation_loss(hidden, head, terms, scale, finish, chunk_tokens=2)
+            loss.backward()
+    assert not syncs.found
+
+
+@pytest.mark.parametrize(
+    "device, dtype, expected",
+    [
+        ("cuda", torch.bfloat16, True),
+        ("cuda", torch.float16, True),
+        ("cuda", torch.float32, False),
+        ("cpu", torch.bfloat16, False),
+    ],
+)
+def test_which_products_are_returned_in_fp32(device, dtype, expected):
+    assert chunked.has_fp32_products(device, dtype) == expected
+
+
+def test_half_precision_operands_are_multiplied_plainly_on_a_cpu(monkeypatch):
+    for name in ("mm", "bmm", "addmm"):
+        monkeypatch.setattr(torch, name, None)
+    hidden, head, terms = problem(DIVERGENCES["forward"], dtype=torch.bfloat16, bias=True)
+    loss_and_gradients(chunked_distillation_loss, hidden, head, terms, None)
+
+
+class _AsOnCuda:
+    """torch's products with out_dtype, which a CPU does not have."""
+
+    @staticmethod
+    def product(a, b, *, out_dtype=None):
+        if out_dtype is None:
+            return a @ b
+        assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
+        return a.float() @ b.float()
+
+    @staticmethod
+    def addmm(added, a, b, *, out_dtype, out):
+        assert added is out and out.dtype == torch.float32
+        return out.add_(_AsOnCuda.product(a, b, out_dtype=out_dtype))
+
+
+@pytest.mark.parametrize("name", ["forward", "jsd", "topk", "union_tail"])
+@pytest.mark.parametrize("bias, own_head, adapted", [(False, True, False), (True, False, False), (True, False, True)])
+def test_with_fp32_products_logits_and_the_heads_gradient_are_not_rounded(monkeypatch, name, bias, own_head, adapted):
+    hidden, head, terms = problem(DIVERGENCES[name], bias=bias, own_head=own_head, dtype=torch.bfloat16)
+    if adapted:
+        down, up = torch.randn(2, D).bfloat16(), torch.randn(V, 2).bfloat16()
+        head = replace(head, adapter=Adapter(down, up, 0.5))
+
+    def exactly(tensor):
+        return None if tensor is None else tensor.detach().double().requires_grad_()
+
+    def exact(values):
+        adapter = values.adapter and Adapter(exactly(values.adapter.down_QD), exactly(values.adapter.up_VQ), 0.5)
+        return HeadValues(exactly(values.weight_VD), exactly(values.bias_V), adapter)
+
+    exact_terms = replace(
+        terms,
+        teacher_hidden_ND=terms.teacher_hidden_ND.double(),
+        teacher_head=None if own_head else exact(terms.teacher_head),
+    )
+    expected = loss_and_gradients(reference_distillation_loss, exactly(hidden), exact(head), exact_terms, None)
+
+    def errors():
+        got = loss_and_gradients(chunked_distillation_loss, hidden, head, terms, None, chunk_tokens=4)
+        return [
+            float((value - true).norm() / true.norm()) for value, true in zip(got[1::2], expected[1::2], strict=True)
+        ]
+
+    rounded = errors()
+    monkeypatch.setattr(chunked, "has_fp32_products", lambda device_type, dtype: dtype == torch.bfloat16)
+    for each in ("mm", "bmm"):
+        monkeypatch.setattr(torch, each, _AsOnCuda.product)
+    monkeypatch.setattr(torch, "addmm", _AsOnCuda.addmm)
+    in_fp32 = errors()
+    # An adapter's hidden states are rounded on the way, as in PEFT.
+    assert in_fp32[0] < rounded[0] and (adapted or in_fp32[0] < 1e-6)
+    assert in_fp32[1] < rounded[1] * 1.1
+
+
+def test_this_torch_has_the_fp32_products():
+    """Their signatures, on the meta device; only CUDA computes them."""
+    a, b, total = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in (
+        ((2, 3, 4), torch.bfloat16), ((2, 4, 5), torch.bfloat16), ((3, 5), torch.float32)
+    ))  # fmt: skip
+    assert torch.bmm(a, b, out_dtype=torch.float32).dtype == torch.mm(a[0], b[0], out_dtype=torch.float32).dtype
+    assert torch.addmm(total, a[0], b[0], out_dtype=torch.float32, out=total) is total

@@ -1,10 +1,13 @@
+import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from sdft_ds.loss.diagnostics import DistributionStats, TokenDiagnostics
 from sdft_ds.metrics.meters import METRICS, Meters
 from sdft_ds.metrics.progress import TrainingProgress, summary, time_report
 from sdft_ds.objectives.sdft import SelfDistillation
 from sdft_ds.train import _outcome
+from tests.helpers.host_syncs import HostSyncs
 
 
 def test_a_line_says_loss_length_and_where_time_goes():
@@ -36,21 +39,89 @@ def test_the_bar_of_a_resumed_run_begins_where_the_run_stands(capsys):
     bar.on_train_end(args, state, TrainerControl())
 
 
-def test_a_phase_within_a_phase_has_its_own_time(monkeypatch):
-    now = iter([0.0, 10.0, 11.0, 14.0, 16.0, 20.0, 21.0, 23.0, 30.0, 40.0])
-    meters = Meters(lambda tensor, how: tensor, torch.device("cpu"))
-    monkeypatch.setattr(meters, "_now", lambda: next(now))
+def in_phases(meters):
+    """Phases that begin and end at MOMENTS."""
     with meters.phase("student"):  # 0 ... 14
         with meters.phase("optimizer"):  # 10 ... 11
             pass
     with meters.phase("rollout"):  # 16 ... 20
         pass
+    with pytest.raises(KeyError), meters.phase("teacher"), meters.phase("rollout"):  # not counted
+        raise KeyError
     with meters.phase("student"):  # 21 ... 40
         with meters.phase("optimizer"):  # 23 ... 30
             pass
-    sums = {name: total for name, (total, _) in meters.sums.items()}
-    assert sums["seconds/optimizer"] == 1.0 + 7.0 and sums["seconds/rollout"] == 4.0
-    assert sums["seconds/student"] == 13.0 + 12.0
+
+
+def seconds(meters):
+    values = meters.collect(1)
+    return {name: values[f"seconds/{name}"] for name in ("optimizer", "rollout", "student", "teacher")}
+
+
+MOMENTS = (0.0, 10.0, 11.0, 14.0, 16.0, 20.0, 20.0, 20.0, 21.0, 23.0, 30.0, 40.0)
+SECONDS = {"optimizer": 1.0 + 7.0, "rollout": 4.0, "student": 13.0 + 12.0, "teacher": 0.0}
+
+
+def test_a_phase_within_a_phase_has_its_own_time(monkeypatch):
+    now = iter(MOMENTS)
+    meters = Meters(lambda tensor, how: tensor, torch.device("cpu"))
+    monkeypatch.setattr(meters, "_now", lambda: next(now))
+    in_phases(meters)
+    assert seconds(meters) == SECONDS
+
+
+def test_on_a_device_phases_are_timed_by_events_that_are_read_when_a_log_line_is_due(monkeypatch):
+    """As on CUDA, whose events this stands in for."""
+    now, read = iter(MOMENTS), []
+
+    class Event:
+        def __init__(self, device, enable_timing):
+            assert device.type == "cuda" and enable_timing
+
+        def record(self):
+            self.at = next(now)
+
+        def synchronize(self):
+            read.append(self)
+
+        def elapsed_time(self, end):
+            return 1000.0 * (end.at - self.at)
+
+    meters = Meters(lambda tensor, how: tensor, torch.device("cpu"))
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.accelerator, "synchronize", None)
+    meters.device = torch.device("cuda")
+    in_phases(meters)
+    assert not read
+    meters.device = torch.device("cpu")
+    assert seconds(meters) == SECONDS and read
+
+
+@pytest.mark.parametrize("anchors", [False, True])
+def test_metrics_stay_on_the_device_until_a_log_line_is_due(anchors):
+    meters = Meters(lambda tensor, how: tensor, torch.device("cpu"))
+    per_token, offsets = torch.rand(50), torch.arange(50) * 7
+    anchor = torch.arange(50) % 3 == 0 if anchors else None
+    side = DistributionStats(torch.rand(4), torch.ones(4, 5), torch.rand(4, 5), torch.rand(4))
+    seen, old = TokenDiagnostics(side, side, -torch.rand(4)), -torch.rand(4)
+    differences = [torch.tensor([0.1, -0.3]), torch.tensor([0.2]), torch.zeros(0)]
+    with HostSyncs() as syncs:
+        for each in differences:
+            meters.add_divergences(per_token, offsets, anchor)
+            meters.add_mismatch(each)
+            meters.add_diagnostics(seen, old, 2.0)
+    assert not syncs.found
+    with HostSyncs() as syncs:
+        values = meters.collect(1)
+    assert syncs.found["tolist"] == 1 and not syncs.found["_local_scalar_dense"]
+    assert values["rollout/logprob_diff_max"] == pytest.approx(0.3)
+    assert values["rollout/logprob_diff"] == pytest.approx(0.2)
+    own = per_token if anchor is None else per_token[~anchor]
+    assert values["sdft/distillation_loss"] == pytest.approx(own.mean().item(), rel=1e-5)
+    assert values["completions/loss_tokens"] == 3 * len(own)
+    assert values["divergence/p50"] == pytest.approx(own.quantile(0.5).item(), rel=0.1)
+    if anchors:
+        assert values["anchors/distillation_loss"] == pytest.approx(per_token[anchor].mean().item(), rel=1e-5)
 
 
 def test_the_end_says_how_far_the_student_came():

@@ -45,11 +45,11 @@ def test_what_follows_a_shared_prompt_is_what_follows_it_in_a_row_of_its_own(con
     assert (first, rows) == ([0, 2], [0, 0, 1])
     ids, mask = pad_left([prompts[r] for r in first], 0, torch.device("cpu"))
     cache = prefix_cache.empty_cache(model)
-    model(**prefix_cache.prompt_inputs(ids, mask), past_key_values=cache, use_cache=True)
+    model(**prefix_cache.prompt_inputs(ids, mask, padded=True), past_key_values=cache, use_cache=True)
     prefix_cache.fan_out(cache, torch.tensor(rows), room=3)
     parts = [
         model(
-            **prefix_cache.next_inputs(torch.tensor([f[a:b] for f in followers]), mask[rows], a),
+            **prefix_cache.next_inputs(torch.tensor([f[a:b] for f in followers]), mask[rows], a, padded=True),
             past_key_values=cache,
             use_cache=True,
         ).logits

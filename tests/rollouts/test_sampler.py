@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM, masking_utils
 
 from sdft_ds.model import prefix_cache
 from sdft_ds.rollouts import decode as decoding
@@ -9,6 +9,7 @@ from sdft_ds.rollouts.draws import Draws, NonFiniteLogits
 from sdft_ds.rollouts.engine import Sampling
 from sdft_ds.rollouts.sampler import Sampler
 from tests.helpers import tiny
+from tests.helpers.host_syncs import HostSyncs
 
 
 class AsItIs:
@@ -301,3 +302,108 @@ def test_a_draw_among_not_numbers_is_a_token_of_the_vocabulary():
     draws = Draws(["a", "b"], 1, scores.device)
     assert draws.choose(scores, torch.tensor([0, 1]), 0).max() < 6
     assert draws.non_finite_R.tolist() == [True, True]
+
+
+def windowed():
+    """A model whose layers see a window."""
+    torch.manual_seed(0)
+    return MistralForCausalLM(
+        MistralForCausalLM.config_class(
+            vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=0.2, sliding_window=6,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [tiny.llama, windowed])
+@pytest.mark.parametrize("prompts", [SHARED, [[1, 2, 3], [4, 5, 6]] * 3], ids=["padded", "of one length"])
+@pytest.mark.parametrize("options", [{}, {"do_sample": False}, {"top_p": 0.7, "repetition_penalty": 1.2}])
+def test_completions_do_not_depend_on_how_often_finished_rows_are_looked_for(monkeypatch, make, prompts, options):
+    model, keys = make(), list("abcdefg")[: len(prompts)]
+    expected = sample(model, prompts, keys, max_new_tokens=50, **options)
+    if not options and make is tiny.llama:
+        assert len({len(completion.ids) for completion in expected}) > 2
+    for every in (8, 1000):
+        monkeypatch.setattr(decoding, "LOOK_EVERY_CPU", every)
+        for got, one in zip(sample(model, prompts, keys, max_new_tokens=50, **options), expected, strict=True):
+            assert (got.ids, got.truncated) == (one.ids, one.truncated)
+            assert got.log_probs == pytest.approx(one.log_probs, abs=1e-4)
+
+
+def test_logits_that_are_not_numbers_after_a_rows_end_are_nothing(monkeypatch):
+    """Between two looks a finished row is computed on, and nobody asked for it."""
+    model, keys = tiny.llama(), list("abcdefg")
+    expected = sample(model, SHARED, keys, max_new_tokens=50)
+    lengths = [len(completion.ids) for completion in expected]
+    first = lengths.index(min(lengths))
+    monkeypatch.setattr(decoding, "LOOK_EVERY_CPU", 1000)
+    calls = []
+
+    def hook(module, inputs, logits):
+        calls.append(len(logits))
+        if len(calls) > min(lengths):
+            logits = logits.clone()
+            logits[first] = float("nan")
+        return logits
+
+    with model.lm_head.register_forward_hook(hook):
+        got = sample(model, SHARED, keys, max_new_tokens=50)
+    assert (
+        calls[1:] == [len(SHARED)] * 49
+        and min(lengths) < 49
+        and [each.ids for each in got] == [each.ids for each in expected]
+    )
+
+
+@pytest.mark.parametrize(
+    "make, prompts, options",
+    [
+        (tiny.llama, SHARED, {}),
+        (windowed, SHARED, {"do_sample": False}),
+        (tiny.llama, [[1, 2, 3]] * 6, {"top_p": 0.7, "top_k": 20, "temperature": 0.7}),
+    ],
+)
+def test_the_host_waits_for_the_device_only_to_look_for_finished_rows(monkeypatch, make, prompts, options):
+    """As on a GPU. A look reads which rows are finished, and sends which go on; a call reads and sends a few more."""
+    monkeypatch.setattr(decoding, "LOOK_EVERY_CPU", 8)
+    model, keys = make(), list("abcdefg")[: len(prompts)]
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: logits.index_fill(-1, end, float("-inf")))
+    found, end = [], torch.tensor([EOS])
+    for longest in (16, 32):
+        with HostSyncs() as syncs:
+            made = sample(model, prompts, keys, max_new_tokens=longest, **options)
+        found.append(syncs.count)
+    assert min(len(completion.ids) for completion in made) == 32
+    assert found[1] - found[0] <= 2 * (16 / 8)
+    assert found[0] <= 2 * (16 / 8) + 30
+
+
+def test_transformers_look_at_a_mask_comes_back():
+    fast_all = masking_utils.fast_all
+    with pytest.raises(KeyError), prefix_cache.padding_known():
+        assert not masking_utils.fast_all(torch.ones(1))
+        raise KeyError
+    assert masking_utils.fast_all is fast_all
+
+
+def test_few_rows_are_decoded_with_transformers_settings_for_mixtures_of_experts(monkeypatch):
+    config = MixtralConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model, entered = MixtralForCausalLM(config), []
+    settings = model._optimize_model_for_decode
+    monkeypatch.setattr(model, "_optimize_model_for_decode", lambda: entered.append(1) or settings())
+    for rows, expected in ((2, [1]), (3, [])):  # copies of 2 experts per row, of 4
+        entered.clear()
+        sample(model, [[1, 2, 3]] * rows, list("abc")[:rows])
+        assert entered == expected
+
+
+def test_repetitions_are_penalized_as_by_transformers_also_when_rows_leave():
+    """Rows of padded prompts, each with its own padding, that end at different times."""
+    model, keys, penalty = tiny.llama(), list("abcdefg"), {"repetition_penalty": 1.3, "max_new_tokens": 40}
+    together = sample(model, SHARED, keys, **penalty)
+    assert len({len(completion.ids) for completion in together}) > 1
+    assert together == [sample(model, [prompt], [key], **penalty)[0] for prompt, key in zip(SHARED, keys, strict=True)]
+    assert together == sample(model, SHARED, keys, cache_implementation="static", **penalty)

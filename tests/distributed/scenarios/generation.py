@@ -1,16 +1,18 @@
 """Rollouts of an engine."""
 
 from collections.abc import Callable
+from unittest import mock
 
 from transformers import TrainerCallback
 
 from sdft_ds.distributed import ranks
-from sdft_ds.rollouts import sampler
+from sdft_ds.rollouts import decode, sampler
 from tests.helpers.trainers import Recorder, make_trainer
 
 
-def generate(stage, gather: bool, uneven: bool = False, warm: bool = False, **settings) -> list:
-    """Completions from an engine that was never used (cold), or that has trained a step (warm)."""
+def generate(stage, gather: bool, uneven: bool = False, warm: bool = False, look_every: int = 1, **settings) -> list:
+    """Completions from an engine that was never used (cold), or that has trained a step (warm). look_every: tokens
+    from one look for finished rows to the next."""
     trainer = make_trainer(stage, ds3_gather_for_generation=gather, max_steps=1, **settings)
     completions = []
     rank = trainer.args.process_index
@@ -19,7 +21,8 @@ def generate(stage, gather: bool, uneven: bool = False, warm: bool = False, **se
         prompts = prompts[rank:] + prompts[:rank]
 
     def take() -> None:
-        made = trainer.rollouts.generate(prompts, ["a", "b", "c"], max_new_tokens=4 + 4 * rank * uneven)
+        with mock.patch.object(decode, "LOOK_EVERY_CPU", look_every):
+            made = trainer.rollouts.generate(prompts, ["a", "b", "c"], max_new_tokens=4 + 4 * rank * uneven)
         completions.append([completion.ids for completion in made])
 
     class Cold(TrainerCallback):
