@@ -52,7 +52,7 @@ class Scorer:
     """dtype: compute dtype, in which the head multiplies. keep_on: device that stores hidden states until the loss.
 
     temperature: of the old log-probabilities. tokens_per_batch: the token budget, including padding. start: scores
-    anchors in the teacher's place; its head is the student's.
+    anchors in the teacher's place; its head is the student's. gather: see zero.resident_weights.
     """
 
     engine: nn.Module
@@ -64,6 +64,7 @@ class Scorer:
     temperature: float
     tokens_per_batch: int
     packing: Packing
+    gather: bool
     start: Teacher | None = None
 
     @torch.no_grad()
@@ -80,6 +81,7 @@ class Scorer:
             zero.scoring_pass(self.engine) as forward,
             evaluating(self.engine),
             self.teacher.weights(self.engine),
+            zero.resident_weights(self.engine, self.gather),
         ):
             anchors = [i for i, each in enumerate(rollouts) if each.prompts.anchor] if self.start is not None else []
             others = [i for i, each in enumerate(rollouts) if self.start is None or not each.prompts.anchor]
@@ -113,7 +115,11 @@ class Scorer:
         """The student's current log-probability of every token of each completion."""
         found: list[Tensor] = [torch.empty(0)] * len(rollouts)
         rows = [rollout.prompts.student.ids + rollout.completion.ids for rollout in rollouts]
-        with zero.scoring_pass(self.engine) as forward, evaluating(self.engine):
+        with (
+            zero.scoring_pass(self.engine) as forward,
+            evaluating(self.engine),
+            zero.resident_weights(self.engine, self.gather),
+        ):
             for batch in self._batches([len(row) for row in rows], rows):
                 counts = [len(rollouts[i].completion.ids) for i in batch]
                 view = self._view([rows[i] for i in batch], counts)
@@ -152,7 +158,7 @@ class Scorer:
         """Row indices, in batches within the budget. Where a forward is collective, equally many on every rank: one
         with fewer repeats its last row, the shortest. Called by every rank before its first forward."""
         batches = prefix_cache.batches_within(self.tokens_per_batch, lengths, prompts)
-        if zero.forward_is_collective(self.engine):
+        if zero.forward_is_collective(self.engine) and not self.gather:
             batches = ranks.pad_to_equal_count(batches, batches[-1][-1:], self._device)
         return batches
 
