@@ -1,18 +1,22 @@
-"""Seconds per optimizer step of this project and of TRL 1.16 on the same model, prompts, completion lengths and loss.
+"""Seconds per optimizer step and memory of this project and of TRL 1.16 on the same model, prompts, completion lengths
+and loss: in one process without DeepSpeed, and on two ranks under ds_configs/zero2.json and zero3.json.
 
     python -m benchmarks.smollm2 FOLDER
-    python -m benchmarks.step_time --model FOLDER [--workloads context skew mixed] [--json FILE]
-                                                                       the benchmark extra installs TRL 1.16
+    python -m benchmarks.step_time --model FOLDER [--engines none zero2 zero3] [--workloads context skew mixed]
+                                   [--json FILE]                       the benchmark extra installs TRL 1.16
 
-Both run in turn (A B A B) in one process, each time from the same weights; a short first step of a run is not counted.
-Sampling is greedy and every completion ends at a length that its prompt fixes, so both train on the same tokens: the
-losses of the first counted step must agree. Teacher: live, the cheapest of TRL's. Neither checkpoints
-activations.
+Both run in turn (A B A B), each run in processes of its own (with DeepSpeed, by its launcher), from the same weights.
+A short first step of a run is not counted. Sampling is greedy and every completion ends at a length that its prompt
+fixes, so both train on the same tokens: the losses of the first counted step must agree. Teacher: live, the cheapest
+of TRL's. Neither checkpoints activations. Memory is the largest resident set of a rank in the counted steps.
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -20,14 +24,19 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList, TrainerCallback
+from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, TrainerCallback
 
+from sdft_ds.distributed.launch import free_port
+
+CONFIGS = Path(__file__).parents[1] / "ds_configs"
+RANKS = {"none": 1, "zero2": 2, "zero3": 2}
 WORDS = "the river runs past an old stone bridge where people meet to talk about work weather and the price of bread"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """lengths: of the completions of one step, one for each prompt. words: length of the privileged context."""
+    """lengths: of the completions of one step, one for each prompt. words: length of the privileged context.
+    batch_size: rows of a micro-batch, of all ranks."""
 
     purpose: str
     lengths: tuple[int, ...]
@@ -101,7 +110,8 @@ def force_lengths(model, tokenizer, data: list[dict], workload: Workload) -> Non
 
 
 class Clock(TrainerCallback):
-    """Seconds between the ends of two steps, and the logged losses."""
+    """Seconds between the ends of two steps, the logged losses, and the peak of the resident set after the first step,
+    in MB."""
 
     def __init__(self):
         self.ends, self.logs = [], []
@@ -109,6 +119,8 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
+        if state.global_step == 1:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         self.ends.append(time.perf_counter())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -119,10 +131,20 @@ class Clock(TrainerCallback):
     def seconds(self) -> list[float]:
         return [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)]
 
+    @staticmethod
+    def peak_mb() -> int:
+        line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        return int(line.split()[1]) // 1024
 
-def run(tool: str, workload: Workload, model_folder: str, dtype: str, steps: int) -> Clock:
-    """One training run of `steps` counted steps after one that warms up."""
-    clock = Clock()
+
+def run(tool: str, engine: str, workload: Workload, model_folder: str, dtype: str, steps: int) -> dict:
+    """This rank's figures of one training run of `steps` counted steps after one that warms up."""
+    deepspeed = {}
+    if engine != "none":
+        import deepspeed as library
+
+        library.init_distributed("gloo" if not torch.accelerator.is_available() else None, verbose=False)
+        deepspeed = {"deepspeed": str(CONFIGS / f"{engine}.json")}
     if tool == "trl":
         from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
@@ -131,74 +153,108 @@ def run(tool: str, workload: Workload, model_folder: str, dtype: str, steps: int
         from sdft_ds import SDFTConfig, SDFTTrainer
 
         extra = {"loss_type": "grpo"}  # TRL 1.16 averages over a completion first, and then over completions
+    clock = Clock()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     data = rows(workload, steps)
-    force_lengths(model, tokenizer, data, workload)
-    on_cpu = not torch.accelerator.is_available()
     args = SDFTConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=steps + 1, per_device_train_batch_size=workload.batch_size,
+        output_dir=tempfile.mkdtemp(), max_steps=steps + 1,
+        per_device_train_batch_size=workload.batch_size // RANKS[engine],
         gradient_accumulation_steps=workload.accumulation, num_generations=workload.generations,
         max_completion_length=max(workload.lengths), max_prompt_length=2048, bf16=dtype == "bfloat16",
         gradient_checkpointing=False, teacher_model_kind="live", distillation_alpha=0.0, top_k=1, logging_steps=1,
-        learning_rate=1e-6, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=on_cpu,
-        shuffle_dataset=False, **extra,
+        learning_rate=1e-6, save_strategy="no", report_to="none", disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(), shuffle_dataset=False, **deepspeed, **extra,
     )  # fmt: skip
+    if engine == "none" or dtype == "float32":
+        args.model_init_kwargs = {"dtype": "float32"}
     trainer = SDFTTrainer(
-        model=model, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer, callbacks=[clock]
-    )
+        model=model_folder, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
+        callbacks=[clock],
+    )  # fmt: skip
+    force_lengths(trainer.model, tokenizer, data, workload)
     trainer.train()
-    return clock
+    phases = {k: v for k, v in clock.logs[-1].items() if k.startswith("seconds/")}
+    return {"seconds": clock.seconds, "loss": clock.logs[1]["loss"], "peak_mb": clock.peak_mb(), "phases": phases}
 
 
-def compare(name: str, model: str, dtype: str, steps: int, rounds: int) -> dict:
+def measure(tool: str, engine: str, name: str, model: str, dtype: str, steps: int) -> dict:
+    """`run` in processes of its own; seconds and memory are those of the slowest and of the largest rank."""
+    ranks = RANKS[engine]
+    cores = len(os.sched_getaffinity(0))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // ranks)), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "benchmarks.step_time"]
+    if engine != "none":
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+        command = [*runner, "--no_local_rank", "--master_port", str(free_port()), "--module", "benchmarks.step_time"]
+    with tempfile.TemporaryDirectory() as folder:
+        cell = ["--model", model, "--dtype", dtype, "--steps", str(steps), "--cell", tool, engine, name, folder]
+        done = subprocess.run([*command, *cell], env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{tool}, {engine}, {name}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        found = [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    return {
+        **found[0],
+        "seconds": [max(of_ranks) for of_ranks in zip(*(each["seconds"] for each in found), strict=True)],
+        "peak_mb": max(each["peak_mb"] for each in found),
+    }
+
+
+def compare(engine: str, name: str, model: str, dtype: str, steps: int, rounds: int) -> dict:
     """Both tools in turn. Raises RuntimeError where their losses differ: then they did not do the same work."""
-    workload = WORKLOADS[name]
-    seconds, first, phases = {"sdft_ds": [], "trl": []}, {}, {}
+    runs = {"sdft_ds": [], "trl": []}
     for _ in range(rounds):
-        for tool in seconds:
-            clock = run(tool, workload, model, dtype, steps)
-            seconds[tool] += clock.seconds
-            first[tool] = clock.logs[1]["loss"]
-            phases[tool] = {k: v for k, v in clock.logs[-1].items() if k.startswith("seconds/")}
+        for tool in runs:
+            runs[tool].append(measure(tool, engine, name, model, dtype, steps))
+    first = {tool: found[-1]["loss"] for tool, found in runs.items()}
     tolerance = 2e-3 if dtype == "float32" else 5e-2
     if abs(first["trl"] - first["sdft_ds"]) > tolerance * abs(first["trl"]) + 1e-6:
-        raise RuntimeError(f"{name}: the losses of the first step differ: {first}.")
-    summary = {
-        tool: {"min": min(values), "median": statistics.median(values), "max": max(values)}
-        for tool, values in seconds.items()
-    }
-    ratio = summary["trl"]["median"] / summary["sdft_ds"]["median"]
+        raise RuntimeError(f"{engine}, {name}: the losses of the first step differ: {first}.")
+    seconds = {}
+    for tool, found in runs.items():
+        values = [value for each in found for value in each["seconds"]]
+        seconds[tool] = {"min": min(values), "median": statistics.median(values), "max": max(values)}
     return {
-        "workload": name, "dtype": dtype, "loss": first, "seconds": summary, "ratio": ratio,
-        "phases": phases["sdft_ds"],
+        "engine": engine, "workload": name, "dtype": dtype, "loss": first, "seconds": seconds,
+        "ratio": seconds["trl"]["median"] / seconds["sdft_ds"]["median"],
+        "peak_mb": {tool: max(each["peak_mb"] for each in found) for tool, found in runs.items()},
+        "phases": runs["sdft_ds"][-1]["phases"],
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the model")
+    parser.add_argument("--engines", nargs="+", choices=list(RANKS), default=list(RANKS))
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the arithmetic")
     parser.add_argument("--steps", type=int, default=2, help="counted steps of a run")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each tool")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--cell", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.cell:
+        tool, engine, name, folder = args.cell
+        figures = run(tool, engine, WORKLOADS[name], args.model, args.dtype, args.steps)
+        Path(folder, f"rank{os.environ.get('RANK', 0)}.json").write_text(json.dumps(figures))
+        return
     results = []
-    print("| workload | sdft_ds s/step, min / median / max | TRL 1.16 s/step, min / median / max | ratio |")
-    print("|---|---|---|---|")
-    for name in args.workloads:
-        result = compare(name, args.model, args.dtype, args.steps, args.rounds)
-        results.append(result)
-        cells = [
-            " / ".join(f"{result['seconds'][tool][which]:.2f}" for which in ("min", "median", "max"))
-            for tool in ("sdft_ds", "trl")
-        ]
-        print(f"| {name}: {WORKLOADS[name].purpose} | {cells[0]} | {cells[1]} | {result['ratio']:.2f} |", flush=True)
-    mean = statistics.geometric_mean([result["ratio"] for result in results])
-    print(f"| geometric mean | | | {mean:.2f} |")
+    print("s/step: min / median / max; MB: peak of the largest rank\n")
+    print("| engine | workload | sdft_ds s/step | TRL 1.16 s/step | TRL / sdft_ds | sdft_ds MB | TRL 1.16 MB |")
+    print("|---|---|---|---|---|---|---|")
+    for engine in args.engines:
+        for name in args.workloads:
+            result = compare(engine, name, args.model, args.dtype, args.steps, args.rounds)
+            results.append(result)
+            cells = [
+                " / ".join(f"{result['seconds'][tool][which]:.2f}" for which in ("min", "median", "max"))
+                for tool in ("sdft_ds", "trl")
+            ]
+            cells += [f"{result['ratio']:.2f}", *(str(result["peak_mb"][tool]) for tool in ("sdft_ds", "trl"))]
+            print(f"| {engine} | {name} | " + " | ".join(cells) + " |", flush=True)
+        mean = statistics.geometric_mean([each["ratio"] for each in results if each["engine"] == engine])
+        print(f"| {engine} | geometric mean | | | {mean:.2f} | | |", flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"geometric_mean": mean, "workloads": results}, indent=1))
+        args.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Weights under ZeRO: gathering, forwards outside the training step, local shards. Patches ZeRO-3's coordinator.
+"""Weights under ZeRO: gathering, forwards outside the training step, local shards. Patches ZeRO-3's coordinator, its
+hooks, and torch.nn.functional.linear.
 
 deepspeed is imported where it is used: it is slow to import, and not needed without DeepSpeed.
 """
@@ -41,8 +42,9 @@ def full_copies(params: list[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def gathered(params: list[Tensor]) -> Iterator[None]:
-    """Inside, ZeRO-3 sharded parameters are whole on every rank. Must be entered by every rank."""
-    sharded = [param for param in params if hasattr(param, "ds_id")]
+    """Inside, ZeRO-3 sharded parameters are whole on every rank; those that already were stay so on exit. Must be
+    entered by every rank."""
+    sharded = [param for param in params if hasattr(param, "ds_id") and param.ds_status.name != "AVAILABLE"]
     if not sharded:
         yield
         return
@@ -52,19 +54,43 @@ def gathered(params: list[Tensor]) -> Iterator[None]:
         yield
 
 
-class _Resident:
-    """No-op replacement of ZeRO-3's parameter coordinator while all weights are gathered: nothing to fetch."""
+@contextmanager
+def _without_hooks(engine: nn.Module) -> Iterator[None]:
+    """Inside, a forward runs none of ZeRO-3's code: modules have neither its hooks nor its dictionaries of parameters,
+    and torch.nn.functional.linear is PyTorch's own.
 
-    def reset_step(self) -> None: ...
+    All of it does nothing for weights that stay gathered, and takes longer than the rest of a decoded token. On exit
+    every hook is in its place again, so that the coordinator's trace remains valid.
+    """
+    import torch.nn.functional as F
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 
-    def trace_prologue(self, sub_module: nn.Module) -> None: ...
-
-    def is_record_trace(self) -> bool:
-        return False
-
-    def fetch_sub_module(self, sub_module: nn.Module, forward: bool) -> None: ...
-
-    def release_sub_module(self, sub_module: nn.Module, forward: bool = False) -> None: ...
+    offload = engines.parameter_offload(engine)
+    handles = [*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]
+    handles += [engine.module_forward_pre_hook, engine.module_forward_post_hook]
+    ids = {handle.id for handle in handles}
+    registries = {id(hooks): hooks for handle in handles if (hooks := handle.hooks_dict_ref()) is not None}
+    hooks_before = [(hooks, dict(hooks)) for hooks in registries.values()]
+    parameters_before = [(module, module._parameters) for module in engine.module.modules()]
+    linear = F.linear
+    for hooks, _ in hooks_before:
+        for key in ids & hooks.keys():
+            del hooks[key]
+    for module, parameters in parameters_before:
+        module._parameters = dict(parameters)
+    if linear is zero3_linear_wrap:
+        F.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
+    try:
+        yield
+    finally:
+        F.linear = linear
+        for module, parameters in parameters_before:
+            module._parameters = parameters
+        for hooks, before in hooks_before:
+            others = dict(hooks)  # may have been added or removed inside
+            hooks.clear()
+            hooks.update({key: hook for key, hook in before.items() if key in ids or key in others} | others)
 
 
 @contextmanager
@@ -79,12 +105,22 @@ def _coordinator(engine: nn.Module, coordinator: Any) -> Iterator[None]:
 
 
 @contextmanager
+def resident_weights(engine: nn.Module, gather: bool = True) -> Iterator[None]:
+    """ZeRO-3 with `gather`: inside, all weights are gathered, once, and forwards without a backward are those of a
+    plain model, so ranks may differ in their number. Must be entered by every rank."""
+    if engines.stage(engine) < 3 or not gather:
+        yield
+        return
+    with gathered(list(engine.module.parameters())), _without_hooks(engine):
+        yield
+
+
+@contextmanager
 def generation_weights(engine: nn.Module, gather: bool) -> Iterator[bool]:
     """Context in which the engine's model can generate; yields whether all ranks must continue until the last is done.
 
-    ZeRO-3 with `gather`: all weights are gathered once and its hooks idle, so ranks may differ in the number and
-    length of their calls. Without: each layer is gathered for each token, and all ranks continue until the last is
-    done.
+    ZeRO-3 with `gather`: see resident_weights; ranks may differ in the number and length of their calls. Without: each
+    layer is gathered for each token, and all ranks continue until the last is done.
     """
     if engines.stage(engine) < 3:
         yield False
@@ -92,18 +128,14 @@ def generation_weights(engine: nn.Module, gather: bool) -> Iterator[bool]:
         with _recovering(engine):
             yield ranks.world_size() > 1
     else:
-        with (
-            gathered(list(engine.module.parameters())),
-            _coordinator(engine, _Resident()),
-            _recovering(engine, release=False),
-        ):
+        with resident_weights(engine):
             yield False
 
 
 @contextmanager
-def _recovering(engine: nn.Module, release: bool = True) -> Iterator[None]:
-    """After an exception in a ZeRO-3 forward inside, reset its record of modules in a forward. release: also free the
-    weights that were gathered or being gathered."""
+def _recovering(engine: nn.Module) -> Iterator[None]:
+    """After an exception in a ZeRO-3 forward inside, reset its record of modules in a forward, and free the weights
+    that were gathered or being gathered."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
     depth = len(FWD_MODULE_STACK)
@@ -114,8 +146,7 @@ def _recovering(engine: nn.Module, release: bool = True) -> Iterator[None]:
         for module in engine.module.modules():
             if hasattr(module._parameters, "_in_forward"):
                 module._parameters._in_forward = False  # or any access to a parameter gathers it
-        if release:
-            engines.parameter_offload(engine).empty_partition_cache()
+        engines.parameter_offload(engine).empty_partition_cache()
         raise
 
 

@@ -1,4 +1,5 @@
-"""Rollouts under ZeRO-3, gathered and layer by layer: the first thing in a run and later, and after a fault."""
+"""Rollouts under ZeRO-3, gathered and layer by layer: the first thing in a run and later, and after a fault; and what
+of DeepSpeed runs for each token."""
 
 import itertools
 
@@ -59,3 +60,16 @@ def test_an_exception_inside_leaves_everything_as_it_was(two_ranks, gather):
     expected = two_ranks.run(train, 3, timeout=120)[0]["losses"]
     for got in two_ranks.run(generation.exception_inside_generation, 3, gather, timeout=120):
         assert got == expected
+
+
+@pytest.mark.parametrize("settings", [{}, pytest.param({"lora": True, "bf16": True}, marks=pytest.mark.full)])
+def test_none_of_deepspeeds_code_runs_for_a_token_while_weights_are_gathered(two_ranks, settings):
+    for calls in two_ranks.run(generation.calls_per_token, 3, True, **settings):
+        assert calls == {"deepspeed": 0, "autograd functions": 0}
+    for calls in two_ranks.run(generation.calls_per_token, 3, False, **settings):
+        assert min(calls.values()) > 10  # what would have been counted
+
+
+@pytest.mark.parametrize("nested", [0, 1])
+def test_hooks_are_back_in_their_order_after_a_rollout(one_rank, nested):
+    one_rank.run(generation.hooks_while_gathered, nested)

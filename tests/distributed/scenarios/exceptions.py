@@ -104,13 +104,20 @@ def make(trainer: SDFTTrainer) -> None:
         trainer.objective.collect(tiny.rows(2), slots, "train/9", trainer.meters["train"], use)
 
 
+def hooks_of(module: nn.Module) -> list[list[tuple[int, Any]]]:
+    """In the order in which they run."""
+    return [list(hooks.items()) for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+
+
 def everything(trainer: SDFTTrainer) -> dict[str, Any]:
     """What must be as before."""
     engine, teacher = trainer.model_wrapped, trainer.teacher
     modules = list(trainer.model.modules())
     found = {
         "modules": state_of(trainer.model),
-        "hooks": [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules],
+        "hooks": [hooks_of(module) for module in modules],
+        "parameters": [id(module._parameters) for module in modules],
+        "linear": nn.functional.linear,
         "in a forward": [getattr(module._parameters, "_in_forward", False) for module in modules],
         "forwards": [vars(module).get("forward") for module in modules],
         "grad": torch.is_grad_enabled(),

@@ -1,13 +1,19 @@
 """Rollouts of an engine."""
 
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
 from unittest import mock
 
+import torch
+from torch.autograd import Function
 from transformers import TrainerCallback
 
-from sdft_ds.distributed import ranks
+from sdft_ds.distributed import ranks, zero
 from sdft_ds.rollouts import decode, sampler
-from tests.helpers.trainers import Recorder, make_trainer
+from tests.distributed.scenarios.exceptions import hooks_of
+from tests.helpers.trainers import PROBE, Recorder, make_trainer
 
 
 def generate(stage, gather: bool, uneven: bool = False, warm: bool = False, look_every: int = 1, **settings) -> list:
@@ -104,3 +110,56 @@ def exception_inside_generation(stage, gather: bool) -> list[float]:
     trainer.add_callback(Stumble())
     trainer.train()
     return [log["loss"] for log in recorder.logs if "loss" in log]
+
+
+def calls_per_token(stage, gather: bool, **settings) -> dict[str, float]:
+    """Calls of DeepSpeed's functions, and of autograd functions, for each decoded token."""
+    trainer = make_trainer(stage, ds3_gather_for_generation=gather, max_steps=1, **settings)
+    trainer.train()
+
+    def calls(tokens: int) -> dict[str, int]:
+        counts = {"deepspeed": 0, "autograd functions": 0}
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            if event == "call":
+                counts["deepspeed"] += "/deepspeed/" in frame.f_code.co_filename
+                counts["autograd functions"] += frame.f_code is Function.apply.__code__
+
+        sys.setprofile(count)
+        try:
+            trainer.rollouts.generate([[1, 2, 3], [4] * 9], ["a", "b"], max_new_tokens=tokens, min_new_tokens=tokens)
+        finally:
+            sys.setprofile(None)
+        return counts
+
+    few, many = calls(2), calls(6)
+    return {what: (many[what] - few[what]) / 4 for what in few}
+
+
+def hooks_while_gathered(nested: int) -> None:
+    """Hooks of others run inside, between DeepSpeed's they keep their places, and what is added or removed inside is
+    so afterwards. nested: how many such contexts within."""
+    trainer = make_trainer(3, max_steps=1)
+    trainer.train()
+    engine, layer, ran = trainer.model_wrapped, trainer.model.model.layers[0], []
+
+    def note(name: str) -> Any:
+        return layer.register_forward_pre_hook(lambda *_: ran.append(name))
+
+    def order() -> list[list[list[tuple[int, Any]]]]:
+        return [hooks_of(module) for module in trainer.model.modules()]
+
+    note("between")
+    layer._forward_pre_hooks.move_to_end(next(iter(layer._forward_pre_hooks)))
+    before, removed = order(), note("removed inside")
+    with torch.no_grad(), zero.generation_weights(engine, gather=True):
+        with ExitStack() as stack:
+            for _ in range(nested):
+                stack.enter_context(zero.generation_weights(engine, gather=True))
+            removed.remove()
+        added = note("added inside")
+        trainer.model(PROBE)
+    assert ran == ["between", "added inside"], ran
+    assert list(layer._forward_pre_hooks)[-1] == added.id
+    added.remove()
+    assert order() == before
