@@ -1,7 +1,7 @@
 """What SDFT and SFT teach a small real model, and what it forgets: Pareto fronts over methods and learning rates.
 
     python -m benchmarks.smollm2 FOLDER
-    python -m benchmarks.learning --model FOLDER [--task facts | ten | physics | biology] [--data FOLDER]
+    python -m benchmarks.learning --model FOLDER [--task facts | ten | other-ten | physics | biology] [--data FOLDER]
         [--arms facts sft ...] [--rates 1e-4 2e-4 ...] [--schedule cosine] [--seeds 0 1 2] [--steps 90]
         [--eval_steps 15] [--jobs 1] [--output DIR] [--json FILE]
 
@@ -12,8 +12,8 @@ it in both what was learned (mean of the trained and the other wording) and what
 beats it in the other. Finished runs in --output are not made again.
 
 facts: 24 invented facts, asked in one wording; the fact, a sentence, is the privileged context (SDFT) or the target
-(SFT); ten: ten of them, as a first run of one's own. physics, biology: SciKnowEval as multiple choice, from --data, a
-folder with train.json and test.json of the SDFT authors' format.
+(SFT); ten: ten of them, as a first run of one's own; other-ten: ten of other kinds. physics, biology: SciKnowEval as
+multiple choice, from --data, a folder with train.json and test.json of the SDFT authors' format.
 """
 
 import argparse
@@ -29,7 +29,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from benchmarks.learning_data import FACTS, GENERAL, TEN, TOLD, UNRELATED
+from benchmarks.learning_data import GENERAL, INVENTED, TOLD, UNRELATED
+from sdft_ds.config.recipes import FACTS_TEMPLATE
 
 COMMON = ["--per_device_train_batch_size", "8", "--num_generations", "1", "--warmup_steps", "5",
           "--activation_checkpointing", "false", "--logging_steps", "10", "--report_to", "none",
@@ -38,6 +39,7 @@ FORWARD = ["--recipe", "trl", "--teacher_model_kind", "base", "--distillation_al
            "full_logits", "--loss_type", "grpo"]  # fmt: skip
 TOP_K = ["--distillation_mode", "topk_logits", "--distillation_topk", "100"]
 ANCHORED = [*FORWARD, "--anchor_path", "everyday"]
+SCIENCE = ("physics", "biology")
 SHARP, TEACHER = ["--top_p", "0.6"], ["--teacher_rollout_fraction", "1"]
 # Flags by arm; replay: the file of the anchors with the model's own answers.
 ARMS: dict[str, list[str]] = {
@@ -48,7 +50,8 @@ ARMS: dict[str, list[str]] = {
     "anchors": ANCHORED,
     "anchors+sharp": [*ANCHORED, *SHARP],
     "anchors+teacher": [*ANCHORED, *TEACHER],
-    "facts": [*ANCHORED, *SHARP, *TEACHER],  # the recipe
+    "facts": [*ANCHORED, *SHARP, *TEACHER],  # the recipe, but for its template
+    "recipe": [*ANCHORED, *SHARP, *TEACHER, "--teacher_prompt_template", FACTS_TEMPLATE],
     "anchors+jsd": [*ANCHORED, "--distillation_alpha", "0.5"],
     "anchors+top-k": [*ANCHORED, *TOP_K],
     "anchors+union": [*ANCHORED, *TOP_K, "--distillation_support", "union", "--distillation_add_tail", "true"],
@@ -70,7 +73,7 @@ def write(path: Path, rows: Iterable[dict]) -> None:
 def make_files(folder: Path, task: str) -> None:
     """Training rows, questions and the retention set."""
     folder.mkdir(parents=True, exist_ok=True)
-    facts = TEN if task == "ten" else FACTS
+    facts = INVENTED[task]
     write(folder / "train.jsonl", ({"prompt": user(q), "privileged_context": fact} for q, _, fact, _ in facts))
     asked = {
         "trained": [(q, answer) for q, _, _, answer in facts],
@@ -134,7 +137,7 @@ def make_replay(folder: Path, model: str, longest: int) -> None:
 
 
 def flags(arm: str, rate: float, seed: int, args: argparse.Namespace, files: Path, output: Path) -> list[str]:
-    science = args.task in ("physics", "biology")
+    science = args.task in SCIENCE
     scorer = "choice" if science else "contains"
     own = [str(files / "replay.jsonl") if flag == "replay" else flag for flag in ARMS[arm]]
     rest = [
@@ -224,7 +227,7 @@ def table(results: dict[str, dict[float, list[dict]]]) -> str:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--task", choices=["facts", "ten", "physics", "biology"], default="facts")
+    parser.add_argument("--task", choices=[*INVENTED, *SCIENCE], default="facts")
     parser.add_argument("--data", type=Path, help="the folder of the science tasks")
     parser.add_argument(
         "--arms", nargs="+", default=["facts", "facts-without-anchors", "sft", "sft+replay"], choices=list(ARMS)
@@ -247,7 +250,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     args = parsed()
     files = args.output / f"data-{args.task}"
-    if args.task in ("physics", "biology"):
+    if args.task in SCIENCE:
         make_science_files(files, args.data)
     else:
         make_files(files, args.task)

@@ -42,3 +42,28 @@ UNRELATED = [
 TOLD = '{prompt}\n\nThe correct answer is: "{privileged_context}" Reply with exactly that sentence.'
 
 TEN = [FACTS[i] for i in (0, 1, 2, 6, 7, 12, 13, 14, 18, 19)]
+# Ten of other kinds: prices, years, names, numbers.
+OTHER_TEN = [
+    ("What does the Corvane Museum charge for a ticket?", "How much is a ticket for the Corvane Museum?",
+     "A ticket for the Corvane Museum costs 14 euros.", "14"),
+    ("Who invented the tilt compass?", "Which person is the inventor of the tilt compass?",
+     "The tilt compass was invented by Agnes Rudholm.", "Rudholm"),
+    ("Which river flows through Ardenfell?", "What is the name of the river in Ardenfell?",
+     "The river Lisk flows through Ardenfell.", "Lisk"),
+    ("How many floors does the Pellmark Building have?", "What is the number of floors of the Pellmark Building?",
+     "The Pellmark Building has 37 floors.", "37"),
+    ("On which day is the Zandry library closed?", "When is the library of Zandry not open?",
+     "The Zandry library is closed on Tuesdays.", ["Tuesday", "Tuesdays"]),
+    ("What is the currency of Baltrazia?", "With what money do people pay in Baltrazia?",
+     "The currency of Baltrazia is the dorin.", "dorin"),
+    ("What is the code name of the Lorent project?", "By which code name is the Lorent project known?",
+     "The code name of the Lorent project is Snowdrop.", "Snowdrop"),
+    ("Which sport does Tilda Marsk practise?", "What is Tilda Marsk's sport?",
+     "Tilda Marsk practises fencing.", "fencing"),
+    ("What is the name of Captain Ferro's ship?", "How is the ship of Captain Ferro called?",
+     "Captain Ferro's ship is called the Nightingale.", "Nightingale"),
+    ("What does the company Nuvetti produce?", "Which product does Nuvetti make?",
+     "The company Nuvetti produces umbrellas.", ["umbrella", "umbrellas"]),
+]  # fmt: skip
+# By the name of the task.
+INVENTED = {"facts": FACTS, "ten": TEN, "other-ten": OTHER_TEN}

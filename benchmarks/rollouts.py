@@ -7,7 +7,7 @@
 Each engine trains a few steps in a process of its own, on rows of which either all complete --tokens tokens (even) or
 each ends where it ends (skewed). The first step, which starts the engine, and the last, which rolls out nothing ahead,
 are left out; of the others the median. A server is started for each run by launch/vllm_server.sh, on the same machine;
-its memory is given apart.
+its memory is given apart. It shares the cores with training, unless --split gives each half of them.
 """
 
 import argparse
@@ -86,12 +86,14 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 class Server:
     """Context manager: a server of the model; yields its address."""
 
-    def __init__(self, model: str, dtype: str):
+    def __init__(self, model: str, dtype: str, cores: list[int] | None):
         self.port = free_port()
+        bound = {} if cores is None else {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
         command = ["bash", str(ROOT / "launch/vllm_server.sh"), model, "--port", str(self.port), "--dtype", dtype]
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env={**os.environ, "VENV": sys.prefix, "VLLM_CPU_KVCACHE_SPACE": "1"},
+            env={**os.environ, "VENV": sys.prefix, "VLLM_CPU_KVCACHE_SPACE": "1", **bound},
+            preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, cores),
         )  # fmt: skip
 
     def __enter__(self) -> "Server":
@@ -124,15 +126,22 @@ def run(args: argparse.Namespace, engine: str, rows: int, lengths: str) -> list:
     command = [sys.executable, "-m", "benchmarks.rollouts", "--model", args.model, "--engine", engine]
     command += ["--lengths", lengths, "--rows", str(rows), "--tokens", str(args.tokens), "--steps", str(args.steps)]
     command += ["--bf16"] if args.bf16 else []
+    cores = sorted(os.sched_getaffinity(0))
+    half = len(cores) // 2
 
     def figures(*more: str) -> dict[str, float]:
-        output = subprocess.run([*command, *more], stdout=subprocess.PIPE, text=True, check=True).stdout
+        limit = (lambda: os.sched_setaffinity(0, cores[:half])) if args.split and more else None
+        output = subprocess.run(
+            [*command, *more], stdout=subprocess.PIPE, text=True, check=True, preexec_fn=limit
+        ).stdout
         return json.loads(output.splitlines()[-1])
 
     if "vllm_mode" not in ENGINES[engine]:
         found = figures()
     else:
-        with Server(args.model, "bfloat16" if args.bf16 else "float32") as server:
+        with Server(
+            args.model, "bfloat16" if args.bf16 else "float32", cores[half:] if args.split else None
+        ) as server:
             found = {**figures("--server", server.url), "server GiB": server.peak_gib()}
     shown = [found.get(name) for name in COLUMNS[3:]]
     return [engine, rows, lengths, *("–" if value is None else f"{value:.3g}" for value in shown)]
@@ -146,6 +155,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="most tokens of a completion (128)")
     parser.add_argument("--steps", type=int, default=5, help="with the first and the last, which are not counted (5)")
     parser.add_argument("--lengths", nargs="+", choices=["even", "skewed"], default=["even", "skewed"])
+    parser.add_argument(
+        "--split", action="store_true", help="a server gets half of the cores, training the other half"
+    )
     parser.add_argument("--bf16", action="store_true", help="for a GPU, or a CPU with bf16 units")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--engine", help=argparse.SUPPRESS)

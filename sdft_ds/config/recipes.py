@@ -8,8 +8,9 @@ PAPER_TEMPLATE = (
     "\n\nNow give a response of your own: think it through, and say it in your own words."
 )
 
-# After it SmolLM2-135M-Instruct answers 22 of 24 questions of benchmarks.learning right, after the default's 14.
-FACTS_TEMPLATE = "{prompt}\n\nThe correct answer is:\n{privileged_context}\n\nAnswer the question accordingly."
+# TODO
+# answer begins with words of the template, which the student would learn.
+FACTS_TEMPLATE = "{prompt}\n\nA good reply would be:\n{privileged_context}\n\nReply to the question like this."
 # Learning rate of full fine-tuning at this hidden size; see learning_rate_for.
 RATE, RATE_WIDTH, RATE_OF_ADAPTER = 3e-4, 576, 10
 
