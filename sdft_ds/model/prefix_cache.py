@@ -181,11 +181,13 @@ def without(finished: list[bool]) -> list[int]:
 
 def keep_rows(cache: DynamicCache, rows: list[int]) -> None:
     """Reduce a cache that was fanned out to these rows, in this order."""
+    index = None  # on the device, sent once: each copy from the host is waited for
     for layer in cache.layers:
         if isinstance(layer, RoomyLayer):
             layer.keep_rows(rows)
         else:
-            layer.batch_select_indices(torch.tensor(rows, dtype=torch.long, device=layer.keys.device))
+            index = torch.tensor(rows, dtype=torch.long, device=layer.keys.device) if index is None else index
+            layer.batch_select_indices(index)
 
 
 class RoomyLayer(DynamicLayer):
