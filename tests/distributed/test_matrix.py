@@ -9,38 +9,21 @@ import sys
 
 import pytest
 
-from benchmarks.matrix import ADAPTERS, KINDS, STAGES, cell, is_right
+from benchmarks.matrix import ADAPTERS, KINDS, STAGES, cell, is_right, pairs_of, pairwise, save_tiny
 from tests.cli.test_train import DEEPSPEED, command
 from tests.helpers import tiny
 
 FACTORS = [STAGES, ADAPTERS, KINDS, [False, True], [1, 2], [False, True]]
 
 
-def pairs_of(chosen):
-    return {((i, chosen[i]), (j, chosen[j])) for i, j in itertools.combinations(range(len(chosen)), 2)}
-
-
-def pairwise():
-    """Cells chosen greedily until every pair of settings of two factors stands in one of them."""
-    cells = list(itertools.product(*FACTORS))
-    missing = set().union(*map(pairs_of, cells))
-    chosen = []
-    while missing:
-        best = max(cells, key=lambda candidate: len(pairs_of(candidate) & missing))
-        chosen.append(best)
-        missing -= pairs_of(best)
-    return chosen
-
-
-CELLS = pairwise()
+CELLS = pairwise(FACTORS)
 NAMES = ["-".join(map(str, chosen)) for chosen in CELLS]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    tiny.llama().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    save_tiny(str(folder))
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, tiny.rows())))
     return folder
 

@@ -19,6 +19,7 @@ def assert_exact(results):
             assert resumed[what] == whole[what][3:], what
         assert resumed["completions"] == whole["completions"][-len(resumed["completions"]) :]
         assert resumed["weights"] == whole["weights"] and resumed["teacher"] == whole["teacher"]
+        assert resumed["start"] == {what: first[what] for what in ("weights", "teacher")}
 
 
 KINDS = [("ema", False), ("ema", True), ("base", False), ("base", True)]

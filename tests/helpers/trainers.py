@@ -132,14 +132,20 @@ def teacher_logits(trainer: SDFTTrainer) -> torch.Tensor:
     engine = trainer.model_wrapped
     weights = trainer.teacher.weights(engine) if hasattr(trainer, "teacher") else nullcontext()
     with zero.scoring_pass(engine), evaluating(engine), weights:
-        return engine(input_ids=PROBE, attention_mask=torch.ones_like(PROBE), use_cache=False).logits.float()
+        return _logits(engine, trainer.args.device)
 
 
 @torch.no_grad()
 def student_logits(trainer: SDFTTrainer) -> torch.Tensor:
     engine = trainer.model_wrapped
     with zero.scoring_pass(engine), evaluating(engine):
-        return engine(input_ids=PROBE, attention_mask=torch.ones_like(PROBE), use_cache=False).logits.float()
+        return _logits(engine, trainer.args.device)
+
+
+def _logits(engine: torch.nn.Module, device: torch.device) -> torch.Tensor:
+    """Of fixed tokens, on the CPU."""
+    tokens = PROBE.to(device)
+    return engine(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.float().cpu()
 
 
 def shadow_pieces(trainer: SDFTTrainer) -> list[tuple[str, int, torch.Tensor]]:

@@ -29,17 +29,30 @@ def resume(stage, folder: str, **settings) -> dict[str, Any]:
             save_steps=3, **settings,
         )  # fmt: skip
         recorder.trainer = trainer
+        start = {}
+
+        class Begin(TrainerCallback):
+            def on_train_begin(self, *args, **kwargs):
+                start.update(_state(trainer))  # noqa: B023
+
+        trainer.add_callback(Begin())
         trainer.train(resume_from_checkpoint=again)
         ends.append(
             {
+                "start": start,
                 "losses": [log["loss"] for log in recorder.logs if "loss" in log],
                 "rates": [log["learning_rate"] for log in recorder.logs if "loss" in log],
                 "completions": recorder.completions,
-                "weights": digest(zero.full_copies(trainable(trainer))),
-                "teacher": digest(tensor for _, _, tensor in shadow_pieces(trainer)),
+                **_state(trainer),
             }
         )
     return {"whole": ends[0], "resumed": ends[2], "first": ends[1]}
+
+
+def _state(trainer) -> dict[str, str]:
+    """Fingerprints of weights and teacher."""
+    weights = digest(zero.full_copies(trainable(trainer)))
+    return {"weights": weights, "teacher": digest(tensor for _, _, tensor in shadow_pieces(trainer))}
 
 
 def exports(stage, folder: str, **settings) -> dict[str, Any]:
