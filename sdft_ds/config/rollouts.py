@@ -112,7 +112,7 @@ class RolloutSettings:
     )
     ds3_gather_for_generation: bool = setting(
         True,
-        "ZeRO-3: gather weights once per rollout and scoring pass; False: by layer, slower, for what does not fit.",
+        "ZeRO-3: gather the weights once for each rollout; False: layer by layer, slower, for what does not fit.",
         resume=FREE,
     )
     use_teacher_server: bool = setting(False, "Not supported; True is refused.", resume=FREE)

@@ -105,22 +105,12 @@ def _coordinator(engine: nn.Module, coordinator: Any) -> Iterator[None]:
 
 
 @contextmanager
-def resident_weights(engine: nn.Module, gather: bool = True) -> Iterator[None]:
-    """ZeRO-3 with `gather`: inside, all weights are gathered, once, and forwards without a backward are those of a
-    plain model, so ranks may differ in their number. Must be entered by every rank."""
-    if engines.stage(engine) < 3 or not gather:
-        yield
-        return
-    with gathered(list(engine.module.parameters())), _without_hooks(engine):
-        yield
-
-
-@contextmanager
 def generation_weights(engine: nn.Module, gather: bool) -> Iterator[bool]:
     """Context in which the engine's model can generate; yields whether all ranks must continue until the last is done.
 
-    ZeRO-3 with `gather`: see resident_weights; ranks may differ in the number and length of their calls. Without: each
-    layer is gathered for each token, and all ranks continue until the last is done.
+    ZeRO-3 with `gather`: all weights are gathered once and its hooks removed meanwhile, so ranks may differ in the
+    number and length of their calls. Without: each layer is gathered for each token, and all ranks continue until the
+    last is done.
     """
     if engines.stage(engine) < 3:
         yield False
@@ -128,7 +118,7 @@ def generation_weights(engine: nn.Module, gather: bool) -> Iterator[bool]:
         with _recovering(engine):
             yield ranks.world_size() > 1
     else:
-        with resident_weights(engine):
+        with gathered(list(engine.module.parameters())), _without_hooks(engine):
             yield False
 
 

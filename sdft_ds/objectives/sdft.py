@@ -177,7 +177,6 @@ class SelfDistillation(Objective):
             temperature=self.args.temperature,
             tokens_per_batch=self.args.scoring_batch_tokens,
             packing=self.parts.packing,
-            gather=self.args.ds3_gather_for_generation and not self.args.use_vllm,
             start=self.start_model,
         )
 

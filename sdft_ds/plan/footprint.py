@@ -109,10 +109,10 @@ def _transient(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     if setup.stage == 3:
         bytes_per_element = job.weights / job.elements
         ahead = min(job.weights, (LIVE_PARAMETERS + job.shape.largest) * bytes_per_element)
-        for phase in ("loss", "backward"):
+        for phase in ("teacher", "loss", "backward"):
             yield phase, "gathered weights", ahead
-        for phase in ("teacher",) if setup.vllm else ("rollout", "teacher"):
-            yield phase, "gathered weights", job.weights if setup.gathers_once else ahead
+        if setup.vllm is None:
+            yield "rollout", "gathered weights", job.weights if setup.gather else ahead
 
 
 def _of_swaps(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:

@@ -28,7 +28,7 @@ class Vllm:
 @dataclass(frozen=True)
 class Setup:
     """A DeepSpeed setup, and what generates: vllm, or the training process. gather: ZeRO-3 gathers the weights once
-    per rollout of the training process and per scoring pass (ds3_gather_for_generation)."""
+    per rollout of the training process (ds3_gather_for_generation)."""
 
     config: str  # of ds_configs, without .json
     stage: int
@@ -36,10 +36,6 @@ class Setup:
     offload_parameters: bool = False
     gather: bool = True
     vllm: Vllm | None = None
-
-    @property
-    def gathers_once(self) -> bool:
-        return self.gather and self.vllm is None
 
     @property
     def name(self) -> str:

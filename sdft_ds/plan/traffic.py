@@ -36,12 +36,10 @@ def _rings(job: Job, setup: Setup) -> dict[str, tuple[float, float]]:
             if job.has_shadow:
                 rings["teacher swapped in and out"] = (2 * gradients, 2)
         return rings
-    # Forward and backward each gather the weights, except those kept between them. Of the scoring pass each forward
-    # does, and a tied head is kept from the first of them to the student's, unless it gathers once.
+    # Forward and backward each gather the weights, except those kept between them. A tied head is kept from the first
+    # forward of the scoring pass to the student's.
     student, teacher = accumulation * (1 + max(0.0, 1 - LIVE_PARAMETERS / job.elements)), job.scoring_forwards
     stays = job.shape.head * job.bytes if job.shape.tied else 0
-    if setup.gathers_once:
-        teacher, stays = 1, 0
     rollout = job.completion * _waves(job) if setup.vllm is None and not setup.gather else 1
     pushed = job.weights
     if setup.vllm is not None and not setup.vllm.colocated and vllm.sync(job, setup.vllm) == "adapter":
@@ -52,7 +50,7 @@ def _rings(job: Job, setup: Setup) -> dict[str, tuple[float, float]]:
         "teacher's weights": (teacher * weights - (teacher - 1) * stays, teacher),
         "rollout's weights": (rollout * pushed, rollout),
     }
-    if job.has_shadow and job.tuning == "full" and not setup.gathers_once:
+    if job.has_shadow and job.tuning == "full":
         rings["teacher's head"] = (job.shape.head * job.bytes, 0)
     return rings
 

@@ -52,7 +52,7 @@ class Scorer:
     """dtype: compute dtype, in which the head multiplies. keep_on: device that stores hidden states until the loss.
 
     temperature: of the old log-probabilities. tokens_per_batch: the token budget, including padding. start: scores
-    anchors in the teacher's place; its head is the student's. gather: see zero.resident_weights.
+    anchors in the teacher's place; its head is the student's.
     """
 
     engine: nn.Module
@@ -64,7 +64,6 @@ class Scorer:
     temperature: float
     tokens_per_batch: int
     packing: Packing
-    gather: bool
     start: Teacher | None = None
 
     @torch.no_grad()
@@ -81,7 +80,6 @@ class Scorer:
             zero.scoring_pass(self.engine) as forward,
             evaluating(self.engine),
             self.teacher.weights(self.engine),
-            zero.resident_weights(self.engine, self.gather),
         ):
             anchors = [i for i, each in enumerate(rollouts) if each.prompts.anchor] if self.start is not None else []
             others = [i for i, each in enumerate(rollouts) if self.start is None or not each.prompts.anchor]
@@ -115,11 +113,7 @@ class Scorer:
         """The student's current log-probability of every token of each completion."""
         found: list[Tensor] = [torch.empty(0)] * len(rollouts)
         rows = [rollout.prompts.student.ids + rollout.completion.ids for rollout in rollouts]
-        with (
-            zero.scoring_pass(self.engine) as forward,
-            evaluating(self.engine),
-            zero.resident_weights(self.engine, self.gather),
-        ):
+        with zero.scoring_pass(self.engine) as forward, evaluating(self.engine):
             for batch in self._batches([len(row) for row in rows], rows):
                 counts = [len(rollouts[i].completion.ids) for i in batch]
                 view = self._view([rows[i] for i in batch], counts)
@@ -155,9 +149,9 @@ class Scorer:
         return dict(zip(at, kept, strict=False))
 
     def _batches(self, lengths: list[int], prompts: list[list[int]]) -> list[list[int]]:
-        """Row indices, in batches within the budget; as many as all ranks make, where forwards are collective."""
+        """Row indices, in batches within the budget, as many as all ranks make."""
         batches = prefix_cache.batches_within(self.tokens_per_batch, lengths, prompts)
-        return batches if self.gather else zero.equally_many(self.engine, batches, self._device)
+        return zero.equally_many(self.engine, batches, self._device)
 
     def _of_whole_rows(self, forward: nn.Module, rollouts: list[Rollout]) -> tuple[Tensor, ...]:
         rows = [rollout.prompts.teacher.ids + rollout.completion.ids for rollout in rollouts]

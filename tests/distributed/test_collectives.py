@@ -30,22 +30,11 @@ def student(two_ranks):
 
 
 @KINDS
-def test_the_teachers_pass_gathers_each_weight_once(two_ranks, student, kind, lora):
-    """Two forwards, because the prompt is shared; the student's, of which there are two as well, gather it in each."""
+def test_teacher_and_student_gather_at_most_twice_what_the_student_does(two_ranks, student, kind, lora):
     both = two_ranks.run(gathers, 3, teacher_model_kind=kind, lora=lora, **THREE_STEPS)[0]
     for run in (both, student(lora)):
-        assert run["trace is complete"]
-        assert 0 < run["teacher"] <= 1.02 * run["weights"] and run["student"] <= 2.04 * run["weights"]
-
-
-@pytest.mark.full
-@KINDS
-def test_layer_by_layer_the_teachers_pass_has_a_trace_of_its_own(two_ranks, student, kind, lora):
-    both = two_ranks.run(
-        gathers, 3, teacher_model_kind=kind, lora=lora, ds3_gather_for_generation=False, **THREE_STEPS
-    )[0]
-    assert both["trace is complete"] and both["teacher's trace is complete"]
-    assert 0 < both["student"] + both["teacher"] <= 2 * student(lora)["student"]
+        assert run["trace is complete"] and run["teacher's trace is complete"]
+        assert 0 < run["student"] + run["teacher"] <= 2 * student(lora)["student"]
 
 
 @pytest.mark.full

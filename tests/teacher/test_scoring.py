@@ -13,7 +13,6 @@ from tests.helpers.trainers import make_trainer
 def scorer_of(trainer, skip=0, **settings):
     parts = trainer.objective.parts
     options = {"dtype": torch.float32, "keep_on": torch.device("cpu"), "temperature": 1.0, "tokens_per_batch": 16384}
-    options["gather"] = True
     return Scorer(
         engine=trainer.model_wrapped, teacher=trainer.teacher, loss_mask=LossMask(skip),
         pad_token_id=parts.tokenizer.pad_token_id, packing=parts.packing, **{**options, **settings},

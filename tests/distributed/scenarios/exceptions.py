@@ -121,7 +121,7 @@ def everything(trainer: SDFTTrainer) -> dict[str, Any]:
         "in a forward": [getattr(module._parameters, "_in_forward", False) for module in modules],
         "forwards": [vars(module).get("forward") for module in modules],
         "grad": torch.is_grad_enabled(),
-        "phases": trainer.meters["train"].inner_seconds,
+        "phases": list(trainer.meters["train"].nested),
     }
     if engines.stage(engine) == 3:
         offload = engine.optimizer.parameter_offload
