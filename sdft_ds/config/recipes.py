@@ -8,7 +8,7 @@ PAPER_TEMPLATE = (
     "\n\nNow give a response of your own: think it through, and say it in your own words."
 )
 
-# Of the templates tried the one after which SmolLM2-135M learned most of ten facts: benchmarks.learning, docs/learning.md.
+# Of four templates the one after which SmolLM2-135M learned most of ten facts: docs/learning.md.
 FACTS_TEMPLATE = "{prompt}\n\nA good reply would be:\n{privileged_context}\n\nReply to the question like this."
 # Learning rate of full fine-tuning at this hidden size; see learning_rate_for.
 RATE, RATE_WIDTH, RATE_OF_ADAPTER = 3e-4, 576, 10
