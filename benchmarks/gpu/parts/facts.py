@@ -18,12 +18,14 @@ from benchmarks.gpu.sources import missing_names, unimportable
 from sdft_ds.doctor.__main__ import all_checks, examine
 from sdft_ds.doctor.checks import FAIL
 
-PACKAGES = ["torch", "transformers", "deepspeed", "accelerate", "peft", "datasets", "triton", "bitsandbytes",
-            "liger-kernel", "flash-attn", "vllm"]  # fmt: skip
+PACKAGES = ["sdft_ds", "torch", "transformers", "deepspeed", "accelerate", "peft", "datasets", "triton",
+            "bitsandbytes", "liger-kernel", "flash-attn", "vllm"]  # fmt: skip
 
 
 def run(setup: Setup, findings: Findings) -> None:
     findings.figure("versions", {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}})
+    own = _version("sdft_ds")
+    findings.check("sdft_ds is installed: a run records its version", own != "not installed", own)
     _device(setup, findings)
     missing = missing_names(Path(sdft_ds.__file__).parent)
     findings.check("this torch has every name that the sources take from it", not missing, missing or "")
