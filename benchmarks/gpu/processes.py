@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.gpu.findings import Findings
 from benchmarks.gpu.setup import ROOT, Setup
 from sdft_ds.distributed.launch import free_port
+from sdft_ds.doctor.subprocesses import cause
 
 GRACE = 5.0  # seconds that the other ranks have to end after one has failed
 
@@ -103,13 +104,6 @@ def rank_variables(ranks: int) -> list[dict[str, str]]:
          "MASTER_PORT": port}
         for rank in range(ranks)
     ]  # fmt: skip
-
-
-def cause(log: str) -> str:
-    """The last line of a log that names an error, or else its last line."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    named = [line for line in lines if "Error" in line or line.startswith("sdft_ds:")]
-    return (named or lines or ["it ended without a word"])[-1][:300]
 
 
 def _lines(processes: list[subprocess.Popen], files: list[Path]) -> Iterator[Any]:

@@ -29,9 +29,7 @@ class Setup:
     def environment(self, on_cpu: bool = False) -> dict[str, str]:
         """Of a process on the device, or of one that computes on the CPU what the device is compared with."""
         given = {"PYTHONWARNINGS": "ignore", **os.environ}  # deprecations inside the libraries
-        if self.on_gpu and not on_cpu:
-            return {"PYTORCH_ALLOC_CONF": "expandable_segments:True", **given}
-        return {**given, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        return given if self.on_gpu and not on_cpu else {**given, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
     def flags(self) -> list[str]:
         return [*(f"--{name}={value}" for name, value in asdict(self).items() if name != "tiny"),

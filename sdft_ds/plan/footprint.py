@@ -128,9 +128,8 @@ def _of_swaps(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
 
 
 def _of_local_rollouts(job: Job) -> Iterator[tuple[str, str, float]]:
-    """Rollouts in the training process. Each prompt is prefilled once for all its completions. Removing rows from the
-    cache, and growing it, copies one layer at a time. Sampling a token creates fp32 scores, probabilities and an fp64
-    sum."""
+    """Rollouts in the training process. Each prompt is prefilled once for all its completions. Its cache is expanded
+    to their rows one layer at a time. Sampling a token creates fp32 scores, probabilities and an fp64 sum."""
     shape, b, rows = job.shape, job.bytes, job.rollout_rows
     yield "rollout", "KV cache", rows * job.cached(job.prompt + job.completion) * (1 + 1 / shape.layers)
     yield "rollout", "activations", -(-rows // job.generations) * job.prompt * job.without_grad

@@ -24,8 +24,8 @@ from sdft_ds.rollouts.engine import SampledTokens
 
 # Logits processors of these options keep per-row state, so rows must not leave the batch.
 ROW_BOUND_OPTIONS = {"guidance_scale", "watermarking_config"}
-# Tokens from one look for finished rows to the next. On a GPU a look is a synchronization, and removing rows copies
-# the cache; on a CPU a look costs nothing, and a finished row as much as any other.
+# Tokens from one look for finished rows to the next. On a GPU a look is a synchronization; on a CPU it costs nothing,
+# and a finished row as much as any other.
 LOOK_EVERY, LOOK_EVERY_CPU = 8, 1
 
 

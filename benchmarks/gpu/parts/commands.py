@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.gpu.findings import Findings
-from benchmarks.gpu.processes import cause
 from benchmarks.gpu.setup import ROOT, Setup
 from sdft_ds.demo.run import BASELINE, LESSONS
 from sdft_ds.demo.world import questions
+from sdft_ds.doctor.subprocesses import cause
 
 LAUNCHER = ["-m", "deepspeed.launcher.runner"]
 
