@@ -31,7 +31,7 @@ from sdft_ds.rollouts.engine import SampledTokens, Sampling
 from sdft_ds.rollouts.vllm_client import Client, Refused, Served, Unreachable, in_background, is_here
 from sdft_ds.rollouts.vllm_engine import VllmRollouts, check_version
 from sdft_ds.rollouts.vllm_nccl import Group, Nccl
-from sdft_ds.rollouts.weight_files import SHARED_MEMORY, WeightFiles
+from sdft_ds.rollouts.weight_files import SHARED_MEMORY, WeightFiles, remove_abandoned
 from sdft_ds.rollouts.weight_sums import Sums
 
 OURS = "sdft-"  # first letters of the versions that runs push
@@ -172,6 +172,7 @@ class ServerRollouts(VllmRollouts):
         output_dir = self.args.output_dir
         if not all(is_here(client.url) for client in self.clients) or not SHARED_MEMORY.is_dir():
             return output_dir
+        remove_abandoned(SHARED_MEMORY)  # or what a dead run has left there would leave no room
         size = sum(zero.full_shape(param).numel() for param in self.model.parameters()) * self.dtype.itemsize
         fits = self.sync == "adapter" or 2 * size < shutil.disk_usage(SHARED_MEMORY).free
         return SHARED_MEMORY if fits else output_dir

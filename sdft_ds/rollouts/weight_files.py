@@ -25,9 +25,8 @@ class WeightFiles:
         name = f"sdft_ds-{hashlib.blake2b(os.path.abspath(output_dir).encode(), digest_size=6).hexdigest()}"
         parent = parent.absolute()
         parent.mkdir(parents=True, exist_ok=True)
-        for other in parent.glob("sdft_ds-*"):
-            if other.name == name or _is_abandoned(other):
-                shutil.rmtree(other, ignore_errors=True)
+        remove_abandoned(parent)
+        shutil.rmtree(parent / name, ignore_errors=True)
         # Locked before it has a name by which another run could take it for abandoned.
         unnamed = Path(tempfile.mkdtemp(prefix=".sdft_ds-", dir=parent))
         unnamed.chmod(0o755)  # servers may be another user's
@@ -49,6 +48,13 @@ class WeightFiles:
         part.mkdir()
         yield part
         os.replace(part, self.path(generation))
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove the folders of runs that have died."""
+    for folder in parent.glob("sdft_ds-*"):
+        if _is_abandoned(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove(folder: Path, descriptor: int) -> None:

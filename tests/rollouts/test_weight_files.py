@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerCallback
 
+from sdft_ds.rollouts import vllm_server
 from sdft_ds.rollouts.weight_files import LOCK, WeightFiles
 from tests.helpers.trainers import make_trainer
 
@@ -46,6 +48,19 @@ def test_the_next_run_removes_what_a_killed_one_has_left_and_nothing_of_a_living
             process.kill()
             process.wait()
             process.stdout.close()
+
+
+def test_what_a_killed_run_has_left_does_not_take_the_room_of_the_next(tmp_path, monkeypatch):
+    killed, left = other_run(tmp_path, "killed")
+    killed.kill()
+    killed.wait()
+    killed.stdout.close()
+    monkeypatch.setattr(vllm_server, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(
+        vllm_server.shutil, "disk_usage", lambda _: SimpleNamespace(free=0 if left.exists() else 1 << 40)
+    )
+    trainer = make_trainer(use_vllm=True, vllm_mode="server", output_dir=str(tmp_path / "run"))
+    assert trainer.rollouts._default_folder() == tmp_path
 
 
 def test_two_generations_are_kept_and_an_unfinished_one_has_no_name(tmp_path):
