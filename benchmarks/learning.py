@@ -189,12 +189,13 @@ def over_seeds(runs: list[list[dict]]) -> list[dict]:
     return merged
 
 
+def learned(point: dict) -> float:
+    """Share of right answers, the mean of the trained and the other wording."""
+    return (point["trained"] + point["other"]) / 2
+
+
 def front(found: list[dict]) -> list[dict]:
     """The points that no other beats in what was learned without losing in what was kept, or the other way round."""
-
-    def learned(point: dict) -> float:
-        return (point["trained"] + point["other"]) / 2
-
     return [
         p
         for p in found
