@@ -148,9 +148,12 @@ class MethodTrainer(StepTrainer):
         except Exception as error:  # a failed report must not prevent saving the weights, which comes next
             warnings.warn(f"The report was not written: {type(error).__name__}: {error}", stacklevel=2)
 
-    def create_model_card(self, model_name: str | None = None, **about: Any) -> None:
-        """Write OUTPUT_DIR/README.md on rank 0. about: dataset and finetuned_from (hub ids or paths), recipe, tags,
-        license, language. Called by `push_to_hub`, which passes on its own arguments."""
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] = (), **about: Any
+    ) -> None:
+        """Write OUTPUT_DIR/README.md on rank 0. dataset_name: TRL's name of `dataset`. about: dataset and
+        finetuned_from (hub ids or paths), recipe, license, language. Called by `push_to_hub`, which passes on its own
+        arguments."""
         if self.is_world_process_zero():
             facts = model_card.Facts(
                 model_name=model_name or Path(self.args.hub_model_id or os.path.abspath(self.args.output_dir)).name,
@@ -160,7 +163,12 @@ class MethodTrainer(StepTrainer):
                 steps=self.state.global_step,
                 rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
                 adapter=hasattr(self.model, "peft_config"),
-                **{"finetuned_from": causal_lm_of(self.model).config._name_or_path, **about},
+                tags=[tags] if isinstance(tags, str) else tags,
+                **{
+                    "finetuned_from": causal_lm_of(self.model).config._name_or_path,
+                    "dataset": dataset_name,
+                    **about,
+                },
             )
             Path(self.args.output_dir, "README.md").write_text(model_card.render(facts), encoding="utf-8")
 

@@ -115,7 +115,6 @@ class RolloutSettings:
         "ZeRO-3: gather the weights once for each rollout; False: layer by layer, slower, for what does not fit.",
         resume=FREE,
     )
-    use_teacher_server: bool = setting(False, "Not supported; True is refused.", resume=FREE)
 
     @property
     def anchor_share(self) -> Fraction:

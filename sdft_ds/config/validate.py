@@ -47,11 +47,6 @@ def lower_is_better(metric: str | None) -> bool:
 
 
 def refuse_unused(config: Any) -> None:
-    if config.use_teacher_server:
-        raise ValueError(
-            "use_teacher_server=True is not supported: the teacher scores in the training process itself and needs no "
-            "server. Leave it False."
-        )
     if config.scale_rewards is True:  # TRL's older spelling of its default
         config.scale_rewards = "group"
     for f in fields(config):
@@ -59,7 +54,10 @@ def refuse_unused(config: Any) -> None:
         # TRL itself fills epsilon_high with epsilon, so a configuration copied from there holds 0.2.
         allowed = (f.default, config.epsilon) if f.name == "epsilon_high" else (f.default,)
         if reason is not None and getattr(config, f.name) not in allowed:
-            raise ValueError(f"{f.name} has no effect here: {reason}. Leave it at its default, {f.default!r}.")
+            value = getattr(config, f.name)
+            raise ValueError(
+                f"{f.name}={value!r} would have no effect here: {reason}. Leave it at its default, {f.default!r}."
+            )
 
 
 def check_values(config: Any) -> None:

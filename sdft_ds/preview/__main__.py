@@ -32,9 +32,7 @@ from sdft_ds.evaluation.tasks import read_tasks
 from sdft_ds.model import loading
 from sdft_ds.preview import page, terminal
 from sdft_ds.preview.preview import Preview, preview
-from sdft_ds.preview.scores import scores
-from sdft_ds.preview.teacher_check import check
-from sdft_ds.preview.wording import described
+from sdft_ds.preview.scores import add_scores
 from sdft_ds.trainer import SDFTTrainer
 
 STREAMED = 1000  # rows read from a stream: it may be endless
@@ -97,20 +95,13 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
     if stream:
         view.notes.append(f"A stream: its first {view.statistics.rows:,} rows were read.")
     if score:
-        used = {shown.look.index: shown for shown in view.rows if shown.look.taken}
-        if not used:
+        if not view.used:
             raise ValueError(
                 "--score: none of the rows shown can be used. Show more of them, or see without --score why."
             )
         with _trainer(args, model, tokenizer) as trainer:
-            examples = {index: vars(shown.look.example) for index, shown in used.items()}
-            found = scores(trainer, examples)
-            golden = {index: text for index, text in view.golden.items() if index in used}
-            view.verdict = check(trainer, examples, golden, tasks).lines
-            teacher = trainer.args.teacher_model_kind
-        for index, completion in found.items():
-            used[index].scored = completion
-        view.facts += [f"teacher {teacher}", described(args.divergence), "one process, no DeepSpeed"]
+            add_scores(view, trainer, tasks)
+        view.facts.append("one process, no DeepSpeed")
     return view
 
 

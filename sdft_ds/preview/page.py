@@ -17,6 +17,7 @@ FOOT = "Written by python -m sdft_ds.preview. Lengths are those before any cut."
 def render(view: Preview) -> str:
     head = f'<h1>{TITLE}</h1><p class="facts">{escape(" · ".join(view.facts))}</p>'
     head += "".join(missing(note) for note in view.notes)
+    head += "".join(f"<p>{escape(line)}</p>" for line in view.verdict)
     sections = {f"Row {shown.look.index}": _row(view, shown) for shown in view.rows}
     return document(TITLE, head + _legend(view), {**sections, "Data set": _data_set(view)}, FOOT)
 

@@ -38,6 +38,11 @@ class Preview:
     golden: dict[int, str] = field(default_factory=dict)  # golden response of the rows shown that have one
     verdict: list[str] = field(default_factory=list)  # whether this teacher can teach, with --score
 
+    @property
+    def used(self) -> dict[int, ShownRow]:
+        """The rows shown that training uses, by index."""
+        return {shown.look.index: shown for shown in self.rows if shown.look.taken}
+
 
 def preview(rows: Iterable[dict[str, Any]], builder: PromptBuilder, args: SDFTConfig, shown: int) -> Preview:
     """Validates every row and splits the first `shown` into spans.

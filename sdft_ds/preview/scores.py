@@ -1,18 +1,34 @@
-"""Rolls out a few rows with the trainer and scores them: divergence of student and teacher per token."""
+"""Rolls out the rows of a preview with the trainer and scores them: divergence of student and teacher per token, and
+whether the teacher can teach."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from sdft_ds.data.schedule import Slot
+from sdft_ds.evaluation.tasks import Task
 from sdft_ds.loss.normalization import LossWeights
 from sdft_ds.metrics.completions import completion_of
 from sdft_ds.metrics.run_folder import Completion
 from sdft_ds.model.completion_forward import DistillationLoss
 from sdft_ds.model.modes import evaluating
 from sdft_ds.objectives.protocol import BatchUse
+from sdft_ds.preview.preview import Preview
+from sdft_ds.preview.teacher_check import check
+from sdft_ds.preview.wording import described
 from sdft_ds.teacher.scoring import ScoredBatch
 from sdft_ds.trainer import SDFTTrainer
+
+
+def add_scores(view: Preview, trainer: SDFTTrainer, tasks: Sequence[Task] = ()) -> None:
+    """Adds to the preview the answers of the rows that are shown and the teacher check. Trains nothing."""
+    examples = {index: vars(shown.look.example) for index, shown in view.used.items()}
+    for index, completion in scores(trainer, examples).items():
+        view.used[index].scored = completion
+    golden = {index: text for index, text in view.golden.items() if index in examples}
+    view.verdict = check(trainer, examples, golden, tasks).lines
+    view.facts += [f"teacher {trainer.args.teacher_model_kind}", described(trainer.args.divergence)]
 
 
 def scores(trainer: SDFTTrainer, rows: dict[int, dict[str, Any]]) -> dict[int, Completion]:

@@ -7,6 +7,7 @@ were left unescaped.
 import base64
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -41,6 +42,23 @@ def document(title: str, head: str, sections: dict[str, str], foot: str = FOOT) 
         f'<p class="note">{foot}</p></main>\n'
         f'<div id="tip" role="status" hidden></div>\n<script>{SCRIPT}</script></body></html>\n'
     )
+
+
+@dataclass(frozen=True)
+class InlinePage:
+    """A page as the output of a notebook's cell, in a frame of its own. text: where HTML is not shown."""
+
+    html: str
+    text: str
+
+    def _repr_html_(self) -> str:
+        # Not as srcdoc, where the links of the table of contents would open the notebook itself in the frame.
+        page = base64.b64encode(self.html.encode()).decode()
+        style = "width: 100%; height: 40em; border: 1px solid #8884"
+        return f'<iframe sandbox="allow-scripts" style="{style}" src="data:text/html;base64,{page}"></iframe>'
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 def table(

@@ -9,7 +9,7 @@ from sdft_ds.metrics.progress import PHASES, phase_seconds
 from sdft_ds.metrics.run_folder import Run
 from sdft_ds.report.charts import Series, histogram, lines, stack
 from sdft_ds.report.curves import charts_of
-from sdft_ds.report.page import document, duration, grid, missing, moment, settings, table, tiles
+from sdft_ds.report.page import InlinePage, document, duration, grid, missing, moment, settings, table, tiles
 from sdft_ds.report.scales import number
 from sdft_ds.report.token_view import completions
 
@@ -21,6 +21,12 @@ def write(output_dir: str | Path, output: str | Path | None = None) -> Path:
     output = Path(output or Path(output_dir, "report.html"))
     output.write_text(render(run_folder.read(output_dir)), encoding="utf-8")
     return output
+
+
+def inline(output_dir: str | Path) -> InlinePage:
+    """The report of a run as the output of a notebook's cell. Raises ValueError if there is no run."""
+    run = run_folder.read(output_dir)
+    return InlinePage(render(run), f"Report of {run.folder.resolve().name}: {facts(run)}")
 
 
 def render(run: Run) -> str:

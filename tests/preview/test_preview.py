@@ -1,5 +1,6 @@
 """The preview: that it shows what training does, on the screen and on the page."""
 
+import base64
 import io
 import json
 import shutil
@@ -19,7 +20,7 @@ from sdft_ds.data.validation import validate_dataset
 from sdft_ds.demo.build import MODEL_DIR
 from sdft_ds.metrics.completions import token_texts
 from sdft_ds.objectives.protocol import BatchUse
-from sdft_ds.preview import page, terminal
+from sdft_ds.preview import inline, page, terminal
 from sdft_ds.preview.__main__ import STREAMED, look, main
 from sdft_ds.preview.row import Looker
 from sdft_ds.preview.scores import scores
@@ -269,6 +270,7 @@ def test_scored_rows_on_screen_and_page(tmp_path):
     view = look(["--num_loss_tokens_to_skip", "1", "--output_dir", str(tmp_path / "run")], 2, score=True)
     said, tree = screen(view), html_tree.parse(page.render(view))
     assert "teacher base · KL(teacher‖student) over the whole vocabulary" in said.replace("\n", "")
+    assert all(line in tree.one("header").text for line in view.verdict) and len(view.verdict) == 2
     for shown in view.rows:
         scored = shown.scored
         figures = [scored.divergence[i] for i in range(1, scored.length)]
@@ -278,6 +280,20 @@ def test_scored_rows_on_screen_and_page(tmp_path):
         assert section.one("p", class_="tokens").text == scored.completion
         assert len(json.loads(section.one("script").text)["tokens"]) == scored.length
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trainers_own_preview_in_a_notebook():
+    trainer = make_trainer(**SETTINGS)
+    page = inline(trainer, rows=2)
+    assert repr(page).startswith("Teacher check, 2 rows: ") and "\nThis teacher" in repr(page)
+    frame = html_tree.parse(page._repr_html_()).one("iframe")
+    shown = html_tree.parse(base64.b64decode(frame.attributes["src"].partition("base64,")[2]).decode())
+    assert shown.one("section", id="row-1").one("p", class_="tokens").text
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps
+    streaming = make_trainer(**SETTINGS, stream=True)
+    with pytest.raises(ValueError, match="python -m sdft_ds.preview"):
+        inline(streaming)
 
 
 def test_without_scores_no_weights_are_needed(tmp_path, flags):
