@@ -48,7 +48,7 @@ def load(
     with splits.lines_named(args.dataset_path or [], f"dataset_path {args.source}"):
         test = reader.read(stored[args.dataset_test_split], args.source)
     if isinstance(test, IterableDataset):  # it is read again in every evaluation
-        info, test = test.info, Dataset.from_list(list(test))
+        info, test = test.info, Dataset.from_list(list(test), on_mixed_types="use_json")
         test.info.dataset_name = f"{info.dataset_name}, split {args.dataset_test_split}"
     return train, test
 

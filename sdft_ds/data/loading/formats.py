@@ -197,10 +197,8 @@ def with_roles(value: Any) -> tuple[Any, str]:
         return value, ""
     speakers = [str(turn["from"]) for turn in value if turn.get("from") is not None]
     if unknown := [speaker for speaker in speakers if speaker not in ROLE_NAMES]:
-        return (
-            value,
-            f"found a turn from {unknown[0]!r}; known are {', '.join(ROLE_NAMES)}: rename it, or drop the row.",
-        )
+        known = ", ".join(ROLE_NAMES)  # the row keeps no prompt: its messages have other keys than those of the others
+        return None, f"found a turn from {unknown[0]!r}; known are {known}: rename it, or drop the row."
     return [_message(turn) for turn in value], ""
 
 

@@ -1,5 +1,6 @@
 """Maps the columns of a data set to those that the trainer reads."""
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from itertools import islice
 from string import Template
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Json, Value
 
 from sdft_ds.data.loading.formats import (
     AUTO,
@@ -106,6 +107,7 @@ class RowReader:
         keep = keep and (anchors or dialogue or "golden_response" in column)
         given = [role for role in ("teacher_prompt", "tools") if role in column and not anchors]
         template, conversations = Template(self.demonstration_template), self._makes_conversations(columns)
+        stored = isinstance(dataset, Dataset)
 
         def convert(row: dict[str, Any]) -> dict[str, Any]:
             def value(role: str) -> Any:
@@ -126,17 +128,28 @@ class RowReader:
             if conversations:
                 prompt = _conversation(prompt, value("system"))
             mapped = {"prompt": prompt} if anchors else {"prompt": prompt, "privileged_context": context}
-            mapped |= {role: value(role) or None for role in given} | ({PROBLEM: problem} if dialogue else {})
+            mapped |= {role: value(role) or None for role in given}
+            if stored:
+                mapped = {name: _json(value) for name, value in mapped.items()}
+            mapped |= {PROBLEM: problem} if dialogue else {}
             return mapped | ({"golden_response": response or None} if keep else {})
 
         how: dict[str, Any] = {"remove_columns": found}
-        if isinstance(dataset, Dataset):
+        if stored:
             folders = {os.path.dirname(file["filename"]) for file in dataset.cache_files}
             how |= {"desc": "Mapping columns", "keep_in_memory": not all(os.access(f, os.W_OK) for f in folders)}
+            # A table takes the types of its first rows: others may have messages with more keys, parts, or no context.
+            texts = [*([PROBLEM] if dialogue else []), *(["golden_response"] if keep else [])]
+            values = ["prompt", *([] if anchors else ["privileged_context"]), *given]
+            how["features"] = Features(dict.fromkeys(values, Json()) | dict.fromkeys(texts, Value("string")))
         with reading(source):
             mapped = dataset.map(convert, **how)
         mapped.info.dataset_name = source if anchors else "; ".join([source, *columns.notes])
         return mapped
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _head(dataset: AnyDataset, source: str) -> tuple[list[str], list[dict[str, Any]]]:

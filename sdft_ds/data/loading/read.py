@@ -11,6 +11,7 @@ from sdft_ds.data.loading.file_kinds import display
 from sdft_ds.data.loading.formats import AUTO, COLUMN_NAMES, DEMONSTRATION_TEMPLATE, FORMATS
 from sdft_ds.data.loading.mapping import AnyDataset, RowReader
 from sdft_ds.data.rows import DataError
+from sdft_ds.data.streams import reading
 from sdft_ds.data.validation import name_of
 from sdft_ds.distributed import ranks
 
@@ -64,7 +65,8 @@ def _stored(source: Any, split: str, streaming: bool, columns: set[str]) -> tupl
         return _split(source, split, "the data set"), "the data set", []
     given = list(source) if isinstance(source, list | tuple) else [source]
     if given and all(isinstance(row, dict) for row in given):
-        return Dataset.from_list(given), "the data set in memory", []
+        with reading("the data set in memory"):
+            return Dataset.from_list(given, on_mixed_types="use_json"), "the data set in memory", []
     if not given or not all(isinstance(path, str | Path) for path in given):
         raise DataError(
             f"{type(source).__name__} is no source of rows: give files or a folder, a data set of `datasets`, or a "

@@ -208,6 +208,37 @@ def test_the_first_row_may_be_empty():
     assert read_dataset(rows)[1]["privileged_context"] == EXAMPLE
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_later_rows_may_have_what_the_first_thousand_have_not(tmp_path, streaming):
+    """Keys of messages, parts of a content, a context: a table takes its types from the first rows that it holds."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+    parts = {"role": "user", "content": [{"type": "text", "text": "Why?"}]}
+    first, later = [USER], [USER, call, {"role": "tool", "content": "1"}, parts, ANSWER]
+    file = write(tmp_path / "a.jsonl", *[{"messages": first}] * 1001, {"messages": later})
+    *_, before, last = read_dataset(file, streaming=streaming)
+    with pytest.raises(RowError, match="the last turn is not the assistant's"):
+        example_from_row(before, 1000)
+    turns = example_from_row(last, 1001).prompt
+    assert turns[1]["tool_calls"] == call["tool_calls"] and turns[-1]["content"] == "Why?"
+    assert last["privileged_context"] == EXAMPLE
+
+
+def test_rows_of_unlike_messages_in_memory_and_in_an_evaluation_beside_a_stream(tmp_path):
+    parts = {"role": "user", "content": [{"type": "text", "text": "Why?"}]}
+    rows = [{"messages": [USER, ANSWER]}, {"messages": [parts, ANSWER]}]
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.jsonl", *rows)
+    _, test = load(ScriptArguments(dataset_path=[str(tmp_path)], dataset_streaming=True), True, 0)
+    for mapped in (read_dataset(rows), test):
+        assert [example_from_row(row, 0).prompt for row in mapped] == [[USER], [USER]]
+
+
+def test_texts_that_look_like_json_stay_texts():
+    for text in ("42", '{"a": 1}', '["a"]', "null", "", "é\u2028\n"):
+        (row,) = read_dataset([{"prompt": text, "privileged_context": text}], prompt_as="text")
+        assert (row["prompt"], row["privileged_context"]) == (text, text)
+
+
 def test_a_conversation_as_json_in_a_table(tmp_path):
     Dataset.from_list([{"id": "1", "conversations": json.dumps(SHAREGPT)}]).to_csv(tmp_path / "a.csv")
     (row,) = read_dataset(tmp_path / "a.csv")
