@@ -92,12 +92,12 @@ def fits(name: str, found: Sequence[str], given: Mapping[str, str]) -> bool:
 
 def resolve(
     found: Sequence[str], rows: Sequence[Mapping[str, Any]], name: str, given: Mapping[str, str], where: str,
-    anchors: bool = False,
+    context_optional: bool = False,
 ) -> Columns:  # fmt: skip
     """Which of the columns `found` are read, by what was given for each role, or else by the format `name`, or the one
     that is recognised. rows: the first ones.
 
-    anchors: a prompt is enough. Raises DataError, listing the columns and the remedy.
+    context_optional: a prompt is enough. Raises DataError, listing the columns and the remedy.
     """
     for role, column in given.items():
         if column not in found:
@@ -109,7 +109,9 @@ def resolve(
             from_flags = {"prompt", taught[0]} <= given.keys()
             return Columns(None if from_flags else OWN[taught == ["golden_response"]], own)
         prompt = own.get("prompt")
-        name, conversation = _recognised(found, rows, given, where, prompt, or_prompt=anchors and prompt is not None)
+        name, conversation = _recognised(
+            found, rows, given, where, prompt, or_prompt=context_optional and prompt is not None
+        )
         if name is None:
             return Columns(None, own)
         given = {"prompt": conversation, **given} if conversation else given

@@ -84,7 +84,7 @@ class RowReader:
         found, rows = _head(dataset, source)
         given = {role: column for role, column in self.columns.items() if column in found}
         name = self.format if self.format != AUTO and fits(self.format, found, given) else AUTO
-        columns = self._columns(resolve(found, rows, name, given, source, anchors=True))
+        columns = self._columns(resolve(found, rows, name, given, source, context_optional=True))
         if columns.dialogue or columns.columns["prompt"] != "prompt":
             tell(f"{source}: {columns.described}")
         return self._mapped(dataset, source, found, columns, anchors=True)
@@ -137,7 +137,8 @@ class RowReader:
         how: dict[str, Any] = {"remove_columns": found}
         if stored:
             folders = {os.path.dirname(file["filename"]) for file in dataset.cache_files}
-            how |= {"desc": "Mapping columns", "keep_in_memory": not all(os.access(f, os.W_OK) for f in folders)}
+            how |= {"keep_in_memory": not all(os.access(f, os.W_OK) for f in folders)}
+            how["desc"] = "Reading anchors" if anchors else "Mapping columns"
             # A table takes the types of its first rows: others may have messages with more keys, parts, or no context.
             texts = [*([PROBLEM] if dialogue else []), *(["golden_response"] if keep else [])]
             values = ["prompt", *([] if anchors else ["privileged_context"]), *given]
