@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from sdft_ds.config.recipes import recipe
     from sdft_ds.config.sdft_config import SDFTConfig
     from sdft_ds.config.sft_config import SFTConfig
+    from sdft_ds.data.loading.read import read_dataset
     from sdft_ds.trainer import SDFTTrainer, SFTTrainer
 
-__all__ = ["SDFTConfig", "SDFTTrainer", "SFTConfig", "SFTTrainer", "recipe", "register"]
+__all__ = ["SDFTConfig", "SDFTTrainer", "SFTConfig", "SFTTrainer", "read_dataset", "recipe", "register"]
 __version__ = "0.1.0"
 
 # peft imports bitsandbytes, which on some CPUs warns that a kernel for 4-bit inference is not installed.
@@ -22,6 +23,7 @@ _HOMES = {
     "SDFTTrainer": "sdft_ds.trainer",
     "SFTConfig": "sdft_ds.config.sft_config",
     "SFTTrainer": "sdft_ds.trainer",
+    "read_dataset": "sdft_ds.data.loading.read",
     "recipe": "sdft_ds.config.recipes",
 }
 

@@ -89,7 +89,7 @@ def _trainer(
     train_dataset, eval_dataset = dataset_loading.load(
         script, evaluates, args.seed, tokenizer.chat_template is not None, ranks.tell
     )
-    anchors = dataset_loading.load_anchors(script, tokenizer.chat_template is not None)
+    anchors = dataset_loading.load_anchors(script, tokenizer.chat_template is not None, ranks.tell)
     trainer = TRAINERS[args.method](
         model=model.model_name_or_path,
         args=args,

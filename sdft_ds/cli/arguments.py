@@ -19,12 +19,9 @@ from sdft_ds.cli.model_arguments import ModelArguments
 from sdft_ds.config import recipes
 from sdft_ds.config.fields import Range, at_least, check_ranges, setting, unread_by, without_effect
 from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.data.loading.file_kinds import display
+from sdft_ds.data.loading.formats import AUTO, DEMONSTRATION_TEMPLATE, FORMATS
 from sdft_ds.trainer import TRAINERS
-
-FORMATS = {
-    "prompt_golden_response": {"prompt_column": "prompt", "golden_response_column": "golden_response"},
-    "messages_output_text": {"prompt_column": "messages", "golden_response_column": "output_text"},
-}
 
 # The demo has rows of its own.
 OF_DATA = ("dataset_path or dataset_name",)
@@ -53,12 +50,13 @@ class ScriptArguments:
     dataset_revision: str | None = setting(None, "Its branch, tag or commit.")
     dataset_path: list[str] | None = setting(
         None,
-        "A data set on disk: a save_to_disk folder; or json, jsonl, parquet, csv or arrow files: one, several, a "
-        "pattern, or a folder of them.",
+        "A data set on disk: a save_to_disk folder; or json, jsonl, csv, tsv (also .gz), parquet or arrow files: one, "
+        "several, a pattern, or a folder of them.",
     )
-    dataset_format: Literal["prompt_golden_response", "messages_output_text"] | None = setting(
-        None,
-        "The columns of the SDFT authors' data sets, in place of --prompt_column and --golden_response_column.",
+    dataset_format: str = setting(
+        AUTO,
+        "The format of its rows; auto: recognised by the columns, and printed. A --..._column that is set wins.",
+        choices=(AUTO, *FORMATS),
         only_with=OF_DATA,
     )
     dataset_train_split: str = setting("train", "The split to train on.", only_with=OF_DATA)
@@ -76,7 +74,11 @@ class ScriptArguments:
         "Read the training split as a stream, in its order, without loading it; needs --max_steps.",
         only_with=OF_DATA,
     )
-    prompt_column: str = setting("prompt", "Column that holds the prompt: text, or a conversation.", only_with=OF_DATA)
+    prompt_column: str | None = setting(
+        None,
+        "Column that holds the prompt: text, or a conversation. Each column that is unset is the format's.",
+        only_with=OF_DATA,
+    )
     prompt_as: Literal["user", "text"] | None = setting(
         None,
         "How a plain-text prompt is read: user, as the user's turn of a conversation; text, as it is. Unset: user "
@@ -88,24 +90,24 @@ class ScriptArguments:
         "Column that holds a system message; the prompt's text then becomes the user's turn of a conversation.",
         only_with=OF_DATA,
     )
-    privileged_context_column: str = setting(
-        "privileged_context", "Column that holds what only the teacher sees: text, or messages.", only_with=OF_DATA
+    privileged_context_column: str | None = setting(
+        None, "Column that holds what only the teacher sees: text, or messages.", only_with=OF_DATA
     )
-    teacher_prompt_column: str = setting(
-        "teacher_prompt",
+    teacher_prompt_column: str | None = setting(
+        None,
         "Column that holds what the teacher sees in place of the filled template, where it is set.",
         only_with=OF_DATA,
     )
-    tools_column: str = setting(
-        "tools", "Column that holds function schemas for the chat template, or their JSON.", only_with=OF_DATA
+    tools_column: str | None = setting(
+        None, "Column that holds function schemas for the chat template, or their JSON.", only_with=OF_DATA
     )
-    golden_response_column: str = setting(
-        "golden_response",
+    golden_response_column: str | None = setting(
+        None,
         "Column that holds a demonstration, used where a row has no privileged context, and by method sft.",
         only_with=OF_DATA,
     )
     demonstration_template: str = setting(
-        "Example response: $output_text",
+        DEMONSTRATION_TEMPLATE,
         "Makes the privileged context from a golden response: $output_text is the response, $orig_content the prompt.",
         only_with=OF_DATA,
     )
@@ -142,8 +144,7 @@ class ScriptArguments:
         """Display name of the data set."""
         if self.dataset_name is not None:
             return self.dataset_name
-        first, *more = self.dataset_path or ["in memory"]
-        return f"{first} and {len(more)} more" if more else first
+        return display(self.dataset_path or ["in memory"])
 
     def __post_init__(self) -> None:
         """Raises ValueError for values out of range, and for settings that contradict each other."""
@@ -157,14 +158,6 @@ class ScriptArguments:
             raise ValueError(
                 "--eval_fraction is not possible with --dataset_streaming: set --dataset_test_split instead."
             )
-        for name, column in FORMATS.get(self.dataset_format, {}).items():
-            default = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) not in (default, column):
-                raise ValueError(
-                    f"--{name}={getattr(self, name)} contradicts --dataset_format={self.dataset_format}, whose column "
-                    f"is {column!r}: give one of the two."
-                )
-            setattr(self, name, column)
 
 
 # Name of a flag elsewhere -> its name here.

@@ -36,7 +36,8 @@ PROBLEMS = {
     ),
     "plain text": (
         "the prompt is a text, which is read without the chat template that the tokenizer has: for a model that "
-        'answers in conversations give [{"role": "user", "content": ...}], or --prompt_as user on the command line.'
+        'answers in conversations give [{"role": "user", "content": ...}], as sdft_ds.read_dataset does, and '
+        "--prompt_as user on the command line."
     ),
 }
 MARKS = [chr(code) for code in range(0xE000, 0xF900)]  # Unicode private use characters, which have no meaning

@@ -10,7 +10,7 @@ Message = dict[str, Any]
 Prompt = str | list[Message]
 
 COLUMNS = ("prompt", "privileged_context")
-OPTIONAL_COLUMNS = ("teacher_prompt", "tools")
+PROBLEM = "_problem"  # column with what is wrong with a row as it was stored; empty for most
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,23 @@ class RowError(DataError):
         super().__init__(f"Row {index}, column {column!r}: {problem}")
 
 
-def check_columns(found: list[str], stored: list[str] | None = None) -> None:
-    """Raises DataError if required columns are missing; lists the columns found, or `stored`: those before mapping."""
+def check_columns(found: list[str]) -> None:
+    """Raises DataError if required columns are missing; lists the columns found."""
     missing = [name for name in COLUMNS if name not in found]
     if "teacher_prompt" in found:
         missing = [name for name in missing if name == "prompt"]
     if missing:
         raise DataError(
-            f"The data set has the columns {', '.join(stored or found) or '(none)'}, and lacks {', '.join(missing)}. "
-            f"Needed are {' and '.join(COLUMNS)}: rename a column (dataset.rename_column); on the command line map it "
-            "by --dataset_format, --prompt_column, --privileged_context_column or --golden_response_column."
+            f"The data set has the columns {', '.join(found) or '(none)'}, and lacks {', '.join(missing)}. "
+            f"Needed are {' and '.join(COLUMNS)}: convert it by sdft_ds.read_dataset(dataset), which knows the usual "
+            "formats and takes the names of other columns, or rename a column (dataset.rename_column)."
         )
 
 
 def example_from_row(row: Mapping[str, Any], index: int) -> Example:
     """Validate one row. Raises RowError naming row `index` and the column."""
     check_columns(list(row))
+    _check_stored(row, index)
     prompt = checked_prompt(row["prompt"], index)
     teacher_prompt = row.get("teacher_prompt")
     if teacher_prompt is not None:
@@ -73,8 +74,14 @@ def example_from_row(row: Mapping[str, Any], index: int) -> Example:
 
 def anchor_from_row(row: Mapping[str, Any], index: int) -> Example:
     """Validate one row of the anchors, of which only the prompt and its tools are read. Raises RowError."""
+    _check_stored(row, index)
     prompt = checked_prompt(row.get("prompt"), index)
     return Example(prompt, privileged_context=None, tools=_tools(row.get("tools"), prompt, index))
+
+
+def _check_stored(row: Mapping[str, Any], index: int) -> None:
+    if row.get(PROBLEM):
+        raise RowError(index, "prompt", row[PROBLEM])
 
 
 def message_text(content: Any) -> str:

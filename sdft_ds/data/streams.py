@@ -23,6 +23,9 @@ def reading(where: str) -> Iterator[None]:
     """Convert any error raised inside to a DataError that names the data set: readers raise many types of errors."""
     try:
         yield
+    except DataError as error:
+        told = str(error)
+        raise DataError(told if told.startswith(where) else f"{where} cannot be read: {told}") from None
     except Exception as error:
         first = error
         while first.__cause__ is not None:

@@ -153,7 +153,7 @@ def validate_dataset(
     if anchors and "prompt" not in dataset.column_names:
         raise DataError(
             f"{where} has the columns {', '.join(dataset.column_names)}, and lacks prompt: rename a column "
-            "(dataset.rename_column); on the command line map it by --prompt_column."
+            "(dataset.rename_column)."
         )
     if not anchors:
         try:

@@ -4,9 +4,9 @@ import shutil
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from sdft_ds.cli import dataset_loading
 from sdft_ds.cli.arguments import ScriptArguments
-from sdft_ds.cli.dataset_loading import load, load_splits, map_columns
+from sdft_ds.cli.dataset_loading import load, load_splits, row_reader
+from sdft_ds.data.loading import splits
 from sdft_ds.data.prompts import PromptBuilder
 from sdft_ds.data.rows import RowError, example_from_row
 from sdft_ds.data.streams import Stream
@@ -14,6 +14,10 @@ from sdft_ds.data.validation import STRICT, validate_dataset
 
 ROWS = [{"prompt": "Why?", "answer": "Because.", "system": "Be brief."}, {"prompt": "How?", "answer": "So.",
                                                                        "system": "Be kind."}]  # fmt: skip
+
+
+def map_columns(rows, args):
+    return row_reader(args, has_chat_template=False).read(rows, args.source)
 
 
 def write(path, rows=ROWS):
@@ -72,7 +76,7 @@ def test_a_data_set_on_the_hub_has_revision_configuration_and_split(monkeypatch)
         asked.append((args, kwargs))
         return DatasetDict({"fit": Dataset.from_list(ROWS)})
 
-    monkeypatch.setattr(dataset_loading, "load_dataset", load_dataset)
+    monkeypatch.setattr(splits, "load_dataset", load_dataset)
     args = ScriptArguments(
         dataset_name="org/set", dataset_config="c", dataset_revision="r", dataset_train_split="fit",
         golden_response_column="answer",
@@ -219,7 +223,6 @@ def test_the_formats_of_the_authors_data(name):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"dataset_format": "messages_output_text", "prompt_column": "q"}, "prompt_column=q contradicts"),
         ({"dataset_path": ["a"], "dataset_name": "b"}, "both set"),
         ({"dataset_path": ["a"], "dataset_revision": "b"}, "dataset_revision needs --dataset_name"),
         ({"eval_fraction": 1.0}, "eval_fraction must be in \\(0, 1\)"),
@@ -254,9 +257,9 @@ def test_rows_that_cannot_be_used_are_left_for_the_trainer_to_name(prompt, respo
 
 
 def test_columns_that_are_missing():
-    with pytest.raises(ValueError, match="--prompt_column=question.*prompt, answer, system"):
+    with pytest.raises(ValueError, match="prompt_column=question.*prompt, answer, system"):
         map_columns(Dataset.from_list(ROWS), ScriptArguments(prompt_column="question"))
-    with pytest.raises(ValueError, match="lacks privileged_context"):
+    with pytest.raises(ValueError, match="prompt, answer, system: 'prompt' is the prompt, and none"):
         map_columns(Dataset.from_list(ROWS), ScriptArguments())
 
 
@@ -283,11 +286,13 @@ def test_columns_that_are_not_read_are_named_once(tmp_path):
         told = []
         args = ScriptArguments(dataset_path=[str(tmp_path)], dataset_streaming=streaming, **columns)
         load(args, True, 0, tell=told.append)
-        (line,) = told
-        assert line.startswith("Columns not read: input, chat_template_kwargs. ") and "--chat_template_kwargs" in line
+        _, line = told
+        assert line == (
+            "Columns not read: input, chat_template_kwargs. chat_template_kwargs is a setting, for all rows alike."
+        )
     load(ScriptArguments(dataset_path=[str(write(tmp_path / "b.jsonl"))], golden_response_column="answer",
                          system_column="system"), False, 0, tell=told.append)  # fmt: skip
-    assert len(told) == 2 and "Columns" not in told[1]
+    assert len(told) == 4 and not any("not read" in line for line in told[2:])
 
 
 @pytest.mark.parametrize(
@@ -308,25 +313,7 @@ def test_a_text_prompt_becomes_the_users_turn_where_there_is_a_chat_template(
             (row,) = split
             assert row["prompt"] == (turn if as_user else "Why?")
             assert row["privileged_context"] == "Example response: So."
-        assert len(told) == as_user and all("--prompt_as text" in line for line in told)
+        assert [True, *["prompt_as text" in line for line in told[1:]]] == [True, *[True] * as_user]
     write(tmp_path / "c.jsonl", [{"prompt": turn, "golden_response": "So."}])
     load(ScriptArguments(dataset_path=[str(tmp_path / "c.jsonl")]), False, 0, has_chat_template=True, tell=told.append)
-    assert len(told) == as_user  # nothing becomes of a conversation
-
-
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("a.csv", "prompt,privileged_context\nhé,it is\n".encode("cp1252"), "a.csv is not UTF-8 .*: save it as UTF-8"),
-        ("b.csv", "prompt,privileged_context\nhi,it is\n".encode("utf-16"), "b.csv is not UTF-8"),
-        (
-            "c.jsonl",
-            b'{"prompt": "a"}\n\n{"prompt": "b}\n{"prompt": "c"}\n',
-            "c.jsonl, line 3, column 12: Unterminated string",
-        ),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_told_by_line_or_encoding(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=words):
-        load_splits(ScriptArguments(dataset_path=[str(tmp_path / name)]))
+    assert sum("prompt_as" in line for line in told) == as_user  # nothing becomes of a conversation

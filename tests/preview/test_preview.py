@@ -335,7 +335,7 @@ def test_bad_rows_are_left_out_as_training_does(flags, tmp_path):
         (["--dataset_path", "nowhere.json"], "nowhere.json does not exist"),
         (["--rows", "0"], "--rows must be at least 1, not 0"),
         (["--max_prompt_length", "600"], "exceed the model's context of 512"),
-        (["--privileged_context_column", "nothing"], "--privileged_context_column=nothing, but"),
+        (["--privileged_context_column", "nothing"], "privileged_context_column=nothing, but"),
         (["--html", "nowhere/page.html"], "nowhere/page.html"),
     ],
 )

@@ -1,0 +1,1 @@
+"""From files, folders, the hub or rows in memory to a data set with the columns that the trainer reads."""
