@@ -122,7 +122,8 @@ def test_the_hosts_memory_limits_offloading_where_it_is_known(capsys):
         for host in ((), ("--host_memory", "200"), ("--host_memory", "10"))
     }
     assert [all(each) for each in fits.values()] == [True, True, False]
-    assert any("not known" in note for note in planned(capsys, "--model", "7b", "--memory", "12", *TRL)["notes"])
+    needed = planned(capsys, "--model", "70b", *TRL, "--memory", "40")
+    assert needed["recommended"]["host"] and any("not known here" in note for note in needed["notes"])
 
 
 def test_70b_needs_vllm_on_four_nodes_and_an_adapter_on_one(capsys):
