@@ -17,7 +17,8 @@ OF_ROLLOUTS = ("KV cache", "activations", "logits chunk")  # parts that grow wit
 @dataclass(frozen=True)
 class Cluster:
     """gpus: per node. memory: GiB per GPU, of which `overhead` GiB hold no tensors. host_memory: GiB per node, None if
-    unknown. device: name of the GPUs, None if they are not here. on_cpu: one process in host memory, without GPUs."""
+    unknown. device: name of the GPUs, None if they are not here. on_cpu: one process in host memory, without GPUs.
+    assumed: nothing says how much memory the GPUs have."""
 
     gpus: int
     nodes: int
@@ -26,6 +27,7 @@ class Cluster:
     host_memory: float | None
     device: str | None = None
     on_cpu: bool = False
+    assumed: bool = False
 
     @property
     def ranks(self) -> int:

@@ -42,7 +42,8 @@ def cluster(flags: argparse.Namespace, launcher: Sequence[str], on_cpu: bool) ->
     if megabytes := os.environ.get("SLURM_MEM_PER_NODE", "0"):
         host = int(megabytes) << 20 or host
     overhead = (1 + 0.05 * memory + (gpus * nodes > 1)) if flags.overhead is None else flags.overhead
-    return Cluster(gpus, nodes, memory, overhead, flags.host_memory or (host and host / GIB), device)
+    assumed = device is None and flags.memory is None
+    return Cluster(gpus, nodes, memory, overhead, flags.host_memory or (host and host / GIB), device, assumed=assumed)
 
 
 def launched(words: Sequence[str]) -> tuple[int | None, int | None]:
@@ -51,6 +52,8 @@ def launched(words: Sequence[str]) -> tuple[int | None, int | None]:
     header = _options([line for text in headers for line in re.findall(r"^#SBATCH (\S+)", text, re.MULTILINE)])
     given = _options(words)
     nodes = _first(given, NODES) or _first(header, NODES)
+    if nodes and any(word.endswith("train_vllm.sbatch") for word in words):
+        nodes = max(1, nodes - given.get("SERVER_NODES", 1))  # the last ones serve
     processes = _first(given, PROCESSES)
     in_all = None if processes is None else max(1, processes // (nodes or 1))
     return nodes, _first(given, GPUS) or in_all or _first(header, GPUS)
@@ -66,6 +69,8 @@ def _options(words: Sequence[str]) -> dict[str, int]:
     for word, following in zip(words, [*words[1:], ""], strict=False):
         name, equals, value = word.partition("=")
         name = name.replace("nproc-per-node", "nproc_per_node")
-        if name in (*NODES, *GPUS, *PROCESSES) and (number := re.search(r"\d+$", value if equals else following)):
+        if name in (*NODES, *GPUS, *PROCESSES, "SERVER_NODES") and (
+            number := re.search(r"\d+$", value if equals else following)
+        ):
             found[name] = int(number[0])
     return found

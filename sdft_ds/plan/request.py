@@ -33,7 +33,7 @@ class Line:
     def read(cls, words: Sequence[str]) -> "Line":
         """Exits as training does for unknown settings, and raises ValueError for values that it refuses."""
         launcher, words = _split(list(words))
-        found = arguments.resolve(words, {})
+        found = arguments.resolve([*_of_script(launcher), *words], {})
         for kind in (ScriptArguments, ModelArguments, *CHAPTERS.values()):
             part = kind(**{f.name: found.values[f.name] for f in fields(kind) if f.init})
             check_ranges(part)
@@ -64,6 +64,14 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
         if word == "sdft_ds.train" or word.endswith(("train.py", ".sbatch", "multinode.sh")):
             return words[: i + 1], [each for each in words[i + 1 :] if each != "--dry-run"]
     return [], words
+
+
+def _of_script(launcher: list[str]) -> list[str]:
+    """Settings that a job script of launch/slurm sets before the line's own."""
+    script = launcher[-1] if launcher else ""
+    if script.endswith("train_vllm.sbatch"):
+        return ["--deepspeed", "ds_configs/zero3.json", "--use_vllm", "true", "--vllm_mode", "server"]
+    return ["--deepspeed", "ds_configs/zero2.json"] if script.endswith(".sbatch") else []
 
 
 def job_of(values: dict[str, Any], cluster: Cluster, shape: ModelShape) -> Job:

@@ -35,7 +35,8 @@ def _heading(found: dict[str, Any]) -> str:
         device = f" ({cluster['device']})" if cluster["device"] else ""
         nodes = f" on {cluster['nodes']} nodes" if cluster["nodes"] > 1 else ""
         many, host = "s" if job["ranks"] > 1 else "", cluster["host_memory"]
-        where = f"{job['ranks']} GPU{many}{nodes}{device} of {cluster['memory']:.3g} GiB, {kept}; "
+        size = f"{cluster['memory']:.3g} GiB" + (" (assumed: --memory)" if cluster["assumed"] else "")
+        where = f"{job['ranks']} GPU{many}{nodes}{device} of {size}, {kept}; "
         where += "host memory unknown" if host is None else f"{host:.0f} GiB of host memory on each node"
     billions = f"{job['shape']['parameters'] / 1e9:.3g} billion parameters"
     rows = job["batch"] * job["accumulation"] * job["ranks"]

@@ -217,10 +217,20 @@ def test_an_unknown_setting_is_refused_as_in_training(argv, said, capsys):
         ("sbatch launch/slurm/train.sbatch", 2, 8),
         ("sbatch --nodes 4 --gpus-per-node=h100:4 launch/slurm/train.sbatch", 4, 4),
         ("sbatch -N 4 --gpus 16 launch/slurm/train_torchrun.sbatch", 4, 4),
+        ("SERVER_NODES=2 sbatch -N 4 launch/slurm/train_vllm.sbatch", 2, 8),
     ],
 )
 def test_a_launcher_says_where_it_runs(line, nodes, gpus):
     assert hardware.launched(line.split()) == (nodes, gpus)
+
+
+@pytest.mark.parametrize("script, setup", [("train", "zero2"), ("train_vllm", "zero3 + vLLM server")])
+def test_a_job_script_brings_settings_of_its_own(script, setup, capsys):
+    line = ["sbatch", f"launch/slurm/{script}.sbatch", "--model", "7b", "--dataset", "d"]
+    found = planned(capsys, "--", *line)
+    assert found["verdict"].startswith(f"The line as it is ({setup}) fits") and found["job"]["ranks"] == 16
+    [given] = [option for option in found["options"] if option["given"]]
+    assert given["setup"] == setup and words(found["command"])[:2] == line[:2]
 
 
 class Properties:
@@ -234,7 +244,7 @@ def test_a_machine_with_gpus_is_asked(monkeypatch, capsys):
     here = planned(capsys, "--model", "7b")
     assert here["cluster"] | {"overhead": 0} == {
         "gpus": 4, "nodes": 1, "memory": 40, "overhead": 0, "host_memory": 500, "device": "NVIDIA A100-SXM4-40GB",
-        "on_cpu": False,
+        "on_cpu": False, "assumed": False,
     }  # fmt: skip
     assert "312 TFLOP/s" in here["assumptions"] and "at 300 GB/s" in here["assumptions"]
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "102400")
@@ -261,8 +271,8 @@ def test_what_is_shown_is_read_in_80_columns(model, capsys):
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= show.WIDTH
     shown = " ".join(text.split())
-    for said in ("16 GPUs on 2 nodes", "weights ", "s/step", "Seconds of a step: rollouts", "sbatch --nodes 2",
-                 "Weak scaling", "4096", "at 50 GB/s", "40% of 989 TFLOP/s"):  # fmt: skip
+    for said in ("16 GPUs on 2 nodes of 80 GiB (assumed: --memory)", "weights ", "s/step", "sbatch --nodes 2",
+                 "Seconds of a step: rollouts", "Weak scaling", "4096", "at 50 GB/s", "of 989 TFLOP/s"):  # fmt: skip
         assert said in shown
 
 
