@@ -105,7 +105,7 @@ def _others(
 ) -> dict[str, str]:
     """Sentence -> command or flags, of what goes with the recommended option or could take its place."""
     found = {}
-    if best.served:
+    if best.served and not line.starts_servers:
         found[f"A server, on {best.setup.vllm.parallel} more GPUs:"] = server_command(line, best)
     if offered is not None:
         share = offered.setup.vllm.memory / GIB

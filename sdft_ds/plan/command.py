@@ -25,7 +25,7 @@ def command(line: Line, cluster: Cluster, option: Option) -> str:
     if not line.launcher and cluster.nodes == 1 and "output_dir" not in line.names:
         flags.append("--output_dir OUTPUT")
     flags += [flag(name, value) for name, value in changes.items()]
-    if option.served and line.values["vllm_server_base_url"] is None:
+    if option.served and line.values["vllm_server_base_url"] is None and not line.starts_servers:
         hosts = ",".join(f"http://HOST{i + 1}:8000" for i in range(setup.vllm.servers))
         flags.append(f"--vllm_server_base_url {hosts}")
     return " \\\n    ".join([start, *flags])

@@ -44,6 +44,11 @@ class Line:
         return self.values["model_name_or_path"]
 
     @property
+    def starts_servers(self) -> bool:
+        """Whether its job script starts vLLM's servers itself."""
+        return bool(self.launcher) and self.launcher[-1].endswith("train_vllm.sbatch")
+
+    @property
     def setup(self) -> Setup | None:
         """The setup that --deepspeed names. Raises ValueError if it is no configuration."""
         if not self.values["deepspeed"]:

@@ -231,6 +231,7 @@ def test_a_job_script_brings_settings_of_its_own(script, setup, capsys):
     assert found["verdict"].startswith(f"The line as it is ({setup}) fits") and found["job"]["ranks"] == 16
     [given] = [option for option in found["options"] if option["given"]]
     assert given["setup"] == setup and words(found["command"])[:2] == line[:2]
+    assert "--vllm_server_base_url" not in found["command"] and not any("server" in title for title in found["others"])
 
 
 class Properties:
