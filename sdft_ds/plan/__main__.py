@@ -114,11 +114,12 @@ def _others(
         title = f"With rollouts by vLLM, which takes {share:.3g} GiB of {offered.setup.vllm.parallel} {each}, add:"
         found[title] = "    " + " \\\n    ".join(flags)
     if best.job.tuning != options[0].job.tuning:
-        same = [each for each in options if each.fits and each.job.tuning == options[0].job.tuning]
-        if same:
-            host = cluster.footprint(same[0].job, same[0].setup).host * cluster.gpus / GIB
-            needs = f", with {host:.0f} GiB of host memory on each node" if host else ""
-            found[f"To train all weights, slower{needs} ({same[0].setup.name}):"] = command(line, cluster, same[0])
+        same = next((each for each in options if each.fits and each.job.tuning == options[0].job.tuning), None)
+        if same is not None:
+            host = cluster.footprint(same.job, same.setup).host * cluster.gpus / GIB
+            needs = f", which takes {host:.0f} GiB of host memory on each node" if host else ""
+            kept = "train all weights" if same.job.tuning == "full" else "keep the frozen weights in 16 bits"
+            found[f"To {kept} instead, with {same.setup.name}{needs}:"] = command(line, cluster, same)
     plain = next((each for each in options if each.fits and each.setup.config is None), None)
     if plain is not None and plain is not best and plain.job.tuning == best.job.tuning:
         found["It fits without DeepSpeed as well:"] = command(line, cluster, plain)

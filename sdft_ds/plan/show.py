@@ -53,16 +53,16 @@ def _heading(found: dict[str, Any]) -> str:
 def _table(found: dict[str, Any]) -> str:
     """A line for each option."""
     room = found["cluster"]["memory"] - found["cluster"]["overhead"]
-    rows = [("", "trained", "setup", "batch", "GiB", "host", "s/step", "fits")]
+    rows = [("", "train", "setup", "batch", "GiB", "host", "s", "fits")]
     for option in found["options"]:
-        mark = "*" if option is found["recommended"] else ""
+        mark = "*" if option is found["recommended"] else ">" if option["given"] else ""
         seconds, host = option["seconds"], option["host"] / GIB
         known = option["fits"] and seconds is not None
         rows.append(
             (
                 mark,
                 TRAINED[option["tuning"]],
-                option["setup"] + (" (given)" if option["given"] else ""),
+                option["setup"],
                 f"{option['batch']} x {option['accumulation']}",
                 _gib(option["peak"]),
                 f"{host * found['cluster']['gpus']:.0f}" if host else "-",
@@ -79,12 +79,17 @@ def _table(found: dict[str, Any]) -> str:
         ]
         lines.append(" ".join([cells[0], "  ".join(cells[1:])]).rstrip())
     unit = "process" if found["cluster"]["on_cpu"] else "GPU"
-    legend = (
+    legend = "*: recommended. "
+    if any(row[0] == ">" for row in rows):
+        legend += ">: the line as it is. "
+    legend += (
         "batch: rows of a micro-batch x gradient accumulation. GiB: predicted peak of a "
         f"{unit}, which has {room:.3g} to give."
     )
     if any(option["host"] for option in found["options"]):
         legend += " host: GiB of a node's own memory."
+    if any(option["seconds"] for option in found["options"]):
+        legend += " s: seconds of a step."
     return "\n".join(lines) + "\n" + _filled(legend)
 
 

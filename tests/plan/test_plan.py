@@ -266,13 +266,22 @@ def test_a_cpu_runs_one_process_and_no_time_is_estimated(monkeypatch, tmp_path, 
     assert not any(option["host"] or option["vllm"] for option in found["options"])
 
 
+def test_the_widest_row_has_80_columns(capsys):
+    main(["--", "sbatch", "launch/slurm/train_vllm.sbatch", "--model", "70b", "--batch_size", "16"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= show.WIDTH and any(
+        "zero3_offload_optimizer + vLLM server  16 x 1" in each for each in lines
+    )
+    assert any(each.startswith("> all    zero3 + vLLM server ") for each in lines)
+
+
 @pytest.mark.parametrize("model", ["7b", "70b"])
 def test_what_is_shown_is_read_in_80_columns(model, capsys):
     main(["--model", model, "--gpus", "8", "--nodes", "2", "--scaling", "--dataset", "d"])
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= show.WIDTH
     shown = " ".join(text.split())
-    for said in ("16 GPUs on 2 nodes of 80 GiB (assumed: --memory)", "weights ", "s/step", "sbatch --nodes 2",
+    for said in ("16 GPUs on 2 nodes of 80 GiB (assumed: --memory)", "weights ", "s: seconds", "sbatch --nodes 2",
                  "Seconds of a step: rollouts", "Weak scaling", "4096", "at 50 GB/s", "of 989 TFLOP/s"):  # fmt: skip
         assert said in shown
 
