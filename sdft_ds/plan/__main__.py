@@ -134,7 +134,8 @@ def _notes(line: Line, search: Search, options: list[Option], best: Option | Non
         notes.append(
             "Gathered, the weights do not fit on a GPU beside the rest, so rollouts need vLLM (docs/rollouts.md)."
         )
-    if best is not None and best.job.tuning != options[0].job.tuning and "learning_rate" in line.names:
+    adapts = best is not None and best.job.tuning != "full" == options[0].job.tuning
+    if adapts and "learning_rate" in line.names:
         notes.append("An adapter needs about ten times the learning rate of full fine-tuning.")
     if values["max_teacher_prompt_length"] is None:
         notes.append(
