@@ -89,12 +89,12 @@ def _by_chapter(parser: argparse.ArgumentParser) -> dict[str, list[argparse.Acti
         for action in group._group_actions:
             if f"--{action.dest}" not in action.option_strings:  # --no_NAME, the opposite of a switch
                 continue
-            if action.dest not in configured:
+            if action.dest in chapter:
+                title = chapter[action.dest]
+            elif action.dest not in configured:
                 title = group.title.capitalize() if group.title.capitalize() in found else order[0]
-            elif "unused" in configured[action.dest].metadata:
-                title = UNUSED
             else:
-                title = chapter.get(action.dest, INHERITED)
+                title = UNUSED if "unused" in configured[action.dest].metadata else INHERITED
             found[title].append(action)
     return found
 

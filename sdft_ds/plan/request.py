@@ -92,7 +92,7 @@ def job_of(values: dict[str, Any], cluster: Cluster, shape: ModelShape) -> Job:
     batch, accumulation = values["per_device_train_batch_size"], values["gradient_accumulation_steps"]
     if min(batch, accumulation) < 1:
         raise ValueError("per_device_train_batch_size and gradient_accumulation_steps must be at least 1.")
-    generations = values["num_generations"] if values["method"] == "sdft" else 1
+    generations = values["num_generations"] if values["method"] != "sft" else 1
     if batch * accumulation * ranks % generations:
         raise ValueError(
             f"num_generations={generations} does not divide the {batch * accumulation * ranks} rows of an optimizer "
