@@ -1,24 +1,44 @@
 #!/usr/bin/env bash
 # Lint, then all fast tests, in the same environment as quickstart.sh, and those of vLLM in an environment of its own
-# (VLLM=no leaves them out); --full adds the slow ones. Other arguments go to pytest, and leave out those of vLLM. As root on Debian it installs shellcheck and, with --full, what the tests on a SLURM cluster and in a browser
-# need; elsewhere they are skipped where it is missing. SYSTEM_PACKAGES=no leaves the system alone.
+# (VLLM=no leaves them out); --full adds the slow ones. Other arguments go to pytest, and leave out those of vLLM.
+# The linter of the scripts and, with --full, what the tests on a SLURM cluster and in a browser need are Debian packages:
+# as root it asks before it installs them. --system-packages, first, or SYSTEM_PACKAGES=yes installs them without asking,
+# SYSTEM_PACKAGES=no does not; nor does it where there is no terminal. What needs a missing package is skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
 
+if [ "${1:-}" = --system-packages ]; then
+  SYSTEM_PACKAGES=yes
+  shift
+fi
+
 system_packages() {
-  local packages=(shellcheck)
+  local packages=(shellcheck) missing=() each answer
   case " $* " in
     *" --full "*)
       packages+=(slurmctld slurmd slurm-client munge openssh-server openssh-client pdsh iproute2 procps chromium) ;;
   esac
-  if [ "${SYSTEM_PACKAGES:-}" = no ] || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-    return
+  command -v apt-get >/dev/null || return 0
+  for each in "${packages[@]}"; do
+    dpkg-query --show --showformat '${Status}' "$each" 2>/dev/null | grep -q ' installed$' || missing+=("$each")
+  done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  answer=${SYSTEM_PACKAGES:-}
+  if [ -z "$answer" ] && [ "$(id -u)" = 0 ] && [ -t 0 ]; then
+    read -r -p "Install ${missing[*]} with apt-get? [y/N] " answer
   fi
-  dpkg-query --show "${packages[@]}" >/dev/null 2>&1 && return
-  echo "Installing ${packages[*]} ..."
+  case $answer in
+    [yY] | yes) ;;
+    *)
+      echo "sdft_ds: not installed, and what needs them is skipped: ${missing[*]}." >&2
+      echo "As root, bash launch/test.sh --system-packages installs them." >&2
+      return 0
+      ;;
+  esac
+  echo "Installing ${missing[*]} ..."
   export DEBIAN_FRONTEND=noninteractive
-  { apt-get update && apt-get install --yes --no-install-recommends "${packages[@]}"; } >/dev/null ||
+  { apt-get update && apt-get install --yes --no-install-recommends "${missing[@]}"; } >/dev/null ||
     echo "sdft_ds: apt-get could not install them; the tests that need them are skipped." >&2
 }
 

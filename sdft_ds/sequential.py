@@ -25,6 +25,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from sdft_ds.checkpoint.preemption import MARKER
+from sdft_ds.cli import arguments
 from sdft_ds.evaluation.tasks import RETENTION, read_tasks
 from sdft_ds.files import atomic_write
 from sdft_ds.metrics import run_folder
@@ -192,9 +193,8 @@ def plan(args: argparse.Namespace, train_script: Path) -> Plan:
     stages = [Stage.parse(text) for text in args.stage]
     read_tasks([f"{stage.name}={stage.questions}" for stage in stages])
     for flag in args.flags:
-        name = flag.split("=")[0].removeprefix("--")
-        if flag.startswith("--") and name in OWN_FLAGS:
-            raise ValueError(f"--{name} is each stage's own: leave it out after the --.")
+        if not arguments.without([flag], OWN_FLAGS):
+            raise ValueError(f"{flag.split('=')[0]} is each stage's own: leave it out after the --.")
     return Plan(stages, Path(args.output_dir), [*shlex.split(args.launcher), str(train_script)], args.flags)
 
 

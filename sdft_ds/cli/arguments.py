@@ -5,7 +5,7 @@ import difflib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import date
 from types import NoneType
@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from sdft_ds.cli import yaml_config
+from sdft_ds.cli import help_page, yaml_config
 from sdft_ds.cli.model_arguments import ModelArguments
 from sdft_ds.config import recipes
 from sdft_ds.config.fields import Range, at_least, check_ranges, setting, unread_by, without_effect
@@ -160,14 +160,17 @@ class ScriptArguments:
             )
 
 
-# Name of a flag elsewhere -> its name here.
-COMMON_NAMES = {
+# Other name of a setting -> its own, on the command line and in a YAML file.
+ALIASES = {
     "model": "model_name_or_path",
-    "model_name": "model_name_or_path",
-    "data": "dataset_path",
     "dataset": "dataset_path",
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
+}
+# Name of a flag elsewhere -> its name here, to be suggested.
+COMMON_NAMES = {
+    "model_name": "model_name_or_path",
+    "data": "dataset_path",
     "epochs": "num_train_epochs",
     "steps": "max_steps",
     "max_length": "max_completion_length",
@@ -183,12 +186,40 @@ Parsed = tuple[ScriptArguments, SDFTConfig, ModelArguments]
 KINDS = (ScriptArguments, SDFTConfig, ModelArguments)
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """Values of all settings by name. given: those of the command line and the YAML file, defaults elsewhere; names:
+    of the settings that were given there. recipe_unnamed: it applies because none was named."""
+
+    values: dict[str, Any]
+    given: dict[str, Any]
+    names: frozenset[str]
+    recipe_unnamed: bool
+
+
 def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
-    """Parse settings, highest precedence first: command line, YAML file (--config), recipe (--recipe), and `demo` if
-    neither a model nor a data set is given.
+    """Parse settings; see `resolve`. Raises ValueError for an invalid YAML file, and for invalid values."""
+    found = resolve(argv, demo)
+    config = TRAINERS[found.values["method"]].config_class
+    script, args, model = (
+        kind(**{f.name: found.values[f.name] for f in fields(kind) if f.init})
+        for kind in (ScriptArguments, config, ModelArguments)
+    )
+    for kind in (ScriptArguments, ModelArguments):  # SDFTConfig has warned of its own
+        for sentence in without_effect(kind, found.given, found.values, "--"):
+            warnings.warn(sentence, stacklevel=2)
+    facts = args.method == "sdft" and script.recipe == recipes.OF_OWN_DATA
+    script.rate_of_recipe = facts and "learning_rate" not in found.names
+    script.recipe_unnamed = found.recipe_unnamed
+    return script, args, model
+
+
+def resolve(argv: Sequence[str], demo: dict[str, Any]) -> Resolved:
+    """The values of all settings, highest precedence first: command line, YAML file (--config), recipe (--recipe), and
+    `demo` if neither a model nor a data set is given.
 
     Prints one line and exits with status 2 for an unknown flag or key, or a value of the wrong type; raises ValueError
-    for an invalid YAML file, and for invalid values.
+    for an invalid YAML file.
     """
     parser = _parser()
     file = parser.parse_known_args(argv)[0].config
@@ -210,18 +241,25 @@ def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
     # null and empty lists count as given too, but cannot be expressed as tokens.
     below |= {name: value for name, value in from_file.items() if value is None or value == []}
     parser.set_defaults(**below)
-    values = vars(parser.parse_args(tokens))
-    script, args, model = (
-        kind(**{f.name: values[f.name] for f in fields(kind) if f.init})
-        for kind in (ScriptArguments, config, ModelArguments)
-    )
-    for kind in (ScriptArguments, ModelArguments):  # SDFTConfig has warned of its own
-        for sentence in without_effect(kind, vars(given), values, "--"):
-            warnings.warn(sentence, stacklevel=2)
-    is_given = any(token.split("=")[0] == "--learning_rate" for token in tokens)
-    script.rate_of_recipe = args.method == "sdft" and script.recipe == recipes.OF_OWN_DATA and not is_given
-    script.recipe_unnamed = recipe != given.recipe
-    return script, args, model
+    named = frozenset({_setting_of(token, parser) for token in tokens} - {None})
+    return Resolved(vars(parser.parse_args(tokens)), vars(given), named, recipe_unnamed=recipe != given.recipe)
+
+
+def without(argv: Sequence[str], names: Container[str]) -> list[str]:
+    """The command line without these settings, by whichever name, and without their values."""
+    parser, kept, dropping = _parser(), [], False
+    for token in argv:
+        if token.startswith("--"):
+            dropping = _setting_of(token, parser) in names
+        if not dropping:
+            kept.append(token)
+    return kept
+
+
+def _setting_of(token: str, parser: argparse.ArgumentParser) -> str | None:
+    """The setting that a word of the command line names, if any."""
+    action = parser._option_string_actions.get(token.split("=")[0])
+    return None if action is None else action.dest
 
 
 def _give_way(recipe: dict[str, Any], given: argparse.Namespace) -> None:
@@ -255,12 +293,8 @@ def is_demo(script: ScriptArguments, model: ModelArguments) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        KINDS,
-        prog="train.py",
-        description="Self-distilled fine-tuning. With neither a model nor a data set: the embedded demo.",
-        allow_abbrev=False,
-    )
+    parser = _Parser(KINDS, prog="train.py", allow_abbrev=False, add_help=False)
+    parser.add_argument("-h", "--help", action=_Help, nargs="?", const="", default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings from a YAML file; the command line wins.")
     optional = _fields_that_may_be(NoneType)
     for action in parser._actions:
@@ -269,7 +303,26 @@ def _parser() -> argparse.ArgumentParser:
             action.type = _optional(action.type)
         elif action.type is string_to_bool and action.nargs is None:  # a switch that is on or off by itself if unset
             action.nargs, action.const = "?", True
+        elif action.dest == "resume_from_checkpoint":  # a folder, or a switch
+            action.nargs, action.const = "?", "true"
+    for alias, name in ALIASES.items():
+        action = parser._option_string_actions[f"--{name}"]
+        for option in dict.fromkeys((f"--{alias}", f"--{alias.replace('_', '-')}")):
+            parser._option_string_actions[option] = action
     return parser
+
+
+class _Help(argparse.Action):
+    """Prints the settings, on rank 0, and ends the program: the most used ones, or with `all` every one."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> NoReturn:
+        if values not in ("", "all"):
+            parser.error(f"--help takes nothing, or all; not {values!r}")
+        if os.environ.get("RANK", "0") == "0":
+            print(help_page.every_setting(parser, ALIASES) if values else help_page.MOST_USED, end="")
+        parser.exit(0)
 
 
 def _fields_that_may_be(kind: type) -> set[str]:
@@ -289,7 +342,12 @@ def _optional(convert: type) -> Any:
 
 
 def _read_file(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    content = yaml_config.read(path)
+    content: dict[str, Any] = {}
+    for key, value in yaml_config.read(path).items():
+        name = ALIASES.get(key, key)
+        if name in content:
+            raise ValueError(f"--config {path}: {key} and another name of the same setting are both set.")
+        content[name] = value
     known = {f.name for kind in KINDS for f in fields(kind) if f.init}
     optional = _fields_that_may_be(NoneType)
     for key, value in content.items():

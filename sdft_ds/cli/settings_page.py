@@ -7,21 +7,12 @@ from dataclasses import Field, fields
 from typing import Any, get_type_hints
 
 from sdft_ds.cli.arguments import ScriptArguments
+from sdft_ds.cli.help_page import CHAPTERS
 from sdft_ds.cli.model_arguments import ModelArguments
-from sdft_ds.config import divergence, model, prompts, rollouts, run, teacher, vllm
 from sdft_ds.config.fields import FREE, choices_of, own_fields
 from sdft_ds.config.inherited import IGNORED_FIELDS, ON_RESUME, REFUSED_FIELDS
 from sdft_ds.config.sdft_config import SDFTConfig
 
-CHAPTERS = {
-    "Divergence and loss": divergence.DivergenceSettings,
-    "Teacher": teacher.TeacherSettings,
-    "Rollouts": rollouts.RolloutSettings,
-    "Rollouts by vLLM": vllm.VllmSettings,
-    "Rows and prompts": prompts.PromptSettings,
-    "Model": model.ModelSettings,
-    "Logging, uploads, faults": run.RunSettings,
-}
 COMMAND_LINE = {"Method and data": ScriptArguments, "Model and adapter": ModelArguments}
 INTRODUCTION = """\
 # Settings

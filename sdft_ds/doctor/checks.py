@@ -11,12 +11,12 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
+from sdft_ds.distributed import host_memory
 from sdft_ds.doctor import subprocesses
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -197,24 +197,12 @@ def meet(rank: int, port: int, backend: str, limit: float) -> None:
     distributed.destroy_process_group()
 
 
-def memory(meminfo: Path = Path("/proc/meminfo"), cgroups: Path = Path("/sys/fs/cgroup")) -> Finding:
+def memory(meminfo: Path = host_memory.MEMINFO, cgroups: Path = host_memory.CGROUPS) -> Finding:
     """Least: the demo takes 0.9 GB per rank. Enough: full fine-tuning of SmolLM2-135M takes 2.4 to 3 GB per rank."""
-    if not meminfo.exists():
+    free = host_memory.available(meminfo, cgroups)
+    if free is None:
         return Finding(WARN, f"unknown: this system has no {meminfo}", "At least 4 GiB per rank are needed.")
-    available = int(re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text())[1]) * 1024
-    free = min([available, *_cgroup_room(cgroups)])
     return _room(free, 1, 4, "free", "Close other programs, or ask for more memory (SLURM: --mem).")
-
-
-def _cgroup_room(root: Path) -> Iterator[int]:
-    """Bytes left below the limit of each cgroup (v2) of this process; reclaimable file cache counts as free."""
-    own = re.search(r"^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
-    innermost = root / own[1] if own else root
-    for folder in (innermost, *innermost.parents):
-        limit = folder / "memory.max"
-        if limit.exists() and limit.read_text().strip() != "max":
-            cached = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-            yield int(limit.read_text()) - int((folder / "memory.current").read_text()) + int(cached[1])
 
 
 def disk(output_dir: Path) -> Finding:

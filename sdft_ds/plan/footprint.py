@@ -71,10 +71,11 @@ def _resident(job: Job, setup: Setup) -> tuple[dict[str, float], float]:
     """(Bytes on the device in every phase, by part; bytes in host memory.)"""
     b, trained = job.bytes, job.trained
     share = trained / _shards(job, setup, since=1)
-    weights = job.weights / _shards(job, setup, since=3)
+    # Without DeepSpeed what is trained is in fp32.
+    weights = job.weights / _shards(job, setup, since=3) + (trained * (4 - b) if setup.config is None else 0)
     # Adam's two moments and fp32 master weights: DeepSpeed's optimizers keep masters even of fp32 weights, except at
     # stage 0, where the optimizer updates those directly.
-    masters = 0 if setup.stage == 0 and not job.bf16 else 4
+    masters = 0 if setup.config is None or (setup.stage == 0 and not job.bf16) else 4
     optimizer = (8 + masters) * share
     # ZeRO-3 allocates one persistent flat buffer for its shard of the gradients.
     gradients = b * share if setup.stage == 3 else 0
@@ -100,6 +101,9 @@ def _resident(job: Job, setup: Setup) -> tuple[dict[str, float], float]:
 def _transient(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     """(phase, part, bytes) of temporary memory."""
     yield from _of_passes(job, setup)
+    if setup.config is None and job.bf16:  # autocast keeps copies of what is trained until it ends
+        for phase in ("rollout", "teacher", "loss", "backward"):
+            yield phase, "weights", job.trained * job.bytes
     yield from _of_gradients(job, setup)
     yield from _of_swaps(job, setup)
     if setup.vllm is None:
@@ -157,6 +161,7 @@ def _of_vllm(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
 def _of_passes(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     """Activations, logits and KV caches of scoring and training, and the teacher's states: none of it is sharded."""
     shape, b = job.shape, job.bytes
+    stream = 4 if setup.config is None and job.tuning == "full" else b  # hidden states, after an embedding in fp32
     # The scoring pass: batches of full rows, or, with shared prompts, of prompts and then of completions.
     rows, length = job.scoring_rows, job.teacher_prompt + job.completion
     if job.generations > 1:
@@ -168,7 +173,7 @@ def _of_passes(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     yield "teacher", "activations", tokens * job.without_grad
 
     # Kept from the scoring pass for the loss: hidden states, and the teacher's head where the student's will differ.
-    states = job.rows * job.completion * shape.hidden * b
+    states = job.rows * job.completion * shape.hidden * stream
     head = shape.head * b if job.has_shadow and job.tuning == "full" else 0
     for phase in ("teacher", "loss", "backward", "optimizer"):
         yield phase, "teacher head and states", states + head
@@ -181,7 +186,7 @@ def _of_passes(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     tokens = job.batch * (job.prompt + job.completion)
     # ZeRO-3 keeps adapters in fp32, in which PEFT creates them; at other stages the engine casts them to bf16.
     layer = _of_layer(job, fp32_adapter=job.bf16 and job.tuning != "full" and setup.stage == 3)
-    kept = shape.layers * (shape.hidden * b if job.checkpointing else layer)
+    kept = shape.layers * (shape.hidden * stream if job.checkpointing else layer)
     yield "loss", "activations", tokens * kept
     # Gradients of the feed-forward layer and of the layer's output, as measured (tests/plan/test_footprint.py).
     in_backward = (layer if job.checkpointing else 0) + b * (2 * shape.intermediate + shape.hidden)
@@ -204,7 +209,9 @@ def _loss_chunk(job: Job) -> float:
     sides' in the compute dtype. Top-k: one, plus K rows of the head per token and their gradient."""
     shape, b = job.shape, job.bytes
     support = 0 if job.topk is None else job.topk * shape.hidden
-    tokens = job.chunk_tokens or max(1, chunk_elements("cuda") // max(shape.vocabulary, support))
+    tokens = job.chunk_tokens or max(
+        1, chunk_elements("cpu" if job.on_cpu else "cuda") // max(shape.vocabulary, support)
+    )
     tokens = min(tokens, job.batch * job.completion)
     half = b if b < 4 else 0  # fp32 logits are not copied
     if job.topk is None:
@@ -214,7 +221,8 @@ def _loss_chunk(job: Job) -> float:
 
 def _of_gradients(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     """Gradients up to the optimizer step, and the buckets in which they are reduced."""
-    shape, b, trained = job.shape, job.bytes, job.trained
+    shape, trained = job.shape, job.trained
+    b = 4 if setup.config is None else job.bytes
     share = trained / _shards(job, setup, since=1)
     # Stages 0 and 1 keep unsharded gradients until the step, stage 2 a shard; stage 3's buffer is resident.
     whole = b * (trained if setup.stage < 2 else share if setup.stage == 2 else 0)
@@ -238,4 +246,4 @@ def _of_gradients(job: Job, setup: Setup) -> Iterator[tuple[str, str, float]]:
     elif setup.stage > 0:
         yield "optimizer", "gradients", whole + share * (b + in_fp32 + (b if setup.stage == 1 else 0))
     else:
-        yield "optimizer", "gradients", whole + trained * (b + in_fp32 if job.bf16 else 0)
+        yield "optimizer", "gradients", whole + trained * (b + in_fp32 if job.bf16 and setup.config else 0)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from sdft_ds.plan.model_shape import ModelShape
 
-# NF4: half a byte per value, and an fp32 scale per 64 values, which ZeRO-3 does not shard.
-NF4_BYTES, NF4_SCALE_BYTES = 0.5, 4 / 64
+# NF4: an fp32 scale per 64 values, which ZeRO-3 does not shard.
+NF4_SCALE_BYTES = 4 / 64
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Setup:
     """A DeepSpeed setup, and what generates: vllm, or the training process. gather: ZeRO-3 gathers the weights once
     per rollout of the training process (ds3_gather_for_generation)."""
 
-    config: str  # of ds_configs, without .json
+    config: str | None  # of ds_configs, without .json; None: without DeepSpeed
     stage: int
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -39,13 +39,13 @@ class Setup:
 
     @property
     def name(self) -> str:
+        config = self.config or "without DeepSpeed"
         if self.vllm is None:
-            return self.config + ("" if self.gather else ", layer by layer")
-        if not self.vllm.colocated:
-            return f"{self.config}, vLLM server"
-        return f"{self.config}, vLLM" + (", sleep mode" if self.vllm.sleeps else "")
+            return config + ("" if self.gather else ", layer by layer")
+        return config + (" + vLLM" if self.vllm.colocated else " + vLLM server")
 
 
+PLAIN = Setup(None, 0)  # one process: weights in fp32 under autocast, frozen ones in the compute dtype
 ZERO_0, ZERO_1, ZERO_2 = (Setup(f"zero{stage}", stage) for stage in range(3))
 ZERO_3 = Setup("zero3", 3)
 OFFLOAD_OPTIMIZER = Setup("zero3_offload_optimizer", 3, offload_optimizer=True)
@@ -57,9 +57,10 @@ SETUPS = (ZERO_0, ZERO_1, ZERO_2, ZERO_3, OFFLOAD_OPTIMIZER, OFFLOAD)
 class Job:
     """A training job. Lengths are tokens; a micro-batch is `batch` rows, a step `accumulation` micro-batches.
 
-    tuning: full, lora or qlora. adapter: its parameters. teacher: live, base or ema. topk: size of the support; None:
-    the full vocabulary. chunk_tokens: as loss_chunk_tokens. rollout_tokens: as rollout_batch_tokens; None: all rows
-    are generated at once.
+    tuning: full, lora or qlora, whose frozen weights have `bits` bits. adapter: its parameters. teacher: live, base or
+    ema. topk: size of the support; None: the full vocabulary. chunk_tokens: as loss_chunk_tokens. rollout_tokens: as
+    rollout_batch_tokens; None: all rows are generated at once. steps_per_generation, iterations: as
+    steps_per_generation and num_iterations.
     """
 
     shape: ModelShape
@@ -80,6 +81,10 @@ class Job:
     rollout_tokens: int | None = None
     topk: int | None = 100
     chunk_tokens: int | None = None
+    bits: int = 4
+    steps_per_generation: int | None = None
+    iterations: int = 1
+    on_cpu: bool = False
 
     @property
     def bytes(self) -> int:
@@ -96,7 +101,7 @@ class Job:
 
     @property
     def scales(self) -> float:
-        return NF4_SCALE_BYTES * self.shape.linear_parameters if self.tuning == "qlora" else 0
+        return NF4_SCALE_BYTES * self.shape.linear_parameters if self.tuning == "qlora" and self.bits == 4 else 0
 
     @property
     def weights(self) -> float:
@@ -104,7 +109,7 @@ class Job:
         if self.tuning != "qlora":
             return self.elements * self.bytes
         quantized = self.shape.linear_parameters
-        return NF4_BYTES * quantized + (self.elements - quantized) * self.bytes
+        return self.bits / 8 * quantized + (self.elements - quantized) * self.bytes
 
     def cached(self, length: int) -> int:
         """Bytes of the cache of a row of so many tokens."""
@@ -126,8 +131,13 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """Rows of a generation batch per rank; it serves one optimizer step."""
-        return self.batch * self.accumulation
+        """Rows of a generation batch per rank; as a rule it serves one optimizer step."""
+        return self.batch * (self.steps_per_generation or self.accumulation)
+
+    @property
+    def generations_per_step(self) -> float:
+        """Generation batches of an optimizer step."""
+        return self.accumulation / ((self.steps_per_generation or self.accumulation) * self.iterations)
 
     @property
     def prompts(self) -> int:
@@ -139,6 +149,11 @@ class Job:
         """Rows that are generated at once."""
         tokens = self.rollout_tokens
         return self.rows if tokens is None else min(self.rows, max(1, tokens // (self.prompt + self.completion)))
+
+    @property
+    def waves(self) -> int:
+        """Rollouts of the training process that complete a generation batch one after the other."""
+        return -(-self.rows // self.rollout_rows)
 
     @property
     def rollout_row(self) -> float:

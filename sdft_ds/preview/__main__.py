@@ -6,7 +6,7 @@ statistics of the full data set.
                                                                 this teacher can teach; the rows of --eval_tasks that
                                                                 have a context are asked without and with it
 
-All flags of training apply (launch/train.py --help); those about ranks and batches are ignored: it runs in one
+All flags of training apply (launch/train.py --help all); those about ranks and batches are ignored: it runs in one
 process, without DeepSpeed. Without a model and a data set: the embedded demo.
 """
 

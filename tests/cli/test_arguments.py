@@ -1,8 +1,12 @@
+import re
 import warnings
+from dataclasses import fields
+from typing import get_type_hints
 
 import pytest
 
-from sdft_ds.cli.arguments import parse
+from sdft_ds.cli import help_page
+from sdft_ds.cli.arguments import ALIASES, KINDS, parse, resolve, without
 from sdft_ds.trainer import TRAINERS
 
 RECIPE = {
@@ -42,9 +46,10 @@ def test_yaml_settings_and_the_command_line_over_them(tmp_path):
     "argv, words",
     [
         (["--learning_rat", "1"], "unknown setting --learning_rat; did you mean --learning_rate?"),
-        (["--model", "m"], "unknown setting --model; did you mean --model_name_or_path?"),
-        (["--lr=1"], "unknown setting --lr; did you mean --learning_rate?"),
-        (["--batch-size", "4"], "unknown setting --batch-size; did you mean --per_device_train_batch_size?"),
+        (["--model_name", "m"], "unknown setting --model_name; did you mean --model_name_or_path?"),
+        (["--epochs=1"], "unknown setting --epochs; did you mean --num_train_epochs?"),
+        (["--max-new-tokens", "4"], "unknown setting --max-new-tokens; did you mean --max_completion_length?"),
+        (["--help", "model"], "--help takes nothing, or all; not 'model'"),
         (["--vllm_mod", "4"], "unknown setting --vllm_mod"),
         (["--max_steps", "many"], "invalid int value: 'many'"),
         (["stray"], "unexpected value 'stray'"),
@@ -201,8 +206,56 @@ def test_the_methods_are_those_that_have_a_trainer(capsys):
     assert "invalid choice: 'dpo' (choose from 'sdft', 'sft')" in capsys.readouterr().err
 
 
-def test_a_switch_needs_no_value():
-    assert parse([*OWN, "--bf16"], {})[1].bf16 is True and parse([*OWN, "--bf16", "false"], {})[1].bf16 is False
+def switches() -> list[str]:
+    """Every setting that is true or false, whatever else it may be."""
+    hints = {name: hint for kind in KINDS for name, hint in get_type_hints(kind).items()}
+    names = [f.name for kind in KINDS for f in fields(kind) if f.init]
+    return [name for name in names if hints[name] in (bool, bool | None)] + ["resume_from_checkpoint"]
+
+
+def test_a_switch_takes_a_value_or_none():
+    names = switches()
+    assert {"bf16", "use_peft", "disable_dropout", "tf32", "padding_free"} <= set(names)
+    found = {
+        words: resolve([word for name in names for word in (f"--{name}", *words)], {}).values
+        for words in ((), ("true",), ("false",))
+    }
+    for name in names:
+        on, said, off = (values[name] for values in found.values())
+        assert on == said and off != on, name
+        assert name == "resume_from_checkpoint" or (on, off) == (True, False)
+
+
+def test_an_alias_is_the_setting_itself(tmp_path):
+    """On the command line, with a dash, with =, and in a file."""
+    own = ["--model_name_or_path", "m", "--dataset_path", "d", "e", "--learning_rate", "2e-4",
+           "--per_device_train_batch_size", "3"]  # fmt: skip
+    expected = resolve(own, {})
+    assert expected.values["learning_rate"] == 2e-4 and expected.values["dataset_path"] == ["d", "e"]
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndataset: [d, e]\nlr: 2.0e-4\nbatch_size: 3\n")
+    short = ["--model", "m", "--dataset", "d", "e"]
+    for argv in ([*short, "--lr", "2e-4", "--batch_size", "3"], [*short, "--lr=2e-4", "--batch-size=3"]):
+        assert resolve(argv, {}) == expected
+    from_file = resolve(["--config", str(file)], {})
+    assert from_file.values == expected.values | {"config": str(file)}
+    assert resolve(["--config", str(file), "--lr", "1e-3"], {}).values["learning_rate"] == 1e-3
+    file.write_text("lr: 2.0e-4\nlearning_rate: 1.0e-4\n")
+    with pytest.raises(ValueError, match="learning_rate and another name of the same setting are both set"):
+        parse(["--config", str(file)], RECIPE)
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--learning_rate", "--learning-rate"])
+def test_a_learning_rate_that_is_given_is_not_the_recipes(flag):
+    script, args, _ = parse([*OWN, flag, "1e-4"], {})
+    assert args.learning_rate == 1e-4 and not script.rate_of_recipe
+    assert parse(OWN, {})[0].rate_of_recipe
+
+
+def test_settings_are_taken_out_of_a_line_by_any_name():
+    line = ["--model", "m", "--batch-size=4", "--dataset", "d", "e", "--bf16", "--lr", "1e-4"]
+    names = {"per_device_train_batch_size", "dataset_path", "bf16"}
+    assert without(line, names) == ["--model", "m", "--lr", "1e-4"]
 
 
 def test_only_the_first_rank_speaks(capsys, monkeypatch):
@@ -212,11 +265,36 @@ def test_only_the_first_rank_speaks(capsys, monkeypatch):
     assert error.value.code == 2 and capsys.readouterr().err == ""
 
 
-def test_help_is_readable(capsys):
-    with pytest.raises(SystemExit):
-        parse(["--help"], RECIPE)
-    text = capsys.readouterr().out
-    assert "data:" in text and "model and adapter:" in text and "Train a LoRA adapter" in text
+def helped(capsys, *argv: str) -> list[str]:
+    with pytest.raises(SystemExit) as error:
+        parse(["--help", *argv], RECIPE)
+    assert error.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_help_is_one_screen_of_settings_that_exist(capsys):
+    lines = helped(capsys)
+    assert len(lines) <= 45 and max(map(len, lines)) < 80
+    named = set(re.findall(r"--([a-z]\w+)", "\n".join(lines))) - {"help"}
+    settings = {f.name for kind in KINDS for f in fields(kind)} | {*ALIASES, "config"}
+    assert len(named) > 30 and named <= settings
+    assert set(ALIASES) <= named
+
+
+def test_help_all_has_every_setting_once(capsys):
+    lines = helped(capsys, "all")
+    named = [line.split(",")[0].split()[0] for line in lines if line.startswith("--") and line.strip("-")]
+    settings = [f.name for kind in KINDS for f in fields(kind) if f.init]
+    assert sorted(named) == sorted(f"--{name}" for name in [*settings, "config", "help"])
+    assert max(map(len, lines)) < 80
+    order = [lines.index(title) for title in ("Method and data", "Teacher", help_page.INHERITED)]
+    assert order == sorted(order) and lines.index("--method sdft|sft") < order[1]
+    assert lines.index("--learning_rate, --lr X") > order[2] and "--bf16 [true|false]" in lines
+
+
+def test_help_is_printed_by_one_rank(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert helped(capsys) == []
 
 
 def test_code_of_others_is_not_trusted_unless_asked():

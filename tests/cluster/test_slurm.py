@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="a cluster in namespaces needs root"),
     pytest.mark.skipif(
         any(shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None for name in NEEDED),
-        reason=f"needs {', '.join(NEEDED)}: launch/test.sh installs them on Debian",
+        reason=f"needs {', '.join(NEEDED)}: launch/test.sh --system-packages --full installs them on Debian",
     ),
 ]
 

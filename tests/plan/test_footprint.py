@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 
 from sdft_ds.plan.footprint import footprint
-from sdft_ds.plan.job import OFFLOAD, OFFLOAD_OPTIMIZER, SETUPS, ZERO_0, ZERO_2, ZERO_3, Job
+from sdft_ds.plan.job import OFFLOAD, OFFLOAD_OPTIMIZER, PLAIN, SETUPS, ZERO_0, ZERO_2, ZERO_3, Job
 from sdft_ds.plan.model_shape import load_shape, shape_of
 from tests.distributed.scenarios import communication
 from tests.helpers import tiny
@@ -176,3 +176,16 @@ def test_four_bits_are_an_eighth_of_fp32_and_their_scales():
     assert job.weights + job.scales == pytest.approx(
         0.5625 * job.shape.linear_parameters + 2 * (262144000 + 10**7), rel=0.01
     )
+
+
+def test_without_deepspeed_what_is_trained_is_in_fp32_and_has_no_masters(tmp_path):
+    trainer = make_trainer(bf16=True, teacher_model_kind="ema", max_steps=1)
+    trainer.train()
+    parameters = sum(param.numel() for param in trainer.model.parameters())
+    states = trainer.optimizer.optimizer.state if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer.state
+    moments = sum(state[name].nbytes for state in states.values() for name in ("exp_avg", "exp_avg_sq"))
+    job = Job(shape_of(trainer.model), ranks=1, teacher="ema", accumulation=1)
+    found = footprint(job, PLAIN)
+    assert found.phases["optimizer"]["weights"] == 4 * parameters == sum(p.nbytes for p in trainer.model.parameters())
+    assert found.parts["optimizer"] == moments == 8 * parameters
+    assert found.phases["optimizer"]["gradients"] == found.parts["teacher shadow"] == 4 * parameters

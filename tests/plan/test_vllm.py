@@ -5,13 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from sdft_ds.cli.arguments import parse
-from sdft_ds.plan import traffic, vllm
+from sdft_ds.plan import step_time, vllm
 from sdft_ds.plan.footprint import PHASES, PUSH, footprint
 from sdft_ds.plan.job import ZERO_2, ZERO_3, Job, Vllm
 from sdft_ds.plan.machine import Machine
 from sdft_ds.plan.model_shape import load_shape
-from tests.plan.test_plan import planned
+from tests.plan.test_plan import TRL, elsewhere, planned, settings  # noqa: F401 (a fixture)
 
 GIB = 1 << 30
 SEVENTY = Job(load_shape("70b"), ranks=64)
@@ -82,53 +81,49 @@ def test_a_push_takes_as_long_as_its_slowest_link():
     assert times["full", "auto"] == times["full", "path"] == 2 * full / 2e9
     assert times["lora", "auto"] == 2 * 2e8 / 2e9
     gathered = full * 63 / 64 / 50e9
-    assert traffic.weights_seconds(SEVENTY, replace(ZERO_3, vllm=server), Machine()) == pytest.approx(
+    assert step_time.weights_seconds(SEVENTY, replace(ZERO_3, vllm=server), Machine()) == pytest.approx(
         gathered + 2 * full / 2e9
     )
 
 
 def test_settings_are_those_of_training(capsys):
     flags = ["--use_vllm", "true", "--vllm_gpu_memory_utilization", "0.5", "--per_device_train_batch_size", "8"]
-    found = planned(capsys, "--model_name_or_path", "7b", "--gpus", "8", *flags)
-    assert [row["setup"] for row in found["setups"]][-3:] == [
-        "zero3, vLLM", "zero3_offload_optimizer, vLLM", "zero3_offload, vLLM",
+    found = planned(capsys, "--model_name_or_path", "7b", "--gpus", "8", *TRL, *flags)
+    own = [option for option in found["options"] if option["tuning"] == "full"]
+    assert [option["setup"] for option in own][-3:] == [
+        "zero3 + vLLM", "zero3_offload_optimizer + vLLM", "zero3_offload + vLLM",
     ]  # fmt: skip
-    assert all(row["vllm"]["memory"] == 40 * GIB for row in found["setups"])
-    argv = [word for word in found["command"].replace("\\\n", " ").split()[4:] if "deepspeed" not in word]
-    argv = [word for word in argv if not word.startswith("ds_configs")]
-    _, args, _ = parse([*argv, "--num_generations", "1"], {})
-    assert args.use_vllm and args.vllm_gpu_memory_utilization == 0.5 and not args.vllm_enable_sleep_mode
-    assert args.vllm_max_model_length is None
+    assert all(option["vllm"]["memory"] == 40 * GIB for option in own)
+    there = settings(found["command"])
+    assert there["use_vllm"] and there["vllm_gpu_memory_utilization"] == 0.5 and not there["vllm_enable_sleep_mode"]
+    assert there["vllm_max_model_length"] is None
 
 
 def test_an_engine_that_cannot_hold_its_longest_sequence_does_not_fit(capsys):
-    flags = ["--model_name_or_path", "70b", "--nodes", "8", "--use_vllm", "--vllm_tensor_parallel_size", "4"]
-    flags += ["--vllm_gpu_memory_utilization", "0.5", "--vllm_enable_sleep_mode"]
+    flags = ["--model_name_or_path", "70b", "--gpus", "8", "--nodes", "8", *TRL, "--use_vllm",
+             "--vllm_tensor_parallel_size", "4", "--vllm_gpu_memory_utilization", "0.5",
+             "--vllm_enable_sleep_mode"]  # fmt: skip
     found = planned(capsys, *flags)
-    assert found["command"] is None and "With --vllm_gpu_" in found["advice"]
-    assert "--vllm_max_model_length 768" in found["advice"]
+    assert not found["options"][1]["fits"] and "does not start with less than" in found["notes"][0]
+    assert found["recommended"]["changes"]["vllm_max_model_length"] == 768
+    assert settings(found["command"])["vllm_max_model_length"] == 768
     found = planned(capsys, *flags, "--vllm_max_model_length", "768")
-    assert "zero3.json" in found["command"] and "--vllm_max_model_length 768" in found["command"]
+    assert "zero3.json" in found["command"] and not found["recommended"]["changes"]
 
 
 def test_where_no_node_holds_the_model_servers_do(capsys):
-    found = planned(capsys, "--model_name_or_path", "405b", "--nodes", "32", "--servers", "2")
-    assert found["server"]["gpus"] == 16 and "--tensor-parallel-size 16" in found["server"]["command"]
+    found = planned(capsys, "--model_name_or_path", "405b", "--gpus", "8", "--nodes", "32", "--servers", "2", *TRL)
+    server = found["others"]["A server, on 16 more GPUs:"]
+    assert "--tensor-parallel-size 16" in server
     servers = "--vllm_server_base_url http://HOST1:8000,http://HOST2:8000"
     assert re.search(f"--vllm_mode server.*{servers}", found["command"], re.DOTALL)
-    assert found["layer by layer"] == pytest.approx(256 * 2 * 405.85e9 / 50e9, rel=0.01)
-    adapter = planned(capsys, "--model_name_or_path", "405b", "--nodes", "8", "--use_peft")
-    assert "--lora-rank" in adapter["server"]["command"]
+    adapter = planned(capsys, "--model", "405b", "--gpus", "8", "--nodes", "8", "--use_peft", *TRL)
+    assert any("--lora-rank" in server for server in adapter["others"].values())
 
 
-def test_what_is_shown_names_the_engines_and_the_time_without_them(capsys, monkeypatch):
+def test_what_is_shown_says_why_rollouts_need_vllm(capsys):
     from sdft_ds.plan.__main__ import main
 
-    monkeypatch.setenv("COLUMNS", "220")
-    main(["--model_name_or_path", "70b", "--nodes", "8"])
+    main(["--model_name_or_path", "70b", "--gpus", "8", "--nodes", "8"])
     shown = " ".join(capsys.readouterr().out.split())
-    for words in ("vLLM weights", "an engine takes 0.", "each", "besides those of training", "weights there, s",
-                  "need vLLM", "12 minutes for a generation batch", "launches at least 41 kernels"):  # fmt: skip
-        assert words in shown
-    main(["--model_name_or_path", "70b", "--use_vllm"])
-    assert "It does not start with less than" in capsys.readouterr().out
+    assert "vLLM weights" in shown and "need vLLM" in shown
