@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from sdft_ds.checkpoint.preemption import MARKER
 from sdft_ds.evaluation.tasks import RETENTION, read_tasks
 from sdft_ds.files import atomic_write
+from sdft_ds.merge import merge
 from sdft_ds.metrics import run_folder
 from sdft_ds.report.charts import COLOURS, Series, lines
 from sdft_ds.report.page import document, grid, table
@@ -110,7 +109,7 @@ class Plan:
         if status or (self.folder(i) / MARKER).exists():
             raise StageFailed(f"Stage {self.stages[i].name} has not finished; the same command continues it.", status)
         if (self.folder(i) / "adapter_config.json").exists():
-            merge(self.folder(i))
+            merge(self.folder(i), self.folder(i) / "merged")
 
     def report(self, count: int) -> None:
         """Write matrix.json and matrix.html for the first `count` stages, and print the matrix."""
@@ -161,13 +160,6 @@ def curves(names: list[str], runs: list[list[dict[str, Any]]]) -> list[Series]:
         Series(name, [x for x, _ in found], [y for _, y in found], f"c{i % COLOURS}")
         for i, (name, found) in enumerate(points.items())
     ]
-
-
-def merge(folder: Path) -> None:
-    """Merge the adapter in `folder` into its model and save it to `folder`/merged."""
-    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto").merge_and_unload()
-    model.save_pretrained(folder / "merged")
-    AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "merged")
 
 
 def _merged(folder: Path) -> Path:
