@@ -34,6 +34,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from sdft_ds import model_card
 from sdft_ds.checkpoint import storage
@@ -46,6 +47,7 @@ from sdft_ds.model.completion_forward import causal_lm_of
 QUESTION = "Describe the sea in two sentences."
 ANSWER_LENGTH = 24
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+SENTENCEPIECE = "tokenizer.model"
 SHARD_SIZE = "5GB"  # also bounds what save_pretrained copies at a time
 # Largest relative difference of logits for which a merged model counts as right: that of rounding the merged weights,
 # with a margin of about five.
@@ -143,6 +145,7 @@ def merge(
         print(f"Saving {_name(merged.dtype)} weights ...", flush=True)
         merged.save_pretrained(aside, max_shard_size=SHARD_SIZE)
         processor.save_pretrained(aside)
+        _add_sentencepiece(aside, name)
         del model, merged
         gc.collect()
         compared = answer.compare(AutoModelForCausalLM.from_pretrained(aside, dtype="auto", **code).eval())
@@ -224,6 +227,14 @@ def _processor(folder: Path, base: str, code: dict[str, bool]) -> Any:
     return AutoProcessor.from_pretrained(folder if own else base, **code)
 
 
+def _add_sentencepiece(folder: Path, base: str) -> None:
+    """Add the base model's tokenizer.model, if it has one: transformers does not save it, and llama.cpp's converter
+    needs it."""
+    file = cached_file(base, SENTENCEPIECE, _raise_exceptions_for_missing_entries=False)
+    if file is not None:
+        shutil.copy(file, folder)
+
+
 def _merged(model: PeftModel) -> PreTrainedModel:
     """The model with the adapter merged, in place. A head that shares the embedding's weights gets its own before:
     else what is added to one would be added to both. They are shared again if they are still equal."""
@@ -287,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Merge as specified on the command line. Whatever is wrong is said in one line, with exit status 1."""
     args = _parser().parse_args(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         compared = merge(args.run, args.out, args.base, args.dtype, args.trust_remote_code)
     except Exception as error:

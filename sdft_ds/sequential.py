@@ -108,7 +108,7 @@ class Plan:
         status = subprocess.run(self.command(i)).returncode
         if status or (self.folder(i) / MARKER).exists():
             raise StageFailed(f"Stage {self.stages[i].name} has not finished; the same command continues it.", status)
-        if (self.folder(i) / "adapter_config.json").exists():
+        if (self.folder(i) / "adapter_config.json").exists() and not (self.folder(i) / "merged").exists():
             merge(self.folder(i), self.folder(i) / "merged")
 
     def report(self, count: int) -> None:
