@@ -188,13 +188,15 @@ def _base(folder: Path, config: PeftConfig, name: str | None, dtype: str, code: 
     try:
         own = AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
+        error = "There is no such folder." if Path(name).is_absolute() and not Path(name).exists() else error
         raise ValueError(
             f"The base model of {folder} is {name}, which cannot be loaded: if it has moved, give its place as "
             f"--base. {error}"
         ) from None
     if getattr(own, "quantization_config", None) is None and (quantization := _quantization(folder)) is not None:
         options["quantization_config"] = BitsAndBytesConfig.from_dict(quantization)
-    model = AutoModelForCausalLM.from_pretrained(name, **options)
+    # On the CPU, also what bitsandbytes would put on a GPU.
+    model = AutoModelForCausalLM.from_pretrained(name, device_map="cpu", **options)
     if getattr(model, "is_quantized", False):
         print("The weights were quantized in training: merging into them, dequantized.", flush=True)
         model = model.dequantize()
@@ -213,7 +215,7 @@ def _adapted(folder: Path, base: PreTrainedModel) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            model = PeftModel.from_pretrained(base, folder).eval()
+            model = PeftModel.from_pretrained(base, folder, torch_device="cpu").eval()
         except (RuntimeError, ValueError, UserWarning) as error:
             raise ValueError(f"{wrong}: {error}") from None
     if unused := load_peft_weights(folder, device="cpu").keys() - get_peft_model_state_dict(model).keys():

@@ -52,6 +52,7 @@ def built(tmp_path_factory):
     return [folder / name for name in done.stdout.splitlines()[-1].split()]
 
 
+@pytest.mark.full
 def test_a_wheel_has_the_package_and_what_it_reads(built):
     names = zipfile.ZipFile(built[0]).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"sdft_ds"}
@@ -61,6 +62,7 @@ def test_a_wheel_has_the_package_and_what_it_reads(built):
     assert found == expected | {f"ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
 
 
+@pytest.mark.full
 def test_a_source_distribution_has_what_a_wheel_and_a_launch_need(built):
     names = [name.partition("/")[2] for name in tarfile.open(built[1]).getnames()]
     wanted = [
@@ -94,7 +96,7 @@ def test_every_command_runs_from_a_wheel_in_an_empty_folder(built, tmp_path):
         run("train", *data, *lora, "--deepspeed", config, "--max_steps", "2", "--output_dir", out)
     assert "tokens of a greedy answer are the same" in run("merge", "named", "merged")
     assert "report.html" in run("report", "named")
-    run("preview", *data, "--output", "preview.html")
+    run("preview", *data, "--html", "preview.html")
     assert "zero3" in run("plan", "--model_name_or_path", "model", "--gpus", "2")
     (work / "tasks.jsonl").write_text(json.dumps({"prompt": "Question 1", "answer": "Answer 1"}))
     run("evaluate", "merged", "--start", "model", "--eval_tasks", "tasks.jsonl", "--max_completion_length", "4")
