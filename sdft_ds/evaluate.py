@@ -1,7 +1,7 @@
 """Evaluate a saved model, optionally against its starting model, in one process and without DeepSpeed.
 
     python -m sdft_ds.evaluate MODEL --eval_tasks FILE ... [--start STARTING_MODEL] [--retention_file FILE] [--json]
-    python -m sdft_ds.evaluate MODEL --lm_eval TASK ...      tasks of lm-eval: pip install 'sdft_ds[lm-eval]'
+    python -m sdft_ds.evaluate MODEL --lm_eval TASK ...      tasks of lm-eval: pip install lm_eval
 
 MODEL is a folder saved by a run (a model or an adapter) or a hub id. With --start the starting model is evaluated on
 the same tasks. The retention set is compared with it, or else with the reference that the run saved in MODEL.
@@ -59,7 +59,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if not tasks and not args.lm_eval:
         raise ValueError("Nothing to evaluate: give --eval_tasks, --retention_file or --lm_eval.")
     if args.lm_eval and importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("--lm_eval needs lm_eval, which is not installed: pip install 'sdft_ds[lm-eval]'")
+        raise ValueError("--lm_eval needs lm_eval, which is not installed: pip install lm_eval")
     results: dict[str, Any] = {}
     start = None
     if args.start is not None:

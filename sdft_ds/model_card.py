@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from sdft_ds.config.fields import is_read_by, own_fields
 from sdft_ds.config.inherited import ON_THE_CARD
@@ -28,6 +28,7 @@ LOSSES = {
 }
 EVALUATED = re.compile(r"eval_((?P<rows>[^/]+)_)?loss")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+TRAINED_ADAPTER = "- Trained: an adapter"
 FIGURES = {"accuracy": "accuracy", "kl_to_start": "KL from the start, nats/token"}
 
 
@@ -86,7 +87,7 @@ def render(facts: Facts) -> str:
     rows_of_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     about = {
         "Started from": base and base.link(),
-        "Trained": "a LoRA adapter" if facts.adapter else "all weights",
+        "Trained": "an adapter" if facts.adapter else "all weights",
         "Recipe": facts.recipe and f"`{facts.recipe}`",
         "Data": data and data.link("datasets/") + (f", {facts.rows} rows" if facts.rows else ""),
         "Steps": f"{facts.steps} of {rows_of_step} rows",
@@ -103,6 +104,26 @@ def render(facts: Facts) -> str:
     if args.method == "sdft":
         parts += ["## Citation", CITATION]
     return "\n\n".join(parts) + "\n"
+
+
+def render_merged(model_name: str, base: str, method: str, check: str, adapter_card: str | None) -> str:
+    """The card of a model that an adapter was merged into. method: PEFT's name of it; check: how the result was
+    compared; adapter_card: the adapter's, which is kept if it is one of a run."""
+    source = Source.of(base)
+    about = [f"- Started from: {source.link()}", f"- Trained: an adapter ({method}), merged into the weights"]
+    merged = f"Compared with the model that has the adapter on: {check}."
+    card = ModelCard(adapter_card, ignore_metadata_errors=True) if adapter_card else None
+    if card is None or "sdft_ds" not in (card.data.tags or []):
+        data = ModelCardData(
+            base_model=source.name if source.on_hub else None, pipeline_tag="text-generation", tags=["sdft_ds"]
+        )
+        text = "\n\n".join([f"# {model_name}", "\n".join(about), "## Merging", merged])
+    else:
+        data = card.data
+        body = re.sub(r"^# .*", lambda _: f"# {model_name}", card.text.strip(), count=1)
+        text = f"{body.replace(TRAINED_ADAPTER, about[1])}\n\n## Merging\n\n{merged}"
+    data.library_name, data.model_name = "transformers", model_name
+    return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
 
 
 def _names(args: SDFTConfig) -> list[str]:

@@ -19,15 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from sdft_ds.checkpoint.preemption import MARKER
 from sdft_ds.cli import arguments
 from sdft_ds.evaluation.tasks import RETENTION, read_tasks
 from sdft_ds.files import atomic_write
+from sdft_ds.merge import merge
 from sdft_ds.metrics import run_folder
 from sdft_ds.report.charts import COLOURS, Series, lines
 from sdft_ds.report.page import document, grid, table
@@ -110,8 +109,8 @@ class Plan:
         status = subprocess.run(self.command(i)).returncode
         if status or (self.folder(i) / MARKER).exists():
             raise StageFailed(f"Stage {self.stages[i].name} has not finished; the same command continues it.", status)
-        if (self.folder(i) / "adapter_config.json").exists():
-            merge(self.folder(i))
+        if (self.folder(i) / "adapter_config.json").exists() and not (self.folder(i) / "merged").exists():
+            merge(self.folder(i), self.folder(i) / "merged")
 
     def report(self, count: int) -> None:
         """Write matrix.json and matrix.html for the first `count` stages, and print the matrix."""
@@ -162,13 +161,6 @@ def curves(names: list[str], runs: list[list[dict[str, Any]]]) -> list[Series]:
         Series(name, [x for x, _ in found], [y for _, y in found], f"c{i % COLOURS}")
         for i, (name, found) in enumerate(points.items())
     ]
-
-
-def merge(folder: Path) -> None:
-    """Merge the adapter in `folder` into its model and save it to `folder`/merged."""
-    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto").merge_and_unload()
-    model.save_pretrained(folder / "merged")
-    AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "merged")
 
 
 def _merged(folder: Path) -> Path:

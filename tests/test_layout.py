@@ -30,12 +30,14 @@ LAYERS = [
     {"cli", "evaluation"},
     {"demo"},
     {"preview", "plan", "doctor"},
-    {"compare", "train", "evaluate"},
+    {"compare", "train", "evaluate", "merge"},
     {"sequential"},
 ]
 CORE = LAYERS[: [{"trainer"} <= layer for layer in LAYERS].index(True) + 1]
 # The page of a run is written by the trainer when the run ends; it reads nothing but the run's folder.
-TOOLS = {"cli", "evaluation", "demo", "preview", "plan", "doctor", "compare", "train", "evaluate", "sequential"}
+TOOLS = {
+    "cli", "evaluation", "demo", "preview", "plan", "doctor", "compare", "train", "evaluate", "merge", "sequential",
+}  # fmt: skip
 
 # Attributes of transformers.Trainer that are not part of its interface: an upgrade of transformers is checked by them.
 TRAINER_PRIVATES = {

@@ -5,12 +5,14 @@ Patches torch.distributed's default timeouts and DeepSpeed's list of compatible 
 
 import copy
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,9 +177,9 @@ def config_kept(accelerator: Any) -> Iterator[None]:
 
 
 def complete_configuration(given: Any) -> dict[str, Any] | None:
-    """DeepSpeed's configuration (given as a file, a dict or JSON), with missing values set to `auto`, which takes them
-    from the arguments: batch sizes, clipping, precision, and hyperparameters of DeepSpeed's plain optimizers and
-    schedulers.
+    """DeepSpeed's configuration (given as a file, a dict, JSON, or the name of one in ds_configs), with missing values
+    set to `auto`, which takes them from the arguments: batch sizes, clipping, precision, and hyperparameters of
+    DeepSpeed's plain optimizers and schedulers.
 
     Raises ValueError if it cannot be read.
     """
@@ -186,9 +188,12 @@ def complete_configuration(given: Any) -> dict[str, Any] | None:
     from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
     try:
-        config = HfDeepSpeedConfig(given).config  # copies a dict
+        config = HfDeepSpeedConfig(_own_file(given) or given).config  # copies a dict
     except (ValueError, OSError, AttributeError) as error:
-        raise ValueError(f"deepspeed: a file, or a dict, with DeepSpeed's configuration is needed: {error}") from None
+        names = ", ".join(sorted(_own_configurations()))
+        raise ValueError(
+            f"deepspeed: a file, or a dict, with DeepSpeed's configuration is needed, or one of {names}: {error}"
+        ) from None
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         config.setdefault(name, "auto")
     config.setdefault("gradient_clipping", "auto")
@@ -200,6 +205,22 @@ def complete_configuration(given: Any) -> dict[str, Any] | None:
         for name in _TAKEN_FROM_ARGUMENTS.get(own.get("type"), ()):
             own.setdefault("params", {}).setdefault(name, "auto")
     return config
+
+
+def _own_configurations() -> dict[str, Path]:
+    """name -> file of the configurations that come along: in the package, or beside it in a clone."""
+    package = Path(__file__).parents[1]
+    folder = next(each / "ds_configs" for each in (package, package.parent) if (each / "ds_configs").is_dir())
+    return {file.stem: file for file in folder.glob("*.json")}
+
+
+def _own_file(given: Any) -> str | None:
+    """The file of `zero2`, and of `ds_configs/zero2.json` in a folder that has no such file."""
+    if not isinstance(given, str) or Path(given).exists():
+        return None
+    own = re.fullmatch(r"(\w+)|ds_configs/(\w+)\.json", given)
+    file = own and _own_configurations().get(own[1] or own[2])
+    return file and str(file)
 
 
 # type of DeepSpeed's own optimizer or scheduler -> its parameters that transformers fills in from the arguments

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from sdft_ds.checkpoint.resume_settings import versions
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.files import atomic_write
+from sdft_ds.model.completion_forward import causal_lm_of
 
 
 class RunWriter(TrainerCallback):
@@ -33,6 +35,7 @@ class RunWriter(TrainerCallback):
         self.about = {
             "method": self.method,
             "model": self.model,
+            "quantization": _quantization(kwargs["model"]),
             "config": args.to_dict(),
             "versions": versions(),
             "environment": environment(args),
@@ -68,6 +71,12 @@ class RunWriter(TrainerCallback):
     def _write(self, args: SDFTConfig) -> None:
         with atomic_write(Path(args.output_dir, "run.json")) as aside:
             aside.write_text(json.dumps(self.about, indent=1, default=str))
+
+
+def _quantization(model: nn.Module) -> dict[str, Any] | None:
+    """How the model's weights are quantized, as from_dict of its configuration takes it."""
+    found = getattr(causal_lm_of(model).config, "quantization_config", None)
+    return found.to_dict() if hasattr(found, "to_dict") else found
 
 
 def environment(args: SDFTConfig) -> dict[str, Any]:

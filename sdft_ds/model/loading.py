@@ -42,7 +42,7 @@ def refuse_second_adapter(model: str | nn.Module, peft_config: PeftConfig | None
         raise ValueError(
             f"{model if isinstance(model, str) else 'The model'} has an adapter already, and peft_config (--use_peft) "
             "asks for another one, and the first would be lost. Leave peft_config out to continue training the "
-            "adapter; or merge it first, model.merge_and_unload(), and give the merged model."
+            "adapter; or merge it first (python -m sdft_ds.merge, or model.merge_and_unload()), and give what is made."
         )
 
 

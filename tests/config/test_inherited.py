@@ -493,6 +493,7 @@ IN_DEEPSPEED = [
     ),
     ({"train_micro_batch_size_per_gpu": 7}, {}, "contradicts the flags"),
     ("{broken", {}, "a file, or a dict, with DeepSpeed's configuration is needed"),
+    ("zero9", {}, "configuration is needed, or one of zero0, zero1, zero2, "),
 ]
 ACCEPTED_BY_DEEPSPEED = [
     ({"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}}, {"bf16": True}),
@@ -501,6 +502,7 @@ ACCEPTED_BY_DEEPSPEED = [
         {"ds3_gather_for_generation": False},
     ),
     ({"zero_optimization": OFFLOAD}, {"optim": "adamw_torch"}),
+    ("zero2", {}),
 ]
 
 

@@ -69,7 +69,7 @@ def test_the_table(run, capsys):
         (["--eval_tasks", "nowhere.json"], "nowhere.json does not exist"),
         pytest.param(
             ["--lm_eval", "hellaswag"],
-            "pip install 'sdft_ds[lm-eval]'",
+            "pip install lm_eval",
             marks=pytest.mark.skipif(HAS_LM_EVAL, reason="lm_eval is installed"),
         ),
     ],
@@ -106,7 +106,7 @@ def test_a_mistake_in_training_is_one_line(run, flags, words):
 
 
 @pytest.mark.full
-@pytest.mark.skipif(not HAS_LM_EVAL, reason="needs lm_eval: pip install 'sdft_ds[lm-eval]'")
+@pytest.mark.skipif(not HAS_LM_EVAL, reason="needs lm_eval: pip install lm_eval")
 def test_a_task_of_lm_eval_on_a_local_file(run, capsys, tmp_path):
     rows = [{"question": f"Question {i}", "choices": ["yes", "no"], "right": i % 2} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
