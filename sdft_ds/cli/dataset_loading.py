@@ -91,7 +91,7 @@ def load_anchors(args: ScriptArguments, has_chat_template: bool = False) -> Data
         return mapped | ({"golden_response": response} if args.method == "sft" else {})
 
     with reading(source):
-        mapped = dataset.map(convert, remove_columns=columns)
+        mapped = dataset.map(convert, remove_columns=columns, desc="Reading anchors")
     mapped.info.dataset_name = source
     return mapped
 
