@@ -5,7 +5,7 @@ import difflib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import date
 from types import NoneType
@@ -17,7 +17,7 @@ from transformers.hf_argparser import string_to_bool
 from sdft_ds.cli import yaml_config
 from sdft_ds.cli.model_arguments import ModelArguments
 from sdft_ds.config import recipes
-from sdft_ds.config.fields import Range, at_least, check_ranges, setting, unread_by, without_effect
+from sdft_ds.config.fields import Range, at_least, check_ranges, default_of, setting, unread_by, without_effect
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.trainer import TRAINERS
 
@@ -136,6 +136,8 @@ class ScriptArguments:
 
     rate_of_recipe: bool = field(default=False, init=False)  # the learning rate is the recipe's, for the model's width
     recipe_unnamed: bool = field(default=False, init=False)
+    # Names of the settings on the command line, and of those of the file that are not at their defaults.
+    given: tuple[str, ...] = field(default=(), init=False)
 
     @property
     def source(self) -> str:
@@ -228,7 +230,18 @@ def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
     is_given = any(token.split("=")[0] == "--learning_rate" for token in tokens)
     script.rate_of_recipe = args.method == "sdft" and script.recipe == recipes.OF_OWN_DATA and not is_given
     script.recipe_unnamed = recipe != given.recipe
+    script.given = _given(argv, from_file, (ScriptArguments, config, ModelArguments), parser)
     return script, args, model
+
+
+def _given(
+    argv: Sequence[str], from_file: dict[str, Any], kinds: Iterable[type], parser: argparse.ArgumentParser
+) -> tuple[str, ...]:
+    nothing = object()
+    unset = argparse.Namespace(**{action.dest: nothing for action in parser._actions})
+    typed = [name for name, value in vars(parser.parse_known_args(argv, unset)[0]).items() if value is not nothing]
+    defaults = {f.name: default_of(f) for kind in kinds for f in fields(kind)}
+    return (*typed, *(name for name, value in from_file.items() if name not in typed and value != defaults[name]))
 
 
 def _give_way(recipe: dict[str, Any], given: argparse.Namespace) -> None:
