@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
 make_environment ""
-exec deepspeed ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} launch/train.py --deepspeed ds_configs/zero2.json "$@"
+exec deepspeed --log_level error ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} launch/train.py --deepspeed ds_configs/zero2.json "$@"

@@ -13,8 +13,7 @@ from contextlib import ExitStack
 from sdft_ds.checkpoint import output_dir
 from sdft_ds.checkpoint.output_dir import OutputFolderInUse
 from sdft_ds.checkpoint.storage import CannotResume
-from sdft_ds.cli import arguments, dataset_loading, errors, terminal
-from sdft_ds.cli.yaml_config import SavedSettings
+from sdft_ds.cli import arguments, dataset_loading, errors, summary, terminal, yaml_config
 from sdft_ds.config import recipes
 from sdft_ds.data.rows import DataError
 from sdft_ds.demo import run as demo
@@ -24,7 +23,6 @@ from sdft_ds.evaluation.tasks import Task, read_tasks
 from sdft_ds.metrics.completions import ShowCompletions
 from sdft_ds.metrics.nonfinite import TooManyNonFiniteSteps
 from sdft_ds.model import loading
-from sdft_ds.objectives.protocol import Objective
 from sdft_ds.rollouts.sampler import NonFiniteLogits
 from sdft_ds.trainer import TRAINERS, MethodTrainer
 
@@ -32,16 +30,16 @@ from sdft_ds.trainer import TRAINERS, MethodTrainer
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as specified on the command line. Usage errors print one line and exit with status 2; other errors at
     startup print one line and exit with status 1."""
-    terminal.quiet_unless_first_rank()
-    with shutdown.together(), ExitStack() as stack:
+    with terminal.tidy(), shutdown.together(), ExitStack() as stack:
         _main(sys.argv[1:] if argv is None else argv, stack)
 
 
 def _main(argv: Sequence[str], stack: ExitStack) -> None:
+    go_on = summary.resume_command(os.environ)
     try:
         script, args, model = arguments.parse(argv, demo.RECIPE)
         _complete_recipe(script, args, model)
-        settings = SavedSettings((script, args, model))
+        settings = yaml_config.SavedSettings((script, args, model))
         questions = _questions(script)
         check_best_metric(args, questions)
         is_demo = arguments.is_demo(script, model)
@@ -53,9 +51,14 @@ def _main(argv: Sequence[str], stack: ExitStack) -> None:
         trainer = (
             demo.trainer(args, model.peft_config(), script.anchor_path) if is_demo else _trainer(script, args, model)
         )
+        trainer.preemption.go_on = go_on
+        trainer.add_callback(settings)
         if questions:
             trainer.add_callback(TaskEvaluation(trainer, questions, script.eval_tasks_steps))
-        trainer.add_callback(settings)
+        ranks.tell(summary.opening(trainer))
+        if settings.given:
+            config = os.path.join(args.output_dir, yaml_config.FILE)
+            ranks.tell("\n  ".join([f"Settings that were given (all of them: {config}):", *settings.given]))
     except Exception as error:
         errors.leave(error)
     try:
@@ -72,8 +75,7 @@ def _main(argv: Sequence[str], stack: ExitStack) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
-        print(_outcome(trainer.state.log_history, trainer.objective))
-        print(f"Saved to {args.output_dir}")
+        print(summary.closing(args.output_dir, trainer.prompts.tokenizer, hasattr(trainer.model, "peft_config")))
     about = {"dataset": script.source, "recipe": script.recipe}
     trainer.create_model_card(**about)
     if args.push_to_hub:
@@ -132,16 +134,6 @@ def _questions(script: arguments.ScriptArguments) -> list[Task]:
 
 def _resume(value: str | None) -> str | bool | None:
     return {"true": True, "false": None}.get((value or "false").lower(), value)
-
-
-def _outcome(log_history: list[dict[str, float]], objective: Objective) -> str:
-    """One sentence about what was learned, from the objective's distance as logged first and last."""
-    distances = [log[objective.distance] for log in log_history if objective.distance in log]
-    if not distances:
-        if not any("loss" in log for log in log_history):
-            return "No step was logged: lower logging_steps to see what was learned."
-        return "Nothing was learned: no completion had a token that counts in the loss."
-    return objective.outcome.format(first=distances[0], last=distances[-1])
 
 
 if __name__ == "__main__":

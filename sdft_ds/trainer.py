@@ -27,7 +27,7 @@ from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.config.sft_config import SFTConfig
 from sdft_ds.distributed import launch
 from sdft_ds.loop.step import StepTrainer
-from sdft_ds.metrics.progress import LogLines, TimeReport, TrainingProgress
+from sdft_ds.metrics.progress import LogLines, TimeReport, TrainingProgress, warnings_below_bars
 from sdft_ds.metrics.run_writer import RunWriter
 from sdft_ds.model import loading, setup
 from sdft_ds.model.completion_forward import causal_lm_of
@@ -90,9 +90,11 @@ class MethodTrainer(StepTrainer):
         run_writer = RunWriter(args.method, loading.name_of(parts.model))
         for callback in (TimeReport, *self.objective.callbacks, run_writer):
             self.add_callback(callback)
-        for transformers_own, ours in ((ProgressCallback, TrainingProgress), (PrinterCallback, LogLines)):
-            if self.pop_callback(transformers_own) is not None:
-                self.add_callback(ours)
+        if self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(LogLines)
+        self.progress = TrainingProgress()
+        if self.pop_callback(ProgressCallback) is not None:
+            self.callback_handler.callbacks.insert(0, self.progress)
 
     def _checked(self, args: SDFTConfig | None) -> SDFTConfig:
         args = self.config_class() if args is None else args
@@ -132,8 +134,10 @@ class MethodTrainer(StepTrainer):
         ResumableTrainer.train raises.
         """
         try:
-            result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with warnings_below_bars():
+                result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except BaseException:
+            self.progress.close()
             self.rollouts.abandon()
             raise
         self.rollouts.close()

@@ -243,8 +243,8 @@ def require_complete(folder: str | Path) -> None:
     wrong = problem(folder)
     if wrong is not None:
         raise DamagedCheckpoint(
-            f"{wrong}. Resume from another checkpoint, or with --resume_from_checkpoint true from the newest complete "
-            "one."
+            f"{wrong}. Resume from another checkpoint, or with resume_from_checkpoint=True (command line: "
+            "--resume_from_checkpoint true) from the newest complete one."
         )
 
 

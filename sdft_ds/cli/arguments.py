@@ -5,7 +5,7 @@ import difflib
 import json
 import os
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import date
 from types import NoneType
@@ -17,7 +17,7 @@ from transformers.hf_argparser import string_to_bool
 from sdft_ds.cli import help_page, yaml_config
 from sdft_ds.cli.model_arguments import ModelArguments
 from sdft_ds.config import recipes
-from sdft_ds.config.fields import Range, at_least, check_ranges, setting, unread_by, without_effect
+from sdft_ds.config.fields import Range, at_least, check_ranges, default_of, setting, unread_by, without_effect
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.data.loading.file_kinds import display
 from sdft_ds.data.loading.formats import AUTO, DEMONSTRATION_TEMPLATE, FORMATS
@@ -138,6 +138,8 @@ class ScriptArguments:
 
     rate_of_recipe: bool = field(default=False, init=False)  # the learning rate is the recipe's, for the model's width
     recipe_unnamed: bool = field(default=False, init=False)
+    # Names of the settings on the command line, and of those of the file that are not at their defaults.
+    given: tuple[str, ...] = field(default=(), init=False)
 
     @property
     def source(self) -> str:
@@ -188,13 +190,18 @@ KINDS = (ScriptArguments, SDFTConfig, ModelArguments)
 
 @dataclass(frozen=True)
 class Resolved:
-    """Values of all settings by name. given: those of the command line and the YAML file, defaults elsewhere; names:
-    of the settings that were given there. recipe_unnamed: it applies because none was named."""
+    """Values of all settings by name. given: those of the command line and the YAML file, defaults elsewhere. typed,
+    in_file: names of the settings that were given there. recipe_unnamed: it applies because none was named."""
 
     values: dict[str, Any]
     given: dict[str, Any]
-    names: frozenset[str]
+    typed: tuple[str, ...]
+    in_file: tuple[str, ...]
     recipe_unnamed: bool
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset({*self.typed, *self.in_file})
 
 
 def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
@@ -211,6 +218,7 @@ def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
     facts = args.method == "sdft" and script.recipe == recipes.OF_OWN_DATA
     script.rate_of_recipe = facts and "learning_rate" not in found.names
     script.recipe_unnamed = found.recipe_unnamed
+    script.given = _given(found, (ScriptArguments, config, ModelArguments))
     return script, args, model
 
 
@@ -241,8 +249,14 @@ def resolve(argv: Sequence[str], demo: dict[str, Any]) -> Resolved:
     # null and empty lists count as given too, but cannot be expressed as tokens.
     below |= {name: value for name, value in from_file.items() if value is None or value == []}
     parser.set_defaults(**below)
-    named = frozenset({_setting_of(token, parser) for token in tokens} - {None})
-    return Resolved(vars(parser.parse_args(tokens)), vars(given), named, recipe_unnamed=recipe != given.recipe)
+    typed = (_setting_of(token, parser) for token in argv)
+    return Resolved(
+        values=vars(parser.parse_args(tokens)),
+        given=vars(given),
+        typed=tuple(dict.fromkeys(name for name in typed if name is not None)),
+        in_file=tuple(_setting_of(f"--{name}", parser) for name in from_file),
+        recipe_unnamed=recipe != given.recipe,
+    )
 
 
 def without(argv: Sequence[str], names: Container[str]) -> list[str]:
@@ -260,6 +274,12 @@ def _setting_of(token: str, parser: argparse.ArgumentParser) -> str | None:
     """The setting that a word of the command line names, if any."""
     action = parser._option_string_actions.get(token.split("=")[0])
     return None if action is None else action.dest
+
+
+def _given(found: Resolved, kinds: Iterable[type]) -> tuple[str, ...]:
+    defaults = {f.name: default_of(f) for kind in kinds for f in fields(kind)}
+    in_file = (name for name in found.in_file if name not in found.typed and found.values[name] != defaults[name])
+    return (*found.typed, *in_file)
 
 
 def _give_way(recipe: dict[str, Any], given: argparse.Namespace) -> None:

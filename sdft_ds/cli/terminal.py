@@ -1,19 +1,30 @@
-"""Terminal output: libraries are silenced on all ranks but the first."""
+"""Terminal output of a command: warnings take one line, and libraries are silenced on all ranks but the first."""
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import datasets
 import transformers
 
 
-def quiet_unless_first_rank() -> None:
-    """Silence warnings and logs on other ranks, which repeat rank 0's. Exceptions still show on every rank."""
-    # Libraries still use deprecated names of each other, which users cannot fix.
-    for module in ("transformers", "torch.distributed"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+@contextmanager
+def tidy() -> Iterator[None]:
+    """Within the block a warning is one line without the file and the source that it came from. Other ranks' warnings
+    and logs, which repeat rank 0's, are silenced; exceptions still show on every rank."""
+    before, warnings.formatwarning = warnings.formatwarning, _one_line
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def _one_line(message: Warning | str, *where: Any, **more: Any) -> str:
+    return f"sdft_ds: Warning: {' '.join(str(message).split())}\n"

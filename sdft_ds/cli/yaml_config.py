@@ -1,9 +1,10 @@
-"""YAML settings: read with --config; printed (if not at their default) and saved to config.yaml when training starts.
+"""YAML settings: read with --config, and saved to config.yaml when training starts.
 
 The saved file can be passed to --config to reproduce the run; secrets are excluded.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Sequence
 from dataclasses import Field, fields
 from enum import Enum
 from pathlib import Path
@@ -13,13 +14,11 @@ import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sdft_ds.config import inherited
-from sdft_ds.config.fields import default_of, unread_by, with_flag
+from sdft_ds.config.fields import unread_by, with_flag
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.distributed import launch
 
 FILE = "config.yaml"
-# Not printed, because transformers sets them itself.
-SET_BY_OTHERS = {"accelerator_config", "dataloader_pin_memory", "debug", "disable_tqdm"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -45,25 +44,21 @@ def read(path: str) -> dict[str, Any]:
 
 
 class SavedSettings(TrainerCallback):
-    """When training starts, prints the non-default settings and writes all of them to config.yaml in output_dir, on
-    rank 0."""
+    """Writes all settings to config.yaml in output_dir when training starts, on rank 0. parts: what `parse` returned.
 
-    def __init__(self, parts: Iterable[Any]):
-        told = [(part, f) for part in parts for f in _told(part)]
-        self.all = {f.name: _value(part, f) for part, f in told}
-        self.changed = {
-            f.name: self.all[f.name]
-            for _, f in told
-            if self.all[f.name] != _plain(default_of(f)) and f.name not in SET_BY_OTHERS
-        }
+    given: one line for each setting that was given, on the command line or, other than the default, in a file.
+    """
+
+    def __init__(self, parts: Sequence[Any]):
+        self.all = {f.name: _value(part, f) for part in parts for f in _told(part)}
+        given = {name: self.all[name] for name in parts[0].given if name in self.all}
+        self.given = [f"{name}: {_in_one_line(value)}" for name, value in given.items()]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            file = Path(args.output_dir, FILE)
-            print(f"Settings that are not at their defaults (all of them: {file}):\n{_yaml(self.changed)}", flush=True)
-            file.write_text(_yaml(self.all), encoding="utf-8")
+            Path(args.output_dir, FILE).write_text(_yaml(self.all), encoding="utf-8")
 
 
 def _told(part: Any) -> list[Field]:
@@ -90,5 +85,10 @@ def _plain(value: Any) -> Any:
     return value.to_dict() if hasattr(value, "to_dict") else value
 
 
-def _yaml(settings: dict[str, Any]) -> str:
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
+def _yaml(settings: Any, **style: Any) -> str:
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, **{"width": 1000, **style})
+
+
+def _in_one_line(value: Any) -> str:
+    text = _yaml(value, default_flow_style=True, width=float("inf")).removesuffix("...\n").strip()
+    return json.dumps(value, ensure_ascii=False) if "\n" in text else text

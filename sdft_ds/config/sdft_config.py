@@ -41,8 +41,9 @@ class SDFTConfig(
 
     Creating one initializes what transformers and accelerate initialize with their settings, including the process
     group (on a CPU DeepSpeed's before them), with ddp_timeout as timeout of all groups; it sets RANK and related
-    variables if DeepSpeed is used and no launcher has set them. For the process it switches off cuDNN's attention, and
-    on a GPU sets how torch allocates memory and, unless `tf32` is given, multiplies in fp32.
+    variables if DeepSpeed is used and no launcher has set them. For the process it hides the libraries' warnings of
+    each other's deprecated names, switches off cuDNN's attention, and on a GPU sets how torch allocates memory and,
+    unless `tf32` is given, multiplies in fp32.
     """
 
     method: ClassVar[str] = "sdft"
@@ -62,6 +63,7 @@ class SDFTConfig(
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
         self.use_cpu = self.use_cpu or launch.no_accelerator()
+        launch.hide_deprecations()
         launch.avoid_cudnn_attention()
         if not self.use_cpu:  # vLLM in this process has an allocator of its own, which does not work with them
             launch.expand_segments(not (self.use_vllm and self.vllm_mode == "colocate"))

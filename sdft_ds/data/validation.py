@@ -187,7 +187,7 @@ def _generation_prompts(pair: PromptPair, index: int, builder: PromptBuilder) ->
 
 def _look(dataset: Dataset, screen: RowValidator) -> dict[str, Any]:
     left_out = []
-    for index, row in enumerate(datasets.utils.tqdm(dataset, desc=f"Checking {screen.where}")):
+    for index, row in enumerate(datasets.utils.tqdm(dataset, desc=f"Checking {screen.where.partition(' (')[0]}")):
         if not screen.accepts(row, row.get(ROW_NUMBER, index)):
             left_out.append(index)
     cut = dict(screen.builder.counts)

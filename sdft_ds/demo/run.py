@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sdft_ds.checkpoint.preemption import INTERRUPTED
 from sdft_ds.config.inherited import COUNTS_OF_PROCESSES
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.demo.build import MODEL_DIR
 from sdft_ds.demo.evaluate import MAX_NEW_TOKENS
 from sdft_ds.demo.world import anchor_rows, answer_accuracies, questions, train_rows
+from sdft_ds.distributed import ranks
+from sdft_ds.evaluation.task_evaluation import write_figures
 from sdft_ds.files import atomic_write
 from sdft_ds.trainer import TRAINERS, MethodTrainer
 
@@ -52,6 +56,13 @@ MEANING = {
     "old": "old facts",
     "unknown": 'unknown people: "I do not know."',
 }
+# What the student is asked without a context, by shorter names.
+TASKS = {
+    "new_trained": "new facts",
+    "new_held_out": "new facts in other wordings",
+    "old": "old facts",
+    "unknown": "unknown people",
+}
 WITHOUT_ANCHORS = "sdft_without_anchors"
 COLUMNS = {"sdft": "SDFT", WITHOUT_ANCHORS: "SDFT without anchors", "sft": "SFT"}
 # Column -> the flags of its run.
@@ -70,18 +81,25 @@ class Lessons(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        ranks.tell(f"Asking {len(questions())} questions before training.")
         self.before = self.accuracies()
         if state.is_world_process_zero:
             file = Path(args.output_dir, LESSONS)
             if state.global_step > 0 and file.exists():  # resumed: keep the accuracies from before step 1
                 self.before = json.loads(file.read_text())["before"]
+            else:
+                write_figures(Path(args.output_dir), state.global_step, records(self.before))
             save({"before": self.before}, Path(args.output_dir))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.trainer.preemption.agreed:
+            return
+        ranks.tell(f"Asking {len(questions())} questions after training.")
         after = self.accuracies()
         if state.is_world_process_zero:
+            write_figures(Path(args.output_dir), state.global_step, records(after))
             anchored = self.trainer.anchor_dataset is not None
             names = [name for name in BASELINES if name != WITHOUT_ANCHORS or anchored]
             others = baselines(args, names) if args.method == "sdft" and not is_baseline() else {}
@@ -95,6 +113,16 @@ class Lessons(TrainerCallback):
         completions = self.trainer.rollouts.generate(prompts, [""] * len(prompts), **options)
         answers = [builder.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
         return answer_accuracies(answers, asked)
+
+
+def records(accuracies: dict[str, float]) -> list[dict[str, Any]]:
+    """The accuracies as lines of evaluations.jsonl, for the page and the verdict."""
+    rows = Counter(question.group for question in questions())
+    return [
+        {"task": task, "rows": rows[group], "accuracy": accuracies[group]}
+        for group, task in TASKS.items()
+        if group in accuracies
+    ]
 
 
 def dataset() -> Dataset:
@@ -141,6 +169,8 @@ def baselines(args: TrainingArguments, names: list[str]) -> dict[str, dict[str, 
     environment = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", BASELINE: "1"}
     running = {}
+    if names:
+        ranks.tell(f"Training {' and '.join(COLUMNS[name] for name in names)} on the same rows, to compare.")
     for name in names:
         command = [sys.executable, "-m", "sdft_ds.train", *BASELINES[name], "--seed", str(args.seed)]
         command += ["--output_dir", str(Path(args.output_dir, name))]
@@ -148,6 +178,8 @@ def baselines(args: TrainingArguments, names: list[str]) -> dict[str, dict[str, 
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
     said = {name: process.communicate()[0] for name, process in running.items()}
+    if any(process.returncode == INTERRUPTED for process in running.values()):
+        return {}  # by a Ctrl-C, which reaches them as well
     for name, process in running.items():
         if process.returncode:
             raise RuntimeError(f"The baseline {name} failed:\n{said[name]}")

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,13 @@ _LAUNCHED_WITH_DEEPSPEED = _USE_DEEPSPEED in os.environ
 def no_accelerator() -> bool:
     """Whether this machine has no accelerator, so that only the CPU can train."""
     return not torch.accelerator.is_available()
+
+
+def hide_deprecations() -> None:
+    """Hide that libraries use deprecated names of each other, which users cannot fix: DeepSpeed those of torch, in
+    every step."""
+    for module in ("transformers", "torch.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def avoid_cudnn_attention() -> None:

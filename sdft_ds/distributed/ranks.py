@@ -1,11 +1,13 @@
 """Rank, world size and collectives. Collectives are called by all ranks; without a process group, world size is 1."""
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from tqdm import tqdm
 
 
 def started() -> bool:
@@ -26,9 +28,11 @@ def store() -> distributed.Store:
 
 
 def tell(text: str) -> None:
-    """Print a line on rank 0; before the process group exists, the launcher's RANK decides. Not collective."""
+    """Print a line on rank 0, above progress bars; before the process group exists, the launcher's RANK decides. Not
+    collective."""
     if (rank() if started() else int(os.environ.get("RANK", "0"))) == 0:
-        print(f"sdft_ds: {text}", flush=True)
+        tqdm.write(f"sdft_ds: {text}")
+        sys.stdout.flush()
 
 
 def barrier() -> None:

@@ -37,7 +37,8 @@ def together() -> Iterator[None]:
             left = error
         close()
     except KeyboardInterrupt:
-        print("sdft_ds: Interrupted. A resume continues from the newest checkpoint.", file=sys.stderr)
+        about = "Nothing was saved now; a resume continues from the newest checkpoint, if there is one."
+        print(f"\nsdft_ds: Interrupted. {about}", file=sys.stderr)
         _fail(SystemExit(130))
     except BaseException as error:
         _fail(error)

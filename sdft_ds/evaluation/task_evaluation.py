@@ -197,7 +197,7 @@ def check_best_metric(args: TrainingArguments, tasks: list[Task]) -> None:
         return
     found = [f"tasks/{task.name}/{figure}" for task in tasks for figure in figures_of(task)]
     if wanted not in found:
-        there = f"there are {', '.join(found)}" if found else "no tasks are evaluated: set --eval_tasks"
+        there = f"there are {', '.join(found)}" if found else "no tasks are evaluated: set eval_tasks"
         raise ValueError(f"metric_for_best_model={args.metric_for_best_model}: there is no such metric; {there}.")
     if args.eval_strategy == "no":
         raise ValueError(
@@ -272,29 +272,43 @@ class TaskEvaluation(TrainerCallback):
         if self.step != state.global_step or args.load_best_model_at_end:  # which may have loaded another model
             self._evaluate(state, control)
         if state.is_world_process_zero:
-            lines = self._lines()
+            lines = read_figures(self.folder)
+            lines = [each for each in lines if each["task"] in self.examination.ids]
             first, last = ([each for each in lines if each["step"] == step] for step in (0, state.global_step))
             print_table({"before": first, "after": last})
 
     def _evaluate(self, state: TrainerState, control: TrainerControl) -> None:
+        asked = ", ".join(f"{len(task.rows)} of {task.name}" for task in self.examination.tasks)
+        ranks.tell(f"Asking questions at step {state.global_step}: {asked}.")
         results = self.examination.evaluate()
         if state.is_world_process_zero:
             for result in results:
                 name = f"{result.task.name}-step-{state.global_step}.jsonl"
                 _write(self.folder / "evaluations" / name, result.answers)
-            # A run that starts over or resumes replaces the lines of this step and later ones.
-            earlier = [each for each in self._lines() if each["step"] < state.global_step]
-            now = [{"step": state.global_step, **record(result)} for result in results]
-            _write(self.folder / FILE, earlier + now)
+            write_figures(self.folder, state.global_step, [record(result) for result in results])
         self.step = state.global_step
         self.figures = {f"tasks/{each.task.name}/{name}": v for each in results for name, v in each.figures.items()}
         due = control.should_log  # our log() resets it, and the step's own line would be lost
         self.trainer.log(dict(self.figures))
         control.should_log = due
 
-    def _lines(self) -> list[dict[str, Any]]:
-        path = self.folder / FILE
-        return [json.loads(text) for text in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+def read_figures(folder: Path) -> list[dict[str, Any]]:
+    """The lines of FILE."""
+    path = folder / FILE
+    return [json.loads(text) for text in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def write_figures(folder: Path, step: int, records: list[dict[str, Any]]) -> None:
+    """Adds the records of a step to FILE. A run that starts over or resumes replaces the same tasks' lines of this
+    step, and all lines of later ones."""
+    tasks = {each["task"] for each in records}
+    kept = [
+        each
+        for each in read_figures(folder)
+        if each["step"] < step or (each["step"] == step and each["task"] not in tasks)
+    ]
+    _write(folder / FILE, kept + [{"step": step, **each} for each in records])
 
 
 def record(result: Result) -> dict[str, Any]:

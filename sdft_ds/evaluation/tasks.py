@@ -56,7 +56,7 @@ def read_tasks(values: list[str], retention: str | None = None, limit: int | Non
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"Two sets of questions are named {name!r}: name one with --eval_tasks NAME=FILE.")
+            raise ValueError(f"Two sets of questions are named {name!r}: name one by NAME=FILE.")
     return tasks
 
 

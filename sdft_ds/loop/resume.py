@@ -1,8 +1,10 @@
 """transformers' Trainer with atomic checkpoints, exact resume, and preemption."""
 
+import logging
 import os
 from abc import abstractmethod
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging as hf_logging
 
 from sdft_ds.checkpoint import output_dir, resume_settings, storage
 from sdft_ds.checkpoint.output_dir import locked
@@ -81,7 +84,7 @@ class ResumableTrainer(UploadingTrainer):
                 self.saved_step = storage.step_in(self.args.output_dir, folder)
             result = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
             if self.preemption.agreed:
-                self.preemption.leave(self.state.global_step)
+                self._leave()
         return result
 
     def leave_if_preempted(self) -> None:
@@ -89,7 +92,17 @@ class ResumableTrainer(UploadingTrainer):
         if self.preemption.agree():
             if self.state.global_step not in (0, self.saved_step):
                 self._save_checkpoint(self.model_wrapped, None)
-            self.preemption.leave(self.state.global_step)
+            self._leave()
+
+    def _leave(self) -> None:
+        step, go_on = self.state.global_step, self.preemption.go_on
+        if self.saved_step != step:
+            saved = f"Nothing was saved, because no step was done. Start again: {go_on}"
+        elif self.args.save_only_model:
+            saved = f"The model is in {self.args.output_dir}/checkpoint-{step}, without what a resume needs."
+        else:
+            saved = f"Saved {self.args.output_dir}/checkpoint-{step}. To go on: {go_on}"
+        self.preemption.leave(step, saved)
 
     def say_phase(self, phase: str) -> None:
         """Publish to the watchdog the phase that this rank enters."""
@@ -182,7 +195,8 @@ class ResumableTrainer(UploadingTrainer):
 
     def _init_training_state(self, max_steps: int, *others: Any) -> tuple[int, int]:
         """The checkpoint's trainer state, except what the settings specify, which transformers restores as well."""
-        trained = super()._init_training_state(max_steps, *others)
+        with _silent_transformers():
+            trained = super()._init_training_state(max_steps, *others)
         state = self.state
         state.compute_steps(self.args, max_steps)
         state.train_batch_size = self._train_batch_size
@@ -285,7 +299,10 @@ class ResumableTrainer(UploadingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers, but always with the unsharded weights: stage3_gather_16bit_weights_on_model_save applies
         to checkpoints only, which can be resumed without them."""
-        with nullcontext() if self.saving_checkpoint else engines.gathered_on_save(self.model_wrapped):
+        with (
+            _silent_transformers(),
+            nullcontext() if self.saving_checkpoint else engines.gathered_on_save(self.model_wrapped),
+        ):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -303,6 +320,21 @@ class ResumableTrainer(UploadingTrainer):
             if isinstance(each, ExportableState):
                 states.setdefault(type(each).__name__, []).append(each.state())
         self.state.stateful_callbacks = {name: of[0] if len(of) == 1 else of for name, of in states.items()}
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """Within the block transformers shows no progress bar of its own inside that of the training, and does not repeat
+    which settings differ from the checkpoint's (resume_settings)."""
+    comparison = logging.getLogger("transformers.trainer_utils")
+    level = comparison.level
+    comparison.setLevel(logging.ERROR)
+    hook = hf_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": True}))
+    try:
+        yield
+    finally:
+        comparison.setLevel(level)
+        hf_logging.set_tqdm_hook(hook)
 
 
 class _LeaveAfterStep(TrainerCallback):

@@ -71,7 +71,7 @@ class CollapseGuard(TrainerCallback):
                 lost = "The weights are likely lost since the last checkpoint before it"
                 self._tell("collapsed", signs, lost, args, state, control)
         if signs := _signs_of_forgetting(logs, state):
-            hold = "" if self.held else "Anchors hold a model to what it was at the start (--anchor_path). "
+            hold = "" if self.held else "Anchors hold a model to its start (anchor_path, or anchor_dataset). "
             kept = f"{hold}The last checkpoint before it may have kept more"
             self._tell("forgotten the retention set", signs, kept, args, state, control)
 

@@ -1,7 +1,12 @@
 """Progress bar and log lines in the terminal: loss, completion length and seconds per phase, on rank 0."""
 
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from tqdm import tqdm
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -12,20 +17,49 @@ from transformers import (
 )
 
 PHASES = ("rollout", "teacher", "student", "optimizer")
+LEAST_BAR = 12  # columns
+BAR = "Training {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+class TrainingBar(tqdm):
+    """tqdm's bar, with as many parts of the last log line as leave room for the bar."""
+
+    parts: tuple[str, ...] = ()
+
+    def __init__(self, total: int, initial: int):
+        super().__init__(total=total, initial=initial, dynamic_ncols=True, bar_format=BAR)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        values = super().format_dict
+        columns = values["ncols"] or shutil.get_terminal_size().columns
+        without = self.format_meter(**{**values, "ncols": None, "bar_format": BAR.replace("{bar}", ""), "postfix": ""})
+        return {**values, "postfix": fitting(self.parts, columns - len(without) - LEAST_BAR - len(", "))}
+
+
+def fitting(parts: tuple[str, ...], columns: int) -> str:
+    """The first parts that fit into as many columns."""
+    return next((text for n in range(len(parts), 0, -1) if len(text := " | ".join(parts[:n])) <= columns), "")
 
 
 class TrainingProgress(ProgressCallback):
     """transformers' progress bar, with a short summary instead of a dictionary for every log line. A resumed run's bar
-    starts at the current step."""
+    starts at the current step.
+
+    The bar is there from the first epoch to the end of training, so that no other callback's first or last lines break
+    it up: it has to be the first of the callbacks. close: after an error.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
         self.current_step = state.global_step
-        if self.training_bar is not None:
-            self.training_bar.initial = self.training_bar.n = state.global_step
-            self.training_bar.refresh()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.training_bar is None:
+            self.training_bar = TrainingBar(state.max_steps, state.global_step)
 
     def on_log(
         self,
@@ -36,7 +70,36 @@ class TrainingProgress(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix_str(summary(logs))
+            self.training_bar.parts = summary(logs)
+            self.training_bar.refresh()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
+        self.training_bar = self.prediction_bar = None
+
+
+@contextmanager
+def warnings_below_bars() -> Iterator[None]:
+    """Within the block a warning is written on a line of its own, not after an open progress bar on the bar's line."""
+    before = warnings.formatwarning
+
+    def format_warning(*args: Any, **kwargs: Any) -> str:
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.clear()
+        return before(*args, **kwargs)
+
+    warnings.formatwarning = format_warning
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 class LogLines(PrinterCallback):
@@ -51,16 +114,18 @@ class LogLines(PrinterCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
-            print(f"step {state.global_step} of {state.max_steps}: {summary(logs)}", flush=True)
+            print(f"step {state.global_step} of {state.max_steps}: {' | '.join(summary(logs))}", flush=True)
         elif state.is_world_process_zero:
             super().on_log(args, state, control, logs, **kwargs)
 
 
-def summary(logs: dict[str, float]) -> str:
-    """Summary of one log line, e.g. `loss 0.0213 | 12.4 tokens | s/step: rollout 0.9 teacher 0.3 student 0.6`."""
-    seconds = " ".join(f"{phase} {logs[f'seconds/{phase}']:.2g}" for phase in PHASES if f"seconds/{phase}" in logs)
-    length = f" | {logs['completions/mean_length']:.1f} tokens" if "completions/mean_length" in logs else ""
-    return f"loss {logs['loss']:.4f}{length} | s/step: {seconds}"
+def summary(logs: dict[str, float]) -> tuple[str, ...]:
+    """Parts of one log line, most important first: `loss 0.0213`, `12.4 tokens`, `1.8 s/step`, `rollout 0.9 teacher
+    0.3 student 0.6`."""
+    seconds = {phase: logs[f"seconds/{phase}"] for phase in PHASES if f"seconds/{phase}" in logs}
+    length = (f"{logs['completions/mean_length']:.1f} tokens",) if "completions/mean_length" in logs else ()
+    phases = " ".join(f"{phase} {value:.2g}" for phase, value in seconds.items())
+    return (f"loss {logs['loss']:.4f}", *length, f"{sum(seconds.values()):.2g} s/step", phases)
 
 
 class TimeReport(TrainerCallback):

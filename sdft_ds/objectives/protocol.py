@@ -99,13 +99,10 @@ def key_of(generation_batch: int) -> str:
 class Objective(ABC):
     """One training method in one run. In distributed runs all ranks call all methods in the same order.
 
-    description: for the model card. distance: a logged metric; outcome: the sentence at the end of a run about its
-    first and last value, with the placeholders {first} and {last}.
+    description: for the model card.
     """
 
     description: ClassVar[str]
-    distance: ClassVar[str]
-    outcome: ClassVar[str]
 
     def __init__(self, parts: RunParts):
         self.parts = parts

@@ -38,11 +38,6 @@ class SelfDistillation(Objective):
         "Self-distilled fine-tuning ([SDFT](https://arxiv.org/abs/2601.19897)): a student that sees only the prompt "
         "learned, on its own answers, to match the same network when it also sees a demonstration or a hint."
     )
-    distance = "sdft/distillation_loss"
-    outcome = (
-        "The student's answers without the context were {first:.3g} nats per token from the teacher's at first and "
-        "{last:.3g} at last."
-    )
 
     def __init__(self, parts: RunParts):
         super().__init__(parts)

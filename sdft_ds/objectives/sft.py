@@ -34,8 +34,6 @@ class Demonstration:
 
 class SupervisedFineTuning(Objective):
     description = "Supervised fine-tuning on demonstrations, as a baseline of self-distilled fine-tuning."
-    distance = "loss"
-    outcome = "The loss on the demonstrations was {first:.3g} at first and {last:.3g} at last."
 
     def collect(
         self, dataset: Dataset | Stream, slots: tuple[Slot, ...], key: str, meters: Meters, use: BatchUse

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sdft_ds.cli import arguments, dataset_loading, errors
 from sdft_ds.cli.arguments import ModelArguments
-from sdft_ds.cli.terminal import quiet_unless_first_rank
+from sdft_ds.cli.terminal import tidy
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.demo import run as demo
 from sdft_ds.evaluation.tasks import read_tasks
@@ -50,9 +50,9 @@ ALONE = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line. A mistake in it, or in the data, prints one line and exits with status 1 or 2."""
     own, flags = _parser().parse_known_args(argv)
-    quiet_unless_first_rank()
     try:
-        view = look(flags, own.rows, own.score)
+        with tidy():
+            view = look(flags, own.rows, own.score)
         if own.html:
             own.html.write_text(page.render(view), encoding="utf-8")
     except Exception as error:

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from sdft_ds.metrics import run_folder
+from sdft_ds.metrics.verdict import verdict
 from sdft_ds.report import write
 
 
@@ -16,6 +18,8 @@ def main() -> None:
         written = write(args.output_dir, args.output)
     except (ValueError, OSError) as error:
         sys.exit(f"sdft_ds: {error}")
+    for sentence in verdict(run_folder.read(args.output_dir)).sentences:
+        print(sentence)
     print(f"Wrote {written}")
 
 

@@ -1,4 +1,4 @@
-"""The HTML report of a run: evaluations, curves, completions, time, configuration and environment."""
+"""The HTML report of a run: verdict, evaluations, curves, completions, time, configuration and environment."""
 
 from html import escape
 from pathlib import Path
@@ -7,6 +7,7 @@ from statistics import median
 from sdft_ds.metrics import run_folder
 from sdft_ds.metrics.progress import PHASES, phase_seconds
 from sdft_ds.metrics.run_folder import Run
+from sdft_ds.metrics.verdict import verdict
 from sdft_ds.report.charts import Series, histogram, lines, stack
 from sdft_ds.report.curves import charts_of
 from sdft_ds.report.page import InlinePage, document, duration, grid, missing, moment, settings, table, tiles
@@ -34,6 +35,7 @@ def render(run: Run) -> str:
     title = run.folder.resolve().name
     head = f'<h1>{escape(title)}</h1><p class="facts">{escape(facts(run))}</p>'
     sections = {
+        "Verdict": _verdict(run),
         "Summary": tiles(_figures(run)) + "".join(missing(note) for note in run.notes),
         "Before and after": before_after({"": run}),
         **_curves(run),
@@ -42,6 +44,13 @@ def render(run: Run) -> str:
         "Environment": _settings(run, "environment", "versions"),
     }
     return document(title, head, sections)
+
+
+def _verdict(run: Run) -> str:
+    said = verdict(run)
+    found = "".join(f"<li>{escape(sentence)}</li>" for sentence in said.found)
+    advice = "".join(f'<li class="advice">{escape(sentence)}</li>' for sentence in said.advice)
+    return f'<ul class="verdict">{found}{advice}</ul>'
 
 
 def _curves(run: Run) -> dict[str, str]:

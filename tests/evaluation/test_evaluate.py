@@ -93,7 +93,7 @@ def test_a_start_is_needed(run):
         (["--eval_tasks", "nowhere.json"], "nowhere.json does not exist"),
         (
             ["--metric_for_best_model", "eval_tasks/a/accuracy"],
-            "no such metric; no tasks are evaluated: set --eval_tasks",
+            "no such metric; no tasks are evaluated: set eval_tasks",
         ),
     ],
 )

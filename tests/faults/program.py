@@ -38,6 +38,7 @@ class Fault(TrainerCallback):
             {
                 "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
                 "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+                "int": lambda: os.kill(os.getpid(), signal.SIGINT),
                 "usr1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
                 "stop file": lambda: open(f"{self.trainer.args.output_dir}/STOP", "w").close(),
                 "raise": self._raise,

@@ -29,10 +29,11 @@ def succeeded(ended):
     assert [code for code, _ in ended] == [0] * len(ended) and not LEFT_BADLY.search(said), said
 
 
-def wait_for(path, processes, seconds=90):
+def wait_for(path, processes, seconds=90, ended=False):
+    """ended: the first process may have ended before."""
     given_up = time.monotonic() + seconds
     while not path.exists():
-        assert processes[0].poll() is None and time.monotonic() < given_up
+        assert (ended or processes[0].poll() is None) and time.monotonic() < given_up
         time.sleep(0.2)
 
 
@@ -109,6 +110,30 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all(tmp_path, whole, stage,
     succeeded(run(tmp_path, 2, stage=stage, resume=True))
     assert not (tmp_path / "PREEMPTED").exists() and not (tmp_path / "STOP").exists()
     assert [end(tmp_path, rank) for rank in (0, 1)] == whole(2, stage)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_ctrl_c_of_one_rank_saves_the_same_step_on_all(tmp_path, whole, ranks):
+    ended = run(tmp_path, ranks, faults=[("int", "step", 3, ranks - 1)], save_steps=10)
+    assert [code for code, _ in ended] == [130] * ranks, "\n".join(output for _, output in ended)
+    assert "Stopped by Ctrl-C after step 3" in ended[0][1] and not (tmp_path / "PREEMPTED").exists()
+    assert names(tmp_path) == ["checkpoint-3"]
+    succeeded(run(tmp_path, ranks, resume=True, save_steps=10))
+    assert [end(tmp_path, rank) for rank in range(ranks)] == whole(ranks, save_steps=10)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_ctrl_c_under_a_launcher(tmp_path, launcher):
+    """As a terminal sends it, to all processes; launchers send another signal to the ranks."""
+    processes = start_by(launcher, tmp_path, faults=[("hang a little", "step", 3, 0)], save_steps=10)
+    wait_for(tmp_path / "hanging", processes)
+    os.killpg(processes[0].pid, signal.SIGINT)
+    wait_for(tmp_path / "checkpoint-3", processes, ended=True)
+    ((code, output),) = finish(processes)
+    assert code != 0 and "Stopped by Ctrl-C after step 3" in output
+    assert storage.problem(tmp_path / "checkpoint-3") is None
 
 
 @pytest.mark.full

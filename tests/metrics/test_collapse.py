@@ -76,7 +76,7 @@ def test_the_retention_set_leaving_its_range_is_told_once():
     assert told({}, half, half, fine=RETENTION)[0] is None
     message, control = told({}, less, less, fine=RETENTION, teacher_model_kind="base", learning_rate=1e-3)
     assert "forgotten the retention set by step 20: 0.39 of its answers are right, at the start 0.80" in message
-    assert "learning_rate=0.001 may be too high. Anchors hold a model to what it was at the start" in message
+    assert "learning_rate=0.001 may be too high. Anchors hold a model to its start" in message
     assert "stop_on_collapse=True would end it" in message and not control.should_training_stop
     assert "Anchors" not in told({}, less, fine=RETENTION, held=True)[0]
     assert "at the start 0.80" in told(less, before=[{}], fine=RETENTION)[0]

@@ -1,19 +1,44 @@
+import sys
+import warnings
+
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from sdft_ds.loss.diagnostics import DistributionStats, TokenDiagnostics
 from sdft_ds.metrics.meters import METRICS, Meters
-from sdft_ds.metrics.progress import TrainingProgress, summary, time_report
-from sdft_ds.objectives.sdft import SelfDistillation
-from sdft_ds.train import _outcome
+from sdft_ds.metrics.progress import TrainingBar, TrainingProgress, summary, time_report, warnings_below_bars
 from tests.helpers.host_syncs import HostSyncs
 
 
 def test_a_line_says_loss_length_and_where_time_goes():
     logs = {"loss": 0.02134, "completions/mean_length": 12.43, "seconds/rollout": 0.91, "seconds/teacher": 0.3,
             "seconds/student": 0.62, "seconds/optimizer": 0.05}  # fmt: skip
-    assert summary(logs) == "loss 0.0213 | 12.4 tokens | s/step: rollout 0.91 teacher 0.3 student 0.62 optimizer 0.05"
+    phases = "rollout 0.91 teacher 0.3 student 0.62 optimizer 0.05"
+    assert summary(logs) == ("loss 0.0213", "12.4 tokens", "1.9 s/step", phases)
+
+
+@pytest.mark.parametrize("columns, shown", [(80, 2), (100, 3), (160, 4), (50, 0)])
+def test_the_bar_stays_a_bar(columns, shown):
+    """However narrow the terminal: parts of the log line give way."""
+    bar = TrainingBar(120, 0)
+    bar.dynamic_ncols, bar.ncols = None, columns
+    bar.parts = parts = ("loss 0.0213", "12.4 tokens", "1.9 s/step", "rollout 0.91 teacher 0.3 student 0.62")
+    bar.update(60)
+    line = str(bar)
+    assert len(line) <= columns and line.count("█") + line.count(" " * 5) >= 5
+    assert [part for part in parts if part in line] == list(parts[:shown])
+    assert len(line.split("|")[1]) >= 12
+    bar.close()
+
+
+def test_a_warning_has_a_line_of_its_own_below_a_bar(capsys):
+    bar = TrainingBar(120, 0)
+    with warnings_below_bars():
+        sys.stderr.write(warnings.formatwarning(UserWarning("look"), UserWarning, "file.py", 3))
+    bar.close()
+    before, _, _ = capsys.readouterr().err.partition("file.py:3: UserWarning: look")
+    assert before.endswith("\r") and not before.split("\r")[-2].strip()
 
 
 def test_the_end_says_where_time_went():
@@ -32,6 +57,8 @@ def test_the_bar_of_a_resumed_run_begins_where_the_run_stands(capsys):
     state = TrainerState(max_steps=10, global_step=7)
     bar = TrainingProgress()
     bar.on_train_begin(args, state, TrainerControl())
+    assert bar.training_bar is None  # until the other callbacks have said what they say first
+    bar.on_epoch_begin(args, state, TrainerControl())
     assert bar.training_bar.initial == bar.training_bar.n == 7  # tqdm's rate is that of what comes after
     state.global_step = 8
     bar.on_step_end(args, state, TrainerControl())
@@ -122,13 +149,6 @@ def test_metrics_stay_on_the_device_until_a_log_line_is_due(anchors):
     assert values["divergence/p50"] == pytest.approx(own.quantile(0.5).item(), rel=0.1)
     if anchors:
         assert values["anchors/distillation_loss"] == pytest.approx(per_token[anchor].mean().item(), rel=1e-5)
-
-
-def test_the_end_says_how_far_the_student_came():
-    history = [{"sdft/distillation_loss": 1.25}, {"eval_loss": 1.0}, {"sdft/distillation_loss": 0.125}]
-    assert "1.25 nats per token from the teacher's at first and 0.125 at last" in _outcome(history, SelfDistillation)
-    assert "lower logging_steps" in _outcome([], SelfDistillation)
-    assert "no completion had a token that counts" in _outcome([{"step": 1, "loss": 0.0}], SelfDistillation)
 
 
 def test_every_metric_says_its_unit_and_is_joined_by_a_known_reduction():
