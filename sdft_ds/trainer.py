@@ -5,6 +5,7 @@ objectives/ defines what a method computes, loop/step.py the order of a step, an
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +33,7 @@ from sdft_ds.metrics.run_writer import RunWriter
 from sdft_ds.model import loading, setup
 from sdft_ds.model.completion_forward import causal_lm_of
 from sdft_ds.model.packing import packing_for
+from sdft_ds.objectives.feedback import ContextFn, RewardFn
 from sdft_ds.objectives.protocol import Objective, RunParts
 from sdft_ds.objectives.sdft import SelfDistillation
 from sdft_ds.objectives.sft import SupervisedFineTuning
@@ -46,10 +48,12 @@ class MethodTrainer(StepTrainer):
     Arguments are those of TRL's SDFTTrainer: a model by name or as an object (plain or PEFT), a configuration, data
     sets with the columns `prompt` and `privileged_context`, a tokenizer or processor (by default the model's own),
     callbacks, optimizers, a PEFT configuration for a new adapter, and anchors: rows with the column `prompt`, on which
-    the student is held to the model at the start (SFT: with `golden_response` as well, which is replayed). Raises
-    ValueError, naming field or row and the fix, for what cannot be trained.
+    the student is held to the model at the start (SFT: with `golden_response` as well, which is replayed), and
+    privileged_context_fn(prompts, completions, rows), which returns the contexts made after the rollout: docs/sdpo.md.
+    Raises ValueError, naming field or row and the fix, for what cannot be trained.
     """
 
+    reward_funcs: Sequence[RewardFn] = ()
     objective_class: ClassVar[type[Objective]]
     config_class: ClassVar[type[SDFTConfig]] = SDFTConfig
 
@@ -64,11 +68,18 @@ class MethodTrainer(StepTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
         anchor_dataset: Dataset | None = None,
+        privileged_context_fn: ContextFn | None = None,
         **others: Any,
     ):
         inherited.refuse_arguments(others)
         args = launch.own_settings(self._checked(args))
-        parts = setup.prepare(model, args, train_dataset, eval_dataset, processing_class, peft_config, anchor_dataset)
+        if privileged_context_fn is not None and not self.objective_class.takes_contexts:
+            raise ValueError(f"privileged_context_fn has no effect with {type(self).__name__}: it rolls nothing out.")
+        self.privileged_context_fn = privileged_context_fn
+        context_optional = self.objective_class.makes_contexts or privileged_context_fn is not None
+        parts = setup.prepare(
+            model, args, train_dataset, eval_dataset, processing_class, peft_config, anchor_dataset, context_optional
+        )
         config = causal_lm_of(parts.model).config
         given = {name: vars(config)[name] for name in ("use_cache",) if name in vars(config)}
         super().__init__(
@@ -120,6 +131,9 @@ class MethodTrainer(StepTrainer):
             packing=packing_for(causal_lm_of(self.model), self.args.padding_free, self.args.device),
             compute_dtype=self.args.compute_dtype,
             dispatch=self.dispatch,
+            state=lambda: self.state,
+            context_fn=self.privileged_context_fn,
+            reward_funcs=self.reward_funcs,
         )
 
     def train(

@@ -79,6 +79,14 @@ METRICS = {
         "nats/token", "mean", "divergence of an anchor's loss token; all other metrics of tokens are without anchors"
     ),
     "anchors/mean_length": Metric("tokens", "mean", "length of an anchor's completion"),
+    "rewards/mean": Metric("", "mean", "reward of a completion, where it is known"),
+    "rewards/std": Metric("", "mean", "standard deviation of the rewards of a prompt's completions"),
+    "rewards/success_share": Metric("share", "mean", "prompts with a successful completion"),
+    "rewards/unknown": Metric("completions", "sum", "completions whose reward function failed since the last log"),
+    "policy/loss": Metric("", "mean", "policy loss of a token, where distillation_weight is below 1"),
+    "policy/clip_share": Metric("share", "mean", "of these, where the probability ratio is clipped"),
+    "contexts/made_share": Metric("share", "mean", "completions whose context was made after the rollout"),
+    "contexts/missing_share": Metric("share", "mean", "completions without a context; they are not in the loss"),
     "prompts/student_cut": Metric("rows", "sum", "student prompts cut to max_prompt_length since the last log"),
     "prompts/teacher_cut": Metric("rows", "sum", "teacher prompts cut to max_teacher_prompt_length"),
     "teacher/distance": Metric(
@@ -94,6 +102,9 @@ METRICS = {
         "steps", "sum", "steps skipped since the last log: their gradient was not finite", training_only=True
     ),
     "seconds/rollout": Metric("s/step", "slowest", "generation, per optimizer step, on the slowest rank"),
+    "seconds/feedback": Metric(
+        "s/step", "slowest", "rewards, and contexts made after the rollout, where there are any"
+    ),
     "seconds/teacher": Metric("s/step", "slowest", "teacher scoring, swaps included"),
     "seconds/student": Metric("s/step", "slowest", "student forward, loss and backward"),
     "seconds/optimizer": Metric("s/step", "slowest", "optimizer step", training_only=True),
@@ -280,7 +291,7 @@ class Meters:
             elif metric.reduction in ("mean", "norm ratio"):
                 if count:
                     values[name] = total / count if metric.reduction == "mean" else (total / count) ** 0.5
-            elif metric.reduction == "slowest":
+            elif metric.reduction == "slowest" and slowest[i] > 0.0:
                 values[name] = slowest[i] / max(1, steps)
                 self._note_straggler(name, slowest[i], total, int(slowest_rank[i]), elapsed)
             elif metric.reduction == "rate":

@@ -11,7 +11,7 @@ from transformers import (
     TrainingArguments,
 )
 
-PHASES = ("rollout", "teacher", "student", "optimizer")
+PHASES = ("rollout", "feedback", "teacher", "student", "optimizer")
 
 
 class TrainingProgress(ProgressCallback):
@@ -84,10 +84,11 @@ def time_report(log_history: list[dict[str, float]]) -> str:
 
 def phase_seconds(log_history: list[dict[str, float]]) -> dict[str, float]:
     """Total seconds of the run in each phase; a log line holds seconds per step since the previous line."""
-    totals, last = dict.fromkeys(PHASES, 0.0), 0
+    phases = [phase for phase in PHASES if any(f"seconds/{phase}" in log for log in log_history)]
+    totals, last = dict.fromkeys(phases, 0.0), 0
     for log in log_history:
-        if any(f"seconds/{phase}" in log for phase in PHASES):
-            for phase in PHASES:
+        if any(f"seconds/{phase}" in log for phase in phases):
+            for phase in phases:
                 totals[phase] += log.get(f"seconds/{phase}", 0.0) * (log["step"] - last)
             last = log["step"]
     return totals
