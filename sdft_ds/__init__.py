@@ -8,10 +8,11 @@ if TYPE_CHECKING:
     from sdft_ds import register
     from sdft_ds.config.recipes import recipe
     from sdft_ds.config.sdft_config import SDFTConfig
+    from sdft_ds.config.sdpo_config import SDPOConfig
     from sdft_ds.config.sft_config import SFTConfig
-    from sdft_ds.trainer import SDFTTrainer, SFTTrainer
+    from sdft_ds.trainer import SDFTTrainer, SDPOTrainer, SFTTrainer
 
-__all__ = ["SDFTConfig", "SDFTTrainer", "SFTConfig", "SFTTrainer", "recipe", "register"]
+__all__ = ["SDFTConfig", "SDFTTrainer", "SDPOConfig", "SDPOTrainer", "SFTConfig", "SFTTrainer", "recipe", "register"]
 __version__ = "0.1.0"
 
 # peft imports bitsandbytes, which on some CPUs warns that a kernel for 4-bit inference is not installed.
@@ -20,6 +21,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gem
 _HOMES = {
     "SDFTConfig": "sdft_ds.config.sdft_config",
     "SDFTTrainer": "sdft_ds.trainer",
+    "SDPOConfig": "sdft_ds.config.sdpo_config",
+    "SDPOTrainer": "sdft_ds.trainer",
     "SFTConfig": "sdft_ds.config.sft_config",
     "SFTTrainer": "sdft_ds.trainer",
     "recipe": "sdft_ds.config.recipes",

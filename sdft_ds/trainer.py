@@ -1,4 +1,4 @@
-"""SDFTTrainer and SFTTrainer: constructor and wiring.
+"""SDFTTrainer, SDPOTrainer and SFTTrainer: constructor and wiring.
 
 objectives/ defines what a method computes, loop/step.py the order of a step, and transformers.Trainer the loop.
 """
@@ -25,6 +25,7 @@ from transformers import (
 from sdft_ds import model_card, report
 from sdft_ds.config import inherited
 from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.config.sdpo_config import SDPOConfig
 from sdft_ds.config.sft_config import SFTConfig
 from sdft_ds.distributed import launch
 from sdft_ds.loop.step import StepTrainer
@@ -36,6 +37,7 @@ from sdft_ds.model.packing import packing_for
 from sdft_ds.objectives.feedback import ContextFn, RewardFn
 from sdft_ds.objectives.protocol import Objective, RunParts
 from sdft_ds.objectives.sdft import SelfDistillation
+from sdft_ds.objectives.sdpo import SelfDistilledPolicyOptimization
 from sdft_ds.objectives.sft import SupervisedFineTuning
 from sdft_ds.rollouts import factory
 from sdft_ds.rollouts.engine import RolloutEngine
@@ -203,6 +205,38 @@ class SDFTTrainer(MethodTrainer):
             self.save_model(output_dir, _internal_call=True)
 
 
+class SDPOTrainer(SDFTTrainer):
+    """Trains a model to answer as it does when it also sees an answer of its own that was rewarded.
+
+    Arguments: those of TRL's SDPOTrainer and of MethodTrainer; reward_funcs: one function or several, called as
+    function(prompts=, completions=, completion_ids=, trainer_state=, **columns of the rows) with lists, which return a
+    number or None for each completion. The column `privileged_context`, or privileged_context_fn, is feedback.
+    """
+
+    objective_class = SelfDistilledPolicyOptimization
+    config_class = SDPOConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        reward_funcs: RewardFn | Sequence[RewardFn] | None = None,
+        args: SDPOConfig | None = None,
+        *arguments: Any,
+        **options: Any,
+    ):
+        functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [])
+        for function in functions:
+            if not callable(function) or isinstance(function, nn.Module):
+                raise ValueError(
+                    f"reward_funcs must be functions, not {type(function).__name__}: for a reward model give one that "
+                    "calls it, and on the command line --reward takes names."
+                )
+        if not functions:
+            raise ValueError("SDPO scores completions: give reward_funcs (command line: --reward).")
+        self.reward_funcs = functions
+        super().__init__(model, args, *arguments, **options)
+
+
 class SFTTrainer(MethodTrainer):
     """Trains a model on the demonstrations themselves. Arguments: see MethodTrainer, with an SFTConfig as `args`."""
 
@@ -212,5 +246,5 @@ class SFTTrainer(MethodTrainer):
 
 # method -> its trainer; the choices of --method
 TRAINERS: dict[str, type[MethodTrainer]] = {
-    trainer.config_class.method: trainer for trainer in (SDFTTrainer, SFTTrainer)
+    trainer.config_class.method: trainer for trainer in (SDFTTrainer, SDPOTrainer, SFTTrainer)
 }

@@ -247,7 +247,7 @@ def map_columns(
     contexts = [n for n in (args.privileged_context_column, args.golden_response_column) if n in columns]
     made = ["prompt"] if args.prompt_column in columns else []
     try:
-        check_columns([*made, *given, *(["privileged_context"] if contexts else [])], columns)
+        check_columns([*made, *given, *(["privileged_context"] if contexts else [])], columns, args.makes_contexts)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     template = Template(args.demonstration_template)
@@ -255,7 +255,9 @@ def map_columns(
     responses = args.method == "sft" and args.golden_response_column in columns
     as_conversation = as_user or args.system_column is not None
     read = {args.prompt_column, args.system_column, *given.values(), *contexts}
-    if unread := [name for name in columns if name not in read]:
+    others = [name for name in columns if name not in {*read, "prompt", "privileged_context", *OPTIONAL_COLUMNS}]
+    kept = others if args.makes_contexts else []  # for functions of the user's
+    if unread := [name for name in columns if name not in {*read, *kept}]:
         tell(f"Columns not read: {', '.join(unread)}." + (PER_ROW if "chat_template_kwargs" in unread else ""))
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +268,8 @@ def map_columns(
             context = template.substitute(output_text=response, orig_content=_text(_last(prompt)))
         if as_conversation:
             prompt = _conversation(prompt, row.get(args.system_column))
-        mapped = {"prompt": prompt, "privileged_context": context} | {to: row[name] for to, name in given.items()}
+        mapped = {name: row[name] for name in kept} | {"prompt": prompt, "privileged_context": context}
+        mapped |= {to: row[name] for to, name in given.items()}
         return mapped | {"golden_response": response or None} if responses else mapped
 
     if as_conversation:

@@ -8,15 +8,16 @@ from typing import Any, get_type_hints
 
 from sdft_ds.cli.arguments import ScriptArguments
 from sdft_ds.cli.model_arguments import ModelArguments
-from sdft_ds.config import divergence, model, prompts, rollouts, run, teacher, vllm
+from sdft_ds.config import divergence, model, prompts, rewards, rollouts, run, teacher, vllm
 from sdft_ds.config.fields import FREE, choices_of, own_fields
 from sdft_ds.config.inherited import IGNORED_FIELDS, ON_RESUME, REFUSED_FIELDS
-from sdft_ds.config.sdft_config import SDFTConfig
 
 CHAPTERS = {
     "Divergence and loss": divergence.DivergenceSettings,
     "Teacher": teacher.TeacherSettings,
     "Rollouts": rollouts.RolloutSettings,
+    "Rewards (SDPO)": rewards.RewardSettings,
+    "Policy loss (SDPO)": rewards.PolicySettings,
     "Rollouts by vLLM": vllm.VllmSettings,
     "Rows and prompts": prompts.PromptSettings,
     "Model": model.ModelSettings,
@@ -29,14 +30,15 @@ INTRODUCTION = """\
 Made from the declarations by `python -m sdft_ds.cli.settings_page`; a test compares the two. In Python these are the
 fields of `SDFTConfig`, on the command line flags of the same names (`--distillation_alpha 0`), in a YAML file keys.
 *Resume*: what a resume does where the value is not the checkpoint's; where nothing is said, the given value counts
-from the next step or generation batch on. Settings marked SDFT are not read with `--method sft`.
+from the next step or generation batch on. Settings marked with methods are read by these only; the defaults are those
+of SDFT: SDPO has others, which [its page](sdpo.md) names.
 """
 
 
 def page() -> str:
     parts = [INTRODUCTION]
     for title, chapter in CHAPTERS.items():
-        parts.append(f"## {title}\n\n" + _table([_row(SDFTConfig, f, resume=True) for f in own_fields(chapter)], True))
+        parts.append(f"## {title}\n\n" + _table([_row(chapter, f, resume=True) for f in own_fields(chapter)], True))
     parts.append("# On the command line only")
     for title, kind in COMMAND_LINE.items():
         parts.append(f"## {title}\n\n" + _table([_row(kind, f, resume=False) for f in fields(kind) if f.init], False))
@@ -71,7 +73,7 @@ def _row(kind: type, f: Field, resume: bool) -> list[str]:
     if resume:
         about, done = [], f.metadata["resume"]
         if f.metadata["read_by"] is not None:
-            about.append("SDFT")
+            about.append(", ".join(map(str.upper, f.metadata["read_by"])))
         if done is not FREE:
             about.append(f"resume: {done.kind}")
         row.append("; ".join(about))

@@ -1,4 +1,4 @@
-"""Settings of methods with rewards: teacher prompts made of successful completions and feedback, and the policy loss."""
+"""Settings of methods with rewards: teacher prompts of successful completions and feedback, and the policy loss."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -76,7 +76,7 @@ class RewardSettings:
     )
     reward_timeout: float | None = setting(
         None,
-        "Seconds until a call of a reward function, with all completions of a rank's generation batch, takes too long.",
+        "Seconds after which a call of a reward function, with all completions of a rank, takes too long.",
         valid=positive(),
         resume=FREE,
         read_by=WITH_REWARDS,

@@ -122,8 +122,8 @@ def fill_template(pieces: list[tuple[str, str | None]], values: dict[str, str]) 
 class PromptBuilder:
     """Renders and tokenizes both prompts of an example within their limits; `counts` has the number truncated.
 
-    teacher_chat_template_kwargs: override chat_template_kwargs in the teacher's prompt. context_optional: rows may lack
-    a privileged context, because contexts are made after the rollout; until then the teacher's prompt is the student's.
+    teacher_chat_template_kwargs: override chat_template_kwargs in the teacher's prompt. context_optional: rows may
+    lack a privileged context, because contexts are made after the rollout; until then both prompts are the same.
     """
 
     def __init__(

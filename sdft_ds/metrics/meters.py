@@ -103,7 +103,7 @@ METRICS = {
     ),
     "seconds/rollout": Metric("s/step", "slowest", "generation, per optimizer step, on the slowest rank"),
     "seconds/feedback": Metric(
-        "s/step", "slowest", "rewards, and contexts made after the rollout, where there are any"
+        "s/step", "slowest", "rewards and contexts made after the rollout, where there are any"
     ),
     "seconds/teacher": Metric("s/step", "slowest", "teacher scoring, swaps included"),
     "seconds/student": Metric("s/step", "slowest", "student forward, loss and backward"),

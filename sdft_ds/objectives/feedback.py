@@ -202,9 +202,10 @@ def _within(seconds: float | None, call: Callable[[], Any]) -> Any:
     if not outcome:
         raise TimeoutError
     result, error = outcome[0]
+    if isinstance(error, TimeoutError):  # a time limit of the function's own is an error like any other
+        raise RuntimeError(_one_line(error)) from error
     if error is not None:
-        # A time limit of the function's own is an error like any other.
-        raise RuntimeError(_one_line(error)) from error if isinstance(error, TimeoutError) else error
+        raise error
     return result
 
 
