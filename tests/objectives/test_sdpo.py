@@ -47,6 +47,7 @@ def plain_loss(student, teacher, rollouts, weight=1.0, size=4, loss_type="dapo",
         assert (rollout.prompts.teacher.ids != rollout.prompts.student.ids) == bool(successes)
         if successes:
             solved = tiny.tokenizer().decode(rollouts[successes[0]].completion.ids, skip_special_tokens=True)
+            solved = solved.replace("\0", "")  # which no prompt may hold
             question = rollout.prompts.student.prompt[0]["content"]
             asked = f"{question}\nCorrect solution:\n\n{solved}\n\n\n\nCorrectly solve the original question.\n"
             assert rollout.prompts.teacher.prompt == [{"role": "user", "content": asked}]
@@ -150,7 +151,8 @@ def test_siblings_on_two_ranks_train_as_the_plain_loop(two_ranks, literal, stage
     losses, norms = literal([one + other for one, other in zip(*steps, strict=True)], weight, kind, lora)
     for got in ranks:
         assert got["losses"] == pytest.approx(losses, rel=2e-5, abs=1e-6)
-        assert got["grad_norms"] == pytest.approx(norms, rel=5e-5)
+        if stage:  # DeepSpeed logs none at stage 0
+            assert got["grad_norms"] == pytest.approx(norms, rel=5e-5)
     solved = [each for rollouts in steps for step in rollouts for each in step if each.prompts.has_context]
     assert solved and "Correct solution" in solved[0].prompts.teacher.text
     logs = ranks[0]["logs"]
