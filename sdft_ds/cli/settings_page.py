@@ -17,7 +17,6 @@ CHAPTERS = {
     "Teacher": teacher.TeacherSettings,
     "Rollouts": rollouts.RolloutSettings,
     "Rewards (SDPO)": rewards.RewardSettings,
-    "Policy loss (SDPO)": rewards.PolicySettings,
     "Rollouts by vLLM": vllm.VllmSettings,
     "Rows and prompts": prompts.PromptSettings,
     "Model": model.ModelSettings,

@@ -1,6 +1,6 @@
 """Demo of SDPO: the embedded model learns a rule from rewards alone.
 
-    python -m sdft_ds.demo.rewards [--seeds 0 1 2] [--steps 60] [--methods sdpo policy]
+    python -m sdft_ds.demo.rewards [--seeds 0 1 2] [--steps 120] [--methods sdpo policy]
 
 Each question comes with two statements that contradict each other. The model answers with one or the other; a reward
 says which answer was right: the second. Nothing states the rule. A teacher that sees an answer that was right says it
@@ -27,7 +27,8 @@ from sdft_ds.evaluation.rewards import scorer_reward
 from sdft_ds.trainer import SDPOTrainer
 
 TRAINED, HELD_OUT = UNKNOWN_NAMES[:30], UNKNOWN_NAMES[30:]
-# Tuned by hand on seed 0. The templates are in the words that the embedded model knows.
+# Tuned by hand on seed 0. The embedded model does not know the words of the default templates, and is more likely to
+# believe what is said three times.
 SETTINGS: dict[str, Any] = {
     "num_generations": 8,
     "per_device_train_batch_size": 32,
@@ -36,8 +37,8 @@ SETTINGS: dict[str, Any] = {
     "distillation_alpha": 0.5,
     "teacher_update_rate": 0.05,
     "reprompt_template": "{prompt}{solution}{feedback}",
-    "solution_template": "\n\n{successful_previous_attempt}",
-    "learning_rate": 3e-4,
+    "solution_template": "\n\n" + " ".join(3 * ["{successful_previous_attempt}"]),
+    "learning_rate": 5e-4,
     "lr_scheduler_type": "constant",
     "bf16": False,
     "activation_checkpointing": False,
@@ -92,7 +93,7 @@ def run(method: str, seed: int, steps: int) -> tuple[float, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     own = parser.parse_args(argv)
     logging.set_verbosity_error()
