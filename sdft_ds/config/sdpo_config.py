@@ -41,8 +41,3 @@ class SDPOConfig(PolicySettings, SDFTConfig):
                 "use_successful_as_teacher and include_environment_feedback are both False, so the teacher would know "
                 "no more than the student: set one of them, or distillation_weight=0."
             )
-        if self.num_generations < 2 and not self.include_environment_feedback:
-            raise ValueError(
-                f"num_generations={self.num_generations}: a completion has no siblings that could be successful. Set "
-                "it to 2 or more, or include_environment_feedback."
-            )

@@ -266,8 +266,8 @@ class PromptBuilder:
         return self._in_text(pair.student, [question]), self._in_text(pair.teacher, self._filled_in(pair))
 
     def context_left(self, pair: PromptPair) -> str:
-        """The context remaining after truncation; empty where the row has its own teacher prompt."""
-        if pair.teacher.own:
+        """The context remaining after truncation; empty where there is none, or the row's own teacher prompt."""
+        if pair.teacher.own or not pair.has_context:
             return ""
         span = next(span for span in self._filled_in(pair) if span.name == "privileged_context")
         return user_text(pair.teacher.prompt)[span.start : span.end]
@@ -316,7 +316,7 @@ class PromptBuilder:
 
     def _filled_in(self, pair: PromptPair) -> list[Span]:
         """Spans of question and context in the user's text of the teacher's prompt."""
-        if pair.teacher.own:
+        if pair.teacher.own or not pair.has_context:
             return []
         question, text = user_text(pair.student.prompt), user_text(pair.teacher.prompt)
         contexts = sum(name == "privileged_context" for _, name in self.template)

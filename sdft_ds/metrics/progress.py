@@ -11,6 +11,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from sdft_ds.metrics.meters import METRICS
+
 PHASES = ("rollout", "feedback", "teacher", "student", "optimizer")
 
 
@@ -84,7 +86,8 @@ def time_report(log_history: list[dict[str, float]]) -> str:
 
 def phase_seconds(log_history: list[dict[str, float]]) -> dict[str, float]:
     """Total seconds of the run in each phase; a log line holds seconds per step since the previous line."""
-    phases = [phase for phase in PHASES if any(f"seconds/{phase}" in log for log in log_history)]
+    logged = {name for log in log_history for name in log}
+    phases = [p for p in PHASES if f"seconds/{p}" in logged or not METRICS[f"seconds/{p}"].optional]
     totals, last = dict.fromkeys(phases, 0.0), 0
     for log in log_history:
         if any(f"seconds/{phase}" in log for phase in phases):

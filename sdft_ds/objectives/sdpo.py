@@ -49,6 +49,11 @@ class SelfDistilledPolicyOptimization(SelfDistillation):
         weights = [1.0] * len(functions) if args.reward_weights is None else args.reward_weights
         if len(weights) != len(functions):
             raise ValueError(f"reward_weights has {len(weights)} values, and there are {len(functions)} rewards.")
+        if args.num_generations < 2 and not args.include_environment_feedback:
+            raise ValueError(
+                f"num_generations={args.num_generations}: a completion has no siblings that could be successful. Set "
+                "it to 2 or more, or include_environment_feedback."
+            )
         if parts.context_fn is not None and not args.include_environment_feedback:
             raise ValueError(
                 "privileged_context_fn returns feedback for the teacher, which include_environment_feedback=False "

@@ -192,13 +192,13 @@ def test_the_range_of_a_flag_is_enforced_as_that_of_a_field(flag, words):
 
 
 def test_the_methods_are_those_that_have_a_trainer(capsys):
-    assert list(TRAINERS) == ["sdft", "sft"]
+    assert list(TRAINERS) == ["sdft", "sdpo", "sft"]
     for method, trainer in TRAINERS.items():
         _, args, _ = parse(["--method", method, *OWN], {})
         assert type(args) is trainer.config_class and args.method == method
     with pytest.raises(SystemExit):
         parse(["--method", "dpo"], {})
-    assert "invalid choice: 'dpo' (choose from 'sdft', 'sft')" in capsys.readouterr().err
+    assert "invalid choice: 'dpo' (choose from 'sdft', 'sdpo', 'sft')" in capsys.readouterr().err
 
 
 def test_a_switch_needs_no_value():
