@@ -167,8 +167,6 @@ class ScriptArguments:
     def __post_init__(self) -> None:
         """Raises ValueError for values out of range, and for settings that contradict each other."""
         check_ranges(self)
-        if self.reward and self.method != "sdpo":
-            raise ValueError(f"--reward is of --method sdpo; --method {self.method} has no rewards.")
         if self.dataset_path and self.dataset_name:
             raise ValueError("--dataset_path and --dataset_name are both set: give one of them.")
         for name in ("dataset_config", "dataset_revision"):
@@ -233,6 +231,8 @@ def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
     if recipe != given.recipe:
         _give_way(below, given)
     config = TRAINERS[given.method].config_class
+    if given.reward and given.method != "sdpo":
+        raise ValueError(f"--reward is of --method sdpo; --method {given.method} has no rewards.")
     flags = SDFTConfig.__dataclass_fields__  # the parser's; a method may have other defaults
     below = {f.name: f.default for f in fields(config) if f.default != flags[f.name].default} | below
     # Settings that the method does not read are warned about if given, not if they come from recipe or demo.

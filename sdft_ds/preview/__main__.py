@@ -86,7 +86,8 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
     else:
         chat, evaluates = tokenizer.chat_template is not None, args.eval_strategy != "no"
         # As for SFT, which keeps golden responses: the teacher check needs them.
-        dataset, _ = dataset_loading.load(replace(script, method="sft"), evaluates, args.seed, chat, notes.append)
+        given = script if script.makes_contexts else replace(script, method="sft")
+        dataset, _ = dataset_loading.load(given, evaluates, args.seed, chat, notes.append)
         name = f"{model.model_name_or_path} · {script.source}"
     config = loading.config_of(model.model_name_or_path, args)
     builder = loading.prompt_builder(tokenizer, config, args, script.makes_contexts)

@@ -330,3 +330,12 @@ def test_a_file_that_cannot_be_read_is_told_by_line_or_encoding(tmp_path, name, 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
         load_splits(ScriptArguments(dataset_path=[str(tmp_path / name)]))
+
+
+def test_columns_for_functions_of_ones_own_are_kept():
+    rows = Dataset.from_list([{"question": "Why?", "answer": "B", "kind": "mcq"}])
+    script = ScriptArguments(prompt_column="question", method="sdpo")
+    (row,) = map_columns(rows, script)
+    assert row == {"prompt": "Why?", "privileged_context": None, "answer": "B", "kind": "mcq"}
+    with pytest.raises(ValueError, match="lacks privileged_context"):
+        map_columns(rows, ScriptArguments(prompt_column="question"))
