@@ -176,3 +176,24 @@ def test_anchors_get_none():
     trainer = make_trainer(callbacks=[Recorder()], output_dir=tempfile.mkdtemp(), **MADE, anchors=anchors,
                            num_generations=1, teacher_model_kind="base", max_steps=2)  # fmt: skip
     trainer.train()
+
+
+@pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_a_rollout_in_flight_gets_them_when_it_is_scored(tmp_path, stream):
+    """Before a stream's next rows are read, and after a resume."""
+
+    checkpoint = tmp_path / "checkpoint-3"
+
+    def run(again=None):
+        recorder = Recorder()
+        trainer = make_trainer(
+            **MADE, stream=stream, callbacks=[recorder], max_steps=6, output_dir=str(tmp_path), save_strategy="steps",
+            save_steps=3, num_iterations=2,
+        )  # fmt: skip
+        trainer.args.rollout_lag = 1  # as with a server, here with rollouts that end at once
+        trainer.train(resume_from_checkpoint=again)
+        return [log["loss"] for log in recorder.logs if "loss" in log]
+
+    whole = run()
+    assert (checkpoint / "next-generation-batch-rank-0.json").exists()
+    assert run(str(checkpoint)) == whole[3:] and whole[3] != whole[2]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import TrainerCallback
 
 from sdft_ds import SDPOConfig, SDPOTrainer
+from sdft_ds.demo import rewards
 from sdft_ds.objectives import feedback
 from sdft_ds.objectives.feedback import FeedbackError
 from tests.distributed.ranks import RankError
@@ -323,3 +324,9 @@ def test_the_defaults_are_trls():
     assert (args.distillation_mode, args.distillation_alpha, args.distillation_topk) == ("sampled_token", 1.0, None)
     assert (args.teacher_model_kind, args.teacher_update_rate, args.teacher_sync_steps) == ("ema", 0.05, 1)
     assert (args.success_reward_threshold, args.max_reprompt_len, args.loss_type) == (1.0, 10240, "dapo")
+
+
+@pytest.mark.full
+def test_the_demo_learns_its_rule():
+    before, after = rewards.run("sdpo", seed=0, steps=120)
+    assert before < 0.5 and after > before + 0.15
