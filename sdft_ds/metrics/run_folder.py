@@ -9,7 +9,8 @@ completions/step-N.parquet  a row per logged completion of step N, with the colu
 evaluations.jsonl           {"step": int, "task": str, "rows": int, measure: number, ...}, e.g. measure accuracy or
                             kl_to_start; the last line for a (step, task) wins.
 run.json                    {"config": {...}, "versions": {...}, "environment": {...}, "model": str,
-                            "method": "sdft" | "sdpo" | "sft", "started": Unix seconds, "finished": Unix seconds or null}
+                            "method": "sdft" | "sdpo" | "sft", "started": Unix seconds, "finished": Unix seconds or
+                            null}
 
 Any of them may be missing. A line or a file that was truncated mid-write is skipped and reported in `Run.notes`.
 """
