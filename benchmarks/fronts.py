@@ -34,7 +34,9 @@ def draw(axes: plt.Axes, results: dict[str, dict[str, list[dict]]]) -> None:
         for point in found:
             least, most = ((point["spread"]["trained"][i] + point["spread"]["other"][i]) / 2 for i in (0, 1))
             axes.vlines(point["kl"], least, most, colors=colour, linewidth=0.8, alpha=0.5)
-        axes.scatter([p["kl"] for p in found], [learned(p) for p in found], s=14, color=colour, alpha=0.55, linewidths=0)
+        axes.scatter(
+            [p["kl"] for p in found], [learned(p) for p in found], s=14, color=colour, alpha=0.55, linewidths=0
+        )
         best = sorted(front(found), key=lambda point: point["kl"])
         axes.plot([p["kl"] for p in best], [learned(p) for p in best], color=colour, label=NAMES.get(arm, arm))
     axes.set_xscale("log")

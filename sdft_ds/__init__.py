@@ -8,11 +8,15 @@ if TYPE_CHECKING:
     from sdft_ds import register
     from sdft_ds.config.recipes import recipe
     from sdft_ds.config.sdft_config import SDFTConfig
+    from sdft_ds.config.sdpo_config import SDPOConfig
     from sdft_ds.config.sft_config import SFTConfig
     from sdft_ds.data.loading.read import read_dataset
-    from sdft_ds.trainer import SDFTTrainer, SFTTrainer
+    from sdft_ds.trainer import SDFTTrainer, SDPOTrainer, SFTTrainer
 
-__all__ = ["SDFTConfig", "SDFTTrainer", "SFTConfig", "SFTTrainer", "read_dataset", "recipe", "register"]
+__all__ = [
+    "SDFTConfig", "SDFTTrainer", "SDPOConfig", "SDPOTrainer", "SFTConfig", "SFTTrainer",
+    "read_dataset", "recipe", "register",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 # peft imports bitsandbytes, which on some CPUs warns that a kernel for 4-bit inference is not installed.
@@ -21,6 +25,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gem
 _HOMES = {
     "SDFTConfig": "sdft_ds.config.sdft_config",
     "SDFTTrainer": "sdft_ds.trainer",
+    "SDPOConfig": "sdft_ds.config.sdpo_config",
+    "SDPOTrainer": "sdft_ds.trainer",
     "SFTConfig": "sdft_ds.config.sft_config",
     "SFTTrainer": "sdft_ds.trainer",
     "read_dataset": "sdft_ds.data.loading.read",

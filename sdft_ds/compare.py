@@ -44,11 +44,13 @@ def render(runs: Sequence[Run]) -> str:
         for i, (name, run) in enumerate(named.items())
     )
     sections = {"Before and after": before_after(named)}
-    times = {name: list(phase_seconds(run.log).values()) for name, run in named.items()}
+    found = {name: phase_seconds(run.log) for name, run in named.items()}
+    phases = [phase for phase in PHASES if any(phase in seconds for seconds in found.values())]
+    times = {name: [seconds.get(phase, 0.0) for phase in phases] for name, seconds in found.items()}
     for heading, charts in _all_charts(runs).items():
         figures = [figure for chart in charts for figure in _overlaid(named, chart)]
         if heading == "Time" and any(sum(seconds) for seconds in times.values()):
-            figures.insert(0, shares("Time of the whole run", "s", times, PHASES))
+            figures.insert(0, shares("Time of the whole run", "s", times, phases))
         if figures:
             sections[heading] = grid(figures)
     sections["Configuration"] = _differences(named, "config")

@@ -21,10 +21,23 @@ CITATION = """\
     archivePrefix = {arXiv},
 }
 ```"""
+CITATIONS = {
+    "sdft": CITATION,
+    "sdpo": """\
+```bibtex
+@misc{sdpo,
+    title = {Reinforcement Learning via Self-Distillation},
+    year = {2026},
+    eprint = {2601.20802},
+    archivePrefix = {arXiv},
+}
+```""",
+}
 # Logged metric -> its label.
 LOSSES = {
     "sdft/distillation_loss": "distance from the teacher, nats/token",
     "loss": "loss",
+    "rewards/mean": "reward",
 }
 EVALUATED = re.compile(r"eval_((?P<rows>[^/]+)_)?loss")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -101,8 +114,8 @@ def render(facts: Facts) -> str:
         "## Settings",
         _table(("setting", "value"), [(f"`{name}`", _code(getattr(args, name))) for name in _names(args)]),
     ]
-    if args.method == "sdft":
-        parts += ["## Citation", CITATION]
+    if args.method in CITATIONS:
+        parts += ["## Citation", CITATIONS[args.method]]
     return "\n\n".join(parts) + "\n"
 
 

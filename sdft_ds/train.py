@@ -18,11 +18,13 @@ from sdft_ds.config import recipes
 from sdft_ds.data.rows import DataError
 from sdft_ds.demo import run as demo
 from sdft_ds.distributed import ranks, shutdown
+from sdft_ds.evaluation import rewards
 from sdft_ds.evaluation.task_evaluation import TaskEvaluation, check_best_metric
 from sdft_ds.evaluation.tasks import Task, read_tasks
 from sdft_ds.metrics.completions import ShowCompletions
 from sdft_ds.metrics.nonfinite import TooManyNonFiniteSteps
 from sdft_ds.model import loading
+from sdft_ds.objectives.feedback import FeedbackError
 from sdft_ds.rollouts.sampler import NonFiniteLogits
 from sdft_ds.trainer import TRAINERS, MethodTrainer
 
@@ -43,6 +45,11 @@ def _main(argv: Sequence[str], stack: ExitStack) -> None:
         questions = _questions(script)
         check_best_metric(args, questions)
         is_demo = arguments.is_demo(script, model)
+        if is_demo and script.method == "sdpo":
+            raise ValueError(
+                "--method sdpo needs --model_name_or_path, --dataset_path and --reward. A demo of it: python -m "
+                "sdft_ds.demo.rewards"
+            )
         resume = _resume(args.resume_from_checkpoint)
         # Held from before the weights are loaded until everything is written.
         stack.enter_context(output_dir.locked(args.output_dir))
@@ -65,7 +72,7 @@ def _main(argv: Sequence[str], stack: ExitStack) -> None:
         trainer.train(resume_from_checkpoint=resume)
     except DataError as error:  # from a stream, possibly on this rank only
         sys.exit(f"sdft_ds: {error}")
-    except (CannotResume, NonFiniteLogits, OutputFolderInUse, TooManyNonFiniteSteps) as error:
+    except (CannotResume, FeedbackError, NonFiniteLogits, OutputFolderInUse, TooManyNonFiniteSteps) as error:
         errors.leave(error)
     trainer.save_model()
     if args.save_teacher:
@@ -88,6 +95,7 @@ def _trainer(
     evaluates = args.eval_strategy != "no"
     args.model_init_kwargs = {**model.init_kwargs(args), **(args.model_init_kwargs or {})}
     tokenizer = model.tokenizer(args)
+    functions = rewards.functions(script.privileged_context_fn, script.reward, script.answer_column)
     train_dataset, eval_dataset = dataset_loading.load(
         script, evaluates, args.seed, tokenizer.chat_template is not None, ranks.tell
     )
@@ -100,6 +108,7 @@ def _trainer(
         processing_class=tokenizer,
         peft_config=model.peft_config(),
         anchor_dataset=anchors,
+        **functions,
     )
     if evaluates and script.eval_num_prompts:
         shown = (trainer.eval_dataset, script.eval_num_prompts)

@@ -1,10 +1,11 @@
-"""SDFTTrainer and SFTTrainer: constructor and wiring.
+"""SDFTTrainer, SDPOTrainer and SFTTrainer: constructor and wiring.
 
 objectives/ defines what a method computes, loop/step.py the order of a step, and transformers.Trainer the loop.
 """
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from transformers import (
 from sdft_ds import model_card, report
 from sdft_ds.config import inherited
 from sdft_ds.config.sdft_config import SDFTConfig
+from sdft_ds.config.sdpo_config import SDPOConfig
 from sdft_ds.config.sft_config import SFTConfig
 from sdft_ds.distributed import launch
 from sdft_ds.loop.step import StepTrainer
@@ -32,8 +34,10 @@ from sdft_ds.metrics.run_writer import RunWriter
 from sdft_ds.model import loading, setup
 from sdft_ds.model.completion_forward import causal_lm_of
 from sdft_ds.model.packing import packing_for
+from sdft_ds.objectives.feedback import ContextFn, RewardFn
 from sdft_ds.objectives.protocol import Objective, RunParts
 from sdft_ds.objectives.sdft import SelfDistillation
+from sdft_ds.objectives.sdpo import SelfDistilledPolicyOptimization
 from sdft_ds.objectives.sft import SupervisedFineTuning
 from sdft_ds.rollouts import factory
 from sdft_ds.rollouts.engine import RolloutEngine
@@ -46,10 +50,12 @@ class MethodTrainer(StepTrainer):
     Arguments are those of TRL's SDFTTrainer: a model by name or as an object (plain or PEFT), a configuration, data
     sets with the columns `prompt` and `privileged_context`, a tokenizer or processor (by default the model's own),
     callbacks, optimizers, a PEFT configuration for a new adapter, and anchors: rows with the column `prompt`, on which
-    the student is held to the model at the start (SFT: with `golden_response` as well, which is replayed). Raises
-    ValueError, naming field or row and the fix, for what cannot be trained.
+    the student is held to the model at the start (SFT: with `golden_response` as well, which is replayed), and
+    privileged_context_fn(prompts, completions, rows), which returns the contexts made after the rollout: docs/sdpo.md.
+    Raises ValueError, naming field or row and the fix, for what cannot be trained.
     """
 
+    reward_funcs: Sequence[RewardFn] = ()
     objective_class: ClassVar[type[Objective]]
     config_class: ClassVar[type[SDFTConfig]] = SDFTConfig
 
@@ -64,11 +70,18 @@ class MethodTrainer(StepTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
         anchor_dataset: Dataset | None = None,
+        privileged_context_fn: ContextFn | None = None,
         **others: Any,
     ):
         inherited.refuse_arguments(others)
         args = launch.own_settings(self._checked(args))
-        parts = setup.prepare(model, args, train_dataset, eval_dataset, processing_class, peft_config, anchor_dataset)
+        if privileged_context_fn is not None and not self.objective_class.takes_contexts:
+            raise ValueError(f"privileged_context_fn has no effect with {type(self).__name__}: it rolls nothing out.")
+        self.privileged_context_fn = privileged_context_fn
+        context_optional = self.objective_class.makes_contexts or privileged_context_fn is not None
+        parts = setup.prepare(
+            model, args, train_dataset, eval_dataset, processing_class, peft_config, anchor_dataset, context_optional
+        )
         config = causal_lm_of(parts.model).config
         given = {name: vars(config)[name] for name in ("use_cache",) if name in vars(config)}
         super().__init__(
@@ -122,6 +135,9 @@ class MethodTrainer(StepTrainer):
             packing=packing_for(causal_lm_of(self.model), self.args.padding_free, self.args.device),
             compute_dtype=self.args.compute_dtype,
             dispatch=self.dispatch,
+            state=lambda: self.state,
+            context_fn=self.privileged_context_fn,
+            reward_funcs=self.reward_funcs,
         )
 
     def train(
@@ -201,6 +217,38 @@ class SDFTTrainer(MethodTrainer):
             self.save_model(output_dir, _internal_call=True)
 
 
+class SDPOTrainer(SDFTTrainer):
+    """Trains a model to answer as it does when it also sees an answer of its own that was rewarded.
+
+    Arguments: those of TRL's SDPOTrainer and of MethodTrainer; reward_funcs: one function or several, called as
+    function(prompts=, completions=, completion_ids=, trainer_state=, **columns of the rows) with lists, which return a
+    number or None for each completion. The column `privileged_context`, or privileged_context_fn, is feedback.
+    """
+
+    objective_class = SelfDistilledPolicyOptimization
+    config_class = SDPOConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        reward_funcs: RewardFn | Sequence[RewardFn] | None = None,
+        args: SDPOConfig | None = None,
+        *arguments: Any,
+        **options: Any,
+    ):
+        functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [])
+        for function in functions:
+            if not callable(function) or isinstance(function, nn.Module):
+                raise ValueError(
+                    f"reward_funcs must be functions, not {type(function).__name__}: for a reward model give one that "
+                    "calls it, and on the command line --reward takes names."
+                )
+        if not functions:
+            raise ValueError("SDPO scores completions: give reward_funcs (command line: --reward).")
+        self.reward_funcs = functions
+        super().__init__(model, args, *arguments, **options)
+
+
 class SFTTrainer(MethodTrainer):
     """Trains a model on the demonstrations themselves. Arguments: see MethodTrainer, with an SFTConfig as `args`."""
 
@@ -210,5 +258,5 @@ class SFTTrainer(MethodTrainer):
 
 # method -> its trainer; the choices of --method
 TRAINERS: dict[str, type[MethodTrainer]] = {
-    trainer.config_class.method: trainer for trainer in (SDFTTrainer, SFTTrainer)
+    trainer.config_class.method: trainer for trainer in (SDFTTrainer, SDPOTrainer, SFTTrainer)
 }

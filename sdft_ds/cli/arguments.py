@@ -35,7 +35,8 @@ class ScriptArguments:
 
     method: str = setting(
         "sdft",
-        "sdft: self-distillation; sft: supervised fine-tuning on the demonstrations of the same rows, to compare.",
+        "sdft: self-distillation; sdpo: the same with rewarded completions as the context (--reward); sft: supervised "
+        "fine-tuning on the demonstrations of the same rows, to compare.",
         choices=tuple(TRAINERS),
     )
     recipe: str | None = setting(
@@ -111,6 +112,19 @@ class ScriptArguments:
         "Makes the privileged context from a golden response: $output_text is the response, $orig_content the prompt.",
         only_with=OF_DATA,
     )
+    privileged_context_fn: str | None = setting(
+        None,
+        "A function of yours, package.module:function, that makes privileged contexts after the rollout: called with "
+        "prompts, completions and rows, it returns a text or None for each.",
+        only_with=OF_DATA,
+    )
+    reward: list[str] | None = setting(
+        None,
+        "For --method sdpo: reward functions, each package.module:function, or the name of a scorer (exact, contains, "
+        "choice, answer_letter, regex, action), which gives 1 to a right completion.",
+        only_with=OF_DATA,
+    )
+    answer_column: str = setting("answer", "Column that holds the answer, for those scorers.", only_with=("reward",))
     anchor_path: list[str] | None = setting(
         None,
         "Prompts without context on which the student is held to the model at the start, so that it does not forget: "
@@ -147,6 +161,11 @@ class ScriptArguments:
         if self.dataset_name is not None:
             return self.dataset_name
         return display(self.dataset_path or ["in memory"])
+
+    @property
+    def makes_contexts(self) -> bool:
+        """Whether privileged contexts are made after the rollout, so that rows may lack one."""
+        return self.method == "sdpo" or self.privileged_context_fn is not None
 
     def __post_init__(self) -> None:
         """Raises ValueError for values out of range, and for settings that contradict each other."""
@@ -244,6 +263,10 @@ def resolve(argv: Sequence[str], demo: dict[str, Any]) -> Resolved:
     if recipe != given.recipe:
         _give_way(below, given)
     config = TRAINERS[given.method].config_class
+    if given.reward and given.method != "sdpo":
+        raise ValueError(f"--reward is of --method sdpo; --method {given.method} has no rewards.")
+    flags = SDFTConfig.__dataclass_fields__  # the parser's; a method may have other defaults
+    below = {f.name: f.default for f in fields(config) if f.default != flags[f.name].default} | below
     # Settings that the method does not read are warned about if given, not if they come from recipe or demo.
     below = {name: value for name, value in below.items() if name not in unread_by(config, given.method)}
     # null and empty lists count as given too, but cannot be expressed as tokens.
@@ -287,7 +310,7 @@ def _give_way(recipe: dict[str, Any], given: argparse.Namespace) -> None:
     support = ("distillation_topk", "distillation_add_tail", "distillation_support", "full_logit_distillation")
     if any(getattr(given, name) != SDFTConfig.__dataclass_fields__[name].default for name in support):
         del recipe["distillation_mode"]
-    if given.generate_from_teacher:
+    if given.generate_from_teacher or given.privileged_context_fn:
         del recipe["teacher_rollout_fraction"]
     if given.sync_ref_model:
         del recipe["teacher_model_kind"]

@@ -105,6 +105,7 @@ def row_reader(args: ScriptArguments, has_chat_template: bool) -> RowReader:
         demonstration_template=args.demonstration_template,
         as_user=args.prompt_as == "user" or (args.prompt_as is None and has_chat_template),
         keep_response=args.method == "sft",
+        context_optional=args.makes_contexts,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from transformers.hf_argparser import string_to_bool
 
-from sdft_ds.config import divergence, model, prompts, rollouts, run, teacher, vllm
+from sdft_ds.config import divergence, model, prompts, rewards, rollouts, run, teacher, vllm
 from sdft_ds.config.fields import own_fields
 from sdft_ds.config.sdft_config import SDFTConfig
 
@@ -15,6 +15,7 @@ CHAPTERS = {
     "Divergence and loss": divergence.DivergenceSettings,
     "Teacher": teacher.TeacherSettings,
     "Rollouts": rollouts.RolloutSettings,
+    "Rewards (SDPO)": rewards.RewardSettings,
     "Rollouts by vLLM": vllm.VllmSettings,
     "Rows and prompts": prompts.PromptSettings,
     "Model": model.ModelSettings,
@@ -43,7 +44,7 @@ Data      --dataset FILE ...        files or a folder (--dataset_path)
           --golden_response_column  columns of the rows
           --max_prompt_length N     tokens (512)
 Method    --recipe NAME             facts, paper, trl, trl-1.16
-          --method NAME             sdft, or sft to compare
+          --method NAME             sdft; sdpo, with --reward; or sft to compare
           --distillation_alpha X    0: forward KL, 1: reverse KL
           --anchor_path FILE ...    prompts against forgetting; or: none
 Teacher   --teacher_model_kind NAME live, base (as at the start) or ema

@@ -11,7 +11,6 @@ from sdft_ds.cli.help_page import CHAPTERS
 from sdft_ds.cli.model_arguments import ModelArguments
 from sdft_ds.config.fields import FREE, choices_of, own_fields
 from sdft_ds.config.inherited import IGNORED_FIELDS, ON_RESUME, REFUSED_FIELDS
-from sdft_ds.config.sdft_config import SDFTConfig
 
 COMMAND_LINE = {"Method and data": ScriptArguments, "Model and adapter": ModelArguments}
 INTRODUCTION = """\
@@ -20,14 +19,15 @@ INTRODUCTION = """\
 Made from the declarations by `python -m sdft_ds.cli.settings_page`; a test compares the two. In Python these are the
 fields of `SDFTConfig`, on the command line flags of the same names (`--distillation_alpha 0`), in a YAML file keys.
 *Resume*: what a resume does where the value is not the checkpoint's; where nothing is said, the given value counts
-from the next step or generation batch on. Settings marked SDFT are not read with `--method sft`.
+from the next step or generation batch on. Settings marked with methods are read by these only; the defaults are those
+of SDFT: SDPO has others, which [its page](sdpo.md) names.
 """
 
 
 def page() -> str:
     parts = [INTRODUCTION]
     for title, chapter in CHAPTERS.items():
-        parts.append(f"## {title}\n\n" + _table([_row(SDFTConfig, f, resume=True) for f in own_fields(chapter)], True))
+        parts.append(f"## {title}\n\n" + _table([_row(chapter, f, resume=True) for f in own_fields(chapter)], True))
     parts.append("# On the command line only")
     for title, kind in COMMAND_LINE.items():
         parts.append(f"## {title}\n\n" + _table([_row(kind, f, resume=False) for f in fields(kind) if f.init], False))
@@ -62,7 +62,7 @@ def _row(kind: type, f: Field, resume: bool) -> list[str]:
     if resume:
         about, done = [], f.metadata["resume"]
         if f.metadata["read_by"] is not None:
-            about.append("SDFT")
+            about.append(", ".join(map(str.upper, f.metadata["read_by"])))
         if done is not FREE:
             about.append(f"resume: {done.kind}")
         row.append("; ".join(about))

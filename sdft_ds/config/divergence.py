@@ -5,6 +5,7 @@ from typing import Literal
 
 from sdft_ds.config.fields import (
     FREE,
+    WITH_TEACHER,
     at_least,
     positive,
     setting,
@@ -21,7 +22,7 @@ class DivergenceSettings:
         "0: forward KL(teacher||student); 1: reverse KL(student||teacher); between: generalised JSD.",
         valid=within(0, 1),
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
         card=True,
     )
     distillation_mode: str | None = setting(
@@ -30,7 +31,7 @@ class DivergenceSettings:
         "Unset: from distillation_topk and full_logit_distillation.",
         choices=MODES,
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
         card=True,
     )
     distillation_topk: int | None = setting(
@@ -38,7 +39,7 @@ class DivergenceSettings:
         "Size of the student's top-k support. None: see full_logit_distillation.",
         valid=positive(),
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
         card=True,
     )
     full_logit_distillation: bool = setting(
@@ -46,21 +47,21 @@ class DivergenceSettings:
         "With distillation_topk None: the full vocabulary instead of the sampled token.",
         only_with=("distillation_topk=None",),
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
     )
     distillation_support: Literal["student", "teacher", "union"] = setting(
         "student",
         "With top-k: whose k most likely tokens are compared. On the student's alone, a token that only the teacher "
         "considers likely (a new fact) gets no gradient of its own; union: both sides', up to 2 k.",
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
         card=True,
     )
     distillation_add_tail: bool = setting(
         False,
         "With top-k: keep the remaining mass as one more bucket instead of renormalising.",
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
         card=True,
     )
     distillation_is_clip: float | None = setting(
@@ -68,10 +69,15 @@ class DivergenceSettings:
         "Largest importance weight, where a rollout is older than the weights. None: no such weight.",
         valid=positive(),
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
         card=True,
     )
-    distillation_weight: float = setting(1.0, "Factor applied to the loss.", valid=at_least(0), resume=FREE)
+    distillation_weight: float = setting(
+        1.0,
+        "Factor applied to the loss. SDPO: share of the distillation loss; the rest is the policy loss.",
+        valid=at_least(0),
+        resume=FREE,
+    )
     loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = setting(
         "dapo",
         "Aggregation over tokens: dapo, mean over all loss tokens of the optimizer step; grpo, mean of each "
@@ -85,7 +91,7 @@ class DivergenceSettings:
         "First tokens of each completion to exclude from the loss.",
         valid=at_least(0),
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
         card=True,
     )
     mask_truncated_completions: bool = setting(

@@ -56,6 +56,11 @@ COMPARED_AS_ROWS = OnResume(NOT_COMPARED, "compared as rows of an optimizer step
 OF_THE_TRAINER = OnResume(APPLIED, "set in the Trainer's state")
 OF_ONE_PRECISION = OnResume(REFUSED_BY_DEEPSPEED, "its files are those of one precision")
 
+# ---- which methods read a setting -----------------------------------------------------------------------------------
+
+WITH_TEACHER = ("sdft", "sdpo")
+WITH_REWARDS = ("sdpo",)
+
 # ---- fields ---------------------------------------------------------------------------------------------------------
 
 
@@ -93,6 +98,11 @@ def setting(
     about["otherwise"] = default if otherwise is MISSING else otherwise
     shown = {} if choices is None else {"choices": choices}
     return field(default=default, metadata=_Metadata(help=help, **shown, **about))
+
+
+def redeclared(config_class: type, name: str, default: Any) -> Any:
+    """The setting of a base class with another default."""
+    return field(default=default, metadata=config_class.__dataclass_fields__[name].metadata)
 
 
 def unused(default: Any, reason: str) -> Any:

@@ -8,6 +8,7 @@ from sdft_ds.config.fields import (
     ANOTHER_RUN,
     COMPARED_AS_ROWS,
     FREE,
+    WITH_TEACHER,
     Range,
     at_least,
     positive,
@@ -37,28 +38,33 @@ class RolloutSettings:
         "Completions sampled for each prompt.",
         valid=at_least(1),
         resume=ANOTHER_RUN,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
         otherwise=1,
         card=True,
     )
     num_generations_eval: int | None = setting(
-        None, "The same for evaluation. Unset: num_generations.", valid=at_least(1), resume=FREE, read_by=("sdft",)
+        None, "The same for evaluation. Unset: num_generations.", valid=at_least(1), resume=FREE, read_by=WITH_TEACHER
     )
     generation_batch_size: int | None = setting(
         None,
         "Completions of a generation batch over all ranks; another way to set steps_per_generation.",
         resume=COMPARED_AS_ROWS,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
         derived=True,
     )
     steps_per_generation: int | None = setting(
         None,
         "Micro-batches of one generation batch. Unset: gradient_accumulation_steps.",
         resume=COMPARED_AS_ROWS,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
     )
     num_iterations: int = setting(
-        1, "Times each generation batch is used.", valid=at_least(1), resume=ANOTHER_RUN, read_by=("sdft",), card=True
+        1,
+        "Times each generation batch is used.",
+        valid=at_least(1),
+        resume=ANOTHER_RUN,
+        read_by=WITH_TEACHER,
+        card=True,
     )
     max_completion_length: int = setting(
         256, "Most tokens of a completion.", valid=at_least(1), resume=FREE, card=True
@@ -68,7 +74,7 @@ class RolloutSettings:
         "Share of the rollouts from the teacher's prompt at the first step, falling to 0 at the last.",
         valid=within(0, 1),
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
     )
     anchor_fraction: float | None = setting(
         None,

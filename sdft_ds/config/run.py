@@ -6,6 +6,7 @@ from sdft_ds.config.fields import (
     FREE,
     OF_ONE_PRECISION,
     OF_THE_TRAINER,
+    WITH_TEACHER,
     at_least,
     positive,
     setting,
@@ -66,7 +67,7 @@ class RunSettings:
         "Save a checkpoint and end the run where completions repeat themselves, end at once, grow without end, or are "
         "all alike, or where the retention set is forgotten. False: a warning only.",
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
     )
     preemption_exit_code: int = setting(
         99,

@@ -12,8 +12,10 @@ from transformers import TrainingArguments
 
 from sdft_ds.config import inherited, validate
 from sdft_ds.config.divergence import DivergenceSettings
+from sdft_ds.config.fields import default, unread_by
 from sdft_ds.config.model import ModelSettings
 from sdft_ds.config.prompts import PromptSettings
+from sdft_ds.config.rewards import RewardSettings
 from sdft_ds.config.rollouts import RolloutSettings
 from sdft_ds.config.run import RunSettings
 from sdft_ds.config.teacher import TeacherSettings
@@ -26,6 +28,7 @@ from sdft_ds.distributed import launch
 @dataclass
 class SDFTConfig(
     TrlCompatSettings,
+    RewardSettings,
     VllmSettings,
     RolloutSettings,
     PromptSettings,
@@ -47,6 +50,7 @@ class SDFTConfig(
     """
 
     method: ClassVar[str] = "sdft"
+    lacks: ClassVar[str] = "Self-distilled fine-tuning has no rewards"  # for a warning of settings it does not read
 
     _argument_group_name = "training and self-distillation"
     _OWN_DICT_FIELDS = [
@@ -58,6 +62,7 @@ class SDFTConfig(
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + _OWN_DICT_FIELDS
 
     def __post_init__(self) -> None:
+        self._leave_unread()
         inherited.refuse_lone_processes()
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
@@ -99,6 +104,15 @@ class SDFTConfig(
         inherited.refuse_in_deepspeed(self)
         validate.warn_of_ineffective(self)
         validate.warn_of_starved_gradient(self)
+
+    def _leave_unread(self) -> None:
+        """Set the settings that the method does not read, with a warning if they were given."""
+        unread = unread_by(type(self), self.method)
+        given = [name for name, fixed in unread.items() if getattr(self, name) not in (fixed, default(self, name))]
+        if given:
+            warnings.warn(f"{self.lacks}, and does not read {', '.join(given)}.", stacklevel=4)
+        for name, fixed in unread.items():
+            setattr(self, name, fixed)
 
     def __getstate__(self) -> dict[str, Any]:
         """Excludes the token, because transformers pickles the arguments into every folder that it saves."""

@@ -8,6 +8,7 @@ import torch
 from sdft_ds.config.fields import (
     ANOTHER_RUN,
     FREE,
+    WITH_TEACHER,
     at_least,
     setting,
     within,
@@ -28,40 +29,41 @@ class TeacherSettings:
         "moving average. Unset: base with PEFT, ema with sync_ref_model, otherwise live.",
         choices=TEACHER_KINDS,
         resume=ANOTHER_RUN,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
         otherwise="live",
         card=True,
     )
     generate_from_teacher: bool = setting(
-        False, "Roll out from the teacher's prompt instead of the student's.", resume=ANOTHER_RUN, read_by=("sdft",)
+        False, "Roll out from the teacher's prompt instead of the student's.", resume=ANOTHER_RUN, read_by=WITH_TEACHER
     )
     teacher_prompt_template: str = setting(
         "{prompt}\n\n{privileged_context}",
         "The teacher's prompt; both placeholders are needed, literal braces are doubled.",
         resume=FREE,
+        read_by=("sdft", "sft"),
         card=True,
     )
     teacher_chat_template_kwargs: dict[str, Any] | str | None = setting(
         None,
         "Over chat_template_kwargs (JSON) in the teacher's prompt, for example to let only the teacher think.",
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
     )
     sync_ref_model: bool = setting(
-        False, "An EMA teacher; the older name of teacher_model_kind ema.", resume=FREE, read_by=("sdft",)
+        False, "An EMA teacher; the older name of teacher_model_kind ema.", resume=FREE, read_by=WITH_TEACHER
     )
     ref_model_mixup_alpha: float | None = setting(
-        None, "The older name of teacher_update_rate.", valid=within(0, 1), resume=FREE, read_by=("sdft",)
+        None, "The older name of teacher_update_rate.", valid=within(0, 1), resume=FREE, read_by=WITH_TEACHER
     )
     ref_model_sync_steps: int | None = setting(
-        None, "The older name of teacher_sync_steps.", valid=at_least(1), resume=FREE, read_by=("sdft",)
+        None, "The older name of teacher_sync_steps.", valid=at_least(1), resume=FREE, read_by=WITH_TEACHER
     )
     teacher_update_rate: float | None = setting(
         None,
         "EMA: teacher = (1 - rate) teacher + rate student. Unset: 0.05; with sync_ref_model 0.6.",
         valid=within(0, 1),
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
         card="ema",
     )
     teacher_sync_steps: int | None = setting(
@@ -69,26 +71,26 @@ class TeacherSettings:
         "EMA: optimizer steps between two updates. Unset: 1; with sync_ref_model 512.",
         valid=at_least(1),
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
         card="ema",
     )
     teacher_shadow_device: Literal["device", "cpu"] = setting(
         "device",
         "Where a base or EMA teacher's weights are kept between scoring passes: on the device, or in host memory.",
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
     )
     save_teacher: bool = setting(
         False,
         "At the end save a base or EMA teacher as a model of its own, in output_dir/teacher.",
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
     )
     teacher_states_device: Literal["device", "cpu"] = setting(
         "device",
         "Where the teacher's hidden states of a generation batch are kept until the loss.",
         resume=FREE,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
     )
     scoring_batch_tokens: int = setting(
         16384,

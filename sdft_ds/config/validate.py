@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from sdft_ds.config.fields import check_ranges, without_effect
+from sdft_ds.config.fields import check_ranges, default, without_effect
 from sdft_ds.config.inherited import idle_settings
 from sdft_ds.config.teacher import EMA_RATES, EMA_STEPS
 from sdft_ds.config.vllm import refuse_vllm_contradictions
@@ -104,6 +104,16 @@ def refuse_contradictions(config: Any) -> None:
             "evaluations to choose by: set eval_strategy to steps or epoch, and give an eval_dataset."
         )
     _check_dicts(config)
+
+
+def refuse_rollouts_from_teacher(config: Any) -> None:
+    """Raises ValueError for rollouts from a prompt with a context that is made after the rollout."""
+    for name in ("generate_from_teacher", "teacher_rollout_fraction"):
+        if getattr(config, name):
+            raise ValueError(
+                f"{name}={getattr(config, name)} rolls out from the teacher's prompt, whose context is made only "
+                f"after the rollout: leave {name} at {default(config, name)}."
+            )
 
 
 def _check_dicts(config: Any) -> None:

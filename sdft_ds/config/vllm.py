@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdft_ds.config.fields import ANOTHER_RUN, FREE, Range, positive, setting, within
+from sdft_ds.config.fields import ANOTHER_RUN, FREE, WITH_TEACHER, Range, positive, setting, within
 from sdft_ds.config.rollouts import reshapes
 
 TESTED_VLLM = "0.30.0"
@@ -107,7 +107,7 @@ class VllmSettings:
         "older.",
         valid=within(0, 1),
         resume=ANOTHER_RUN,
-        read_by=("sdft",),
+        read_by=WITH_TEACHER,
     )
 
     @property

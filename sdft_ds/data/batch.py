@@ -35,13 +35,17 @@ class Completion:
 class Rollout:
     """A completion, the prompts it is scored under, and its row number within the generation batch.
 
-    counted: False for a duplicate that only keeps the ranks in step; excluded from losses and metrics.
+    counted: False for a duplicate that only keeps the ranks in step; excluded from losses and metrics. in_loss: False
+    if it has no context to learn from. reward and advantage: of methods with rewards; None: unknown.
     """
 
     row: int
     prompts: PromptPair
     completion: Completion
     counted: bool = True
+    in_loss: bool = True
+    reward: float | None = None
+    advantage: float = 0.0
 
     @property
     def empty(self) -> bool:
@@ -59,7 +63,12 @@ class LossMask:
     def first_token(self, rollout: Rollout) -> int:
         """Index of the first loss token; all tokens from there to the end are loss tokens."""
         length = len(rollout.completion.ids)
-        masked = not rollout.counted or rollout.empty or (self.mask_truncated and rollout.completion.truncated)
+        masked = (
+            not rollout.counted
+            or not rollout.in_loss
+            or rollout.empty
+            or (self.mask_truncated and rollout.completion.truncated)
+        )
         return length if masked else min(self.skip, length)
 
     def count(self, rollout: Rollout) -> int:

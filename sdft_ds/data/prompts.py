@@ -71,6 +71,11 @@ class PromptPair:
     teacher: RenderedPrompt
     anchor: bool = False
 
+    @property
+    def has_context(self) -> bool:
+        """Whether the teacher sees another prompt than the student."""
+        return self.teacher != self.student
+
 
 @dataclass(frozen=True)
 class Span:
@@ -81,13 +86,14 @@ class Span:
     end: int
 
 
-def parse_template(template: str) -> list[tuple[str, str | None]]:
-    """Split a teacher template into (literal, placeholder or None) pieces.
+def parse_template(
+    template: str, where: str = "teacher_prompt_template", placeholders: tuple[str, ...] = PLACEHOLDERS
+) -> list[tuple[str, str | None]]:
+    """Split a template into (literal, placeholder or None) pieces. where: the setting.
 
     Parsed once and filled by concatenation, so values are inserted verbatim, including any braces. Raises ValueError
     for a missing or unknown placeholder, or one with an attribute, an index, a conversion or a format.
     """
-    where = "teacher_prompt_template"
     if not isinstance(template, str):
         raise ValueError(f"{where} must be a text, not {type(template).__name__}.")
     try:
@@ -95,23 +101,30 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
     except ValueError as error:
         raise ValueError(f"{where}: {error}. Literal braces are written doubled: {{{{ and }}}}.") from None
     for _, name, spec, conversion in pieces:
-        if name is not None and (name not in PLACEHOLDERS or spec or conversion):
+        if name is not None and (name not in placeholders or spec or conversion):
             shown = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            known = " and ".join(f"{{{each}}}" for each in placeholders)
             raise ValueError(
-                f"{where}: unknown placeholder {{{shown}}}; only {{prompt}} and {{privileged_context}} are filled in. "
-                "Literal braces are written doubled."
+                f"{where}: unknown placeholder {{{shown}}}; only {known} {'is' if len(placeholders) == 1 else 'are'} "
+                "filled in. Literal braces are written doubled."
             )
     found = [name for _, name, _, _ in pieces]
-    for name in PLACEHOLDERS:
+    for name in placeholders:
         if name not in found:
             raise ValueError(f"{where} lacks the placeholder {{{name}}}.")
     return [(literal, name) for literal, name, _, _ in pieces]
 
 
+def fill_template(pieces: list[tuple[str, str | None]], values: dict[str, str]) -> str:
+    """The text of a parsed template with these values."""
+    return "".join(literal + (values[name] if name else "") for literal, name in pieces)
+
+
 class PromptBuilder:
     """Renders and tokenizes both prompts of an example within their limits; `counts` has the number truncated.
 
-    teacher_chat_template_kwargs: override chat_template_kwargs in the teacher's prompt.
+    teacher_chat_template_kwargs: override chat_template_kwargs in the teacher's prompt. context_optional: rows may
+    lack a privileged context, because contexts are made after the rollout; until then both prompts are the same.
     """
 
     def __init__(
@@ -123,6 +136,7 @@ class PromptBuilder:
         truncation: str = "truncate",
         chat_template_kwargs: dict[str, Any] | None = None,
         teacher_chat_template_kwargs: dict[str, Any] | None = None,
+        context_optional: bool = False,
     ):
         self.tokenizer = tokenizer
         self.template = parse_template(template)
@@ -131,6 +145,7 @@ class PromptBuilder:
         self.truncation = truncation
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.teacher_chat_template_kwargs = self.chat_template_kwargs | (teacher_chat_template_kwargs or {})
+        self.context_optional = context_optional
         self.counts = Counter()
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special_tokens = sorted(special | set(tokenizer.all_special_tokens))
@@ -154,7 +169,7 @@ class PromptBuilder:
                 counter="student_prompts_cut",
             )
             if example.privileged_context is None:
-                return PromptPair(student, student, anchor=True)
+                return PromptPair(student, student, anchor=example.anchor)
             # A row's own teacher prompt has no separate context that could be truncated.
             teacher = self._fit(
                 "" if example.teacher_prompt is not None else example.privileged_context,
@@ -168,6 +183,31 @@ class PromptBuilder:
             raise RowError(
                 index, "prompt", f"the model's chat template refuses the conversation: {' '.join(str(error).split())}."
             ) from None
+        return PromptPair(student, teacher)
+
+    def with_context(
+        self, pair: PromptPair, context: str, index: int, fill: Callable[[str, str], str] | None = None,
+        limit: int | None = None,
+    ) -> PromptPair:  # fmt: skip
+        """The pair of row `index` with another privileged context, made after the rollout.
+
+        fill: (question, context) -> the user's text, by default the teacher's template filled in. limit: tokens of the
+        teacher's prompt, beside max_teacher_prompt_length. Raises what `build` raises.
+        """
+        student, fill = pair.student, fill or self._fill
+        limits = [each for each in (limit, self.max_teacher_prompt_length) if each is not None]
+
+        def render(text: str) -> RenderedPrompt:
+            prompt = _with_user_text(student.prompt, fill(user_text(student.prompt), text))
+            return self.render(prompt, student.tools, for_teacher=True)
+
+        try:
+            teacher = self._fit(
+                context, render, min(limits, default=None), keep="start",
+                what=f"Row {index}: the teacher's prompt with its context", counter="teacher_prompts_cut",
+            )  # fmt: skip
+        except TemplateError as error:
+            raise RowError(index, "prompt", f"the model's chat template refuses it: {error}.") from None
         return PromptPair(student, teacher)
 
     def render(
@@ -187,8 +227,8 @@ class PromptBuilder:
         found = []
         if self._is_dropped(student, user_text(student.prompt)):
             found.append("text dropped")
-        elif pair.anchor:
-            pass  # has no context
+        elif pair.anchor or (self.context_optional and not pair.has_context):
+            pass  # has no context, or none yet
         elif not teacher.own and self._is_dropped(teacher, self.context_left(pair)):
             found.append("context dropped")
         elif student.ids == teacher.ids:
@@ -227,8 +267,8 @@ class PromptBuilder:
         return self._in_text(pair.student, [question]), self._in_text(pair.teacher, self._filled_in(pair))
 
     def context_left(self, pair: PromptPair) -> str:
-        """The context remaining after truncation; empty where the row has its own teacher prompt."""
-        if pair.teacher.own:
+        """The context remaining after truncation; empty where there is none, or the row's own teacher prompt."""
+        if pair.teacher.own or not pair.has_context:
             return ""
         span = next(span for span in self._filled_in(pair) if span.name == "privileged_context")
         return user_text(pair.teacher.prompt)[span.start : span.end]
@@ -273,12 +313,11 @@ class PromptBuilder:
         return replace(self.render(prompt, example.tools, for_teacher=True), own=True)
 
     def _fill(self, question: str, context: str) -> str:
-        values = {"prompt": question, "privileged_context": context}
-        return "".join(literal + (values[name] if name else "") for literal, name in self.template)
+        return fill_template(self.template, {"prompt": question, "privileged_context": context})
 
     def _filled_in(self, pair: PromptPair) -> list[Span]:
         """Spans of question and context in the user's text of the teacher's prompt."""
-        if pair.teacher.own:
+        if pair.teacher.own or not pair.has_context:
             return []
         question, text = user_text(pair.student.prompt), user_text(pair.teacher.prompt)
         contexts = sum(name == "privileged_context" for _, name in self.template)

@@ -16,16 +16,17 @@ PROBLEM = "_problem"  # column with what is wrong with a row as it was stored; e
 @dataclass(frozen=True)
 class Example:
     """prompt: plain text, or a conversation ending with a user message; privileged_context: for the teacher only; None
-    for an anchor, whose teacher sees the same prompt.
+    if there is none (yet), so that the teacher sees the same prompt.
 
     teacher_prompt: replaces the filled template; a text replaces the last user message, a conversation the complete
-    prompt. tools: function schemas for the chat template, for both prompts.
+    prompt. tools: function schemas for the chat template, for both prompts. anchor: a row of the anchors.
     """
 
     prompt: Prompt
     privileged_context: str | None
     teacher_prompt: Prompt | None = None
     tools: list[dict[str, Any]] | None = None
+    anchor: bool = False
 
 
 class DataError(ValueError):
@@ -39,10 +40,11 @@ class RowError(DataError):
         super().__init__(f"Row {index}, column {column!r}: {problem}")
 
 
-def check_columns(found: list[str]) -> None:
-    """Raises DataError if required columns are missing; lists the columns found."""
+def check_columns(found: list[str], context_optional: bool = False) -> None:
+    """Raises DataError if required columns are missing; lists the columns found. context_optional: see
+    PromptBuilder."""
     missing = [name for name in COLUMNS if name not in found]
-    if "teacher_prompt" in found:
+    if "teacher_prompt" in found or context_optional:
         missing = [name for name in missing if name == "prompt"]
     if missing:
         raise DataError(
@@ -52,9 +54,9 @@ def check_columns(found: list[str]) -> None:
         )
 
 
-def example_from_row(row: Mapping[str, Any], index: int) -> Example:
-    """Validate one row. Raises RowError naming row `index` and the column."""
-    check_columns(list(row))
+def example_from_row(row: Mapping[str, Any], index: int, context_optional: bool = False) -> Example:
+    """Validate one row. Raises RowError naming row `index` and the column. context_optional: see PromptBuilder."""
+    check_columns(list(row), context_optional=context_optional)
     _check_stored(row, index)
     prompt = checked_prompt(row["prompt"], index)
     teacher_prompt = row.get("teacher_prompt")
@@ -64,9 +66,16 @@ def example_from_row(row: Mapping[str, Any], index: int) -> Example:
             raise RowError(
                 index, "teacher_prompt", "found a conversation, but 'prompt' is a text; make both the same."
             )
+    context = row.get("privileged_context")
+    if teacher_prompt is not None:
+        context = ""
+    elif context_optional and (not context or (isinstance(context, str) and not context.strip())):
+        context = None
+    else:
+        context = checked_context(context, index)
     return Example(
         prompt=prompt,
-        privileged_context="" if teacher_prompt is not None else _context(row["privileged_context"], index),
+        privileged_context=context,
         teacher_prompt=teacher_prompt,
         tools=_tools(row.get("tools"), prompt, index),
     )
@@ -76,7 +85,7 @@ def anchor_from_row(row: Mapping[str, Any], index: int) -> Example:
     """Validate one row of the anchors, of which only the prompt and its tools are read. Raises RowError."""
     _check_stored(row, index)
     prompt = checked_prompt(row.get("prompt"), index)
-    return Example(prompt, privileged_context=None, tools=_tools(row.get("tools"), prompt, index))
+    return Example(prompt, privileged_context=None, tools=_tools(row.get("tools"), prompt, index), anchor=True)
 
 
 def _check_stored(row: Mapping[str, Any], index: int) -> None:
@@ -126,8 +135,8 @@ def checked_prompt(value: Any, index: int, column: str = "prompt") -> Prompt:
     )
 
 
-def _context(value: Any, index: int) -> str:
-    column = "privileged_context"
+def checked_context(value: Any, index: int, column: str = "privileged_context") -> str:
+    """The validated privileged context of row `index`, as text. Raises RowError."""
     if _is_conversation(value):
         value = "\n".join(_message(message, index, column)["content"] for message in value)
     elif isinstance(value, list) and value and all(isinstance(text, str) for text in value):

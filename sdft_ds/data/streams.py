@@ -64,7 +64,7 @@ class Stream:
             self.dataset.set_epoch(passes)
             for index, row in enumerate(self._stored()):
                 if passes == index == 0:
-                    check_columns(list(row))
+                    check_columns(list(row), context_optional=screen.builder.context_optional)
                 bad = len(screen.reasons)
                 # All ranks validate all rows: render prompts, which is slow, only where it can cause a skip.
                 first = passes == index == 0

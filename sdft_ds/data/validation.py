@@ -85,7 +85,10 @@ class RowValidator:
         Raises DataError or PromptTooLong, depending on the policies, and DataError if bad rows exceed the limit.
         """
         try:
-            example = anchor_from_row(row, index) if self.anchors else example_from_row(row, index)
+            if self.anchors:
+                example = anchor_from_row(row, index)
+            else:
+                example = example_from_row(row, index, self.builder.context_optional)
             if lengths:
                 pair = self.builder.build(example, index)
                 self.problems.add(self.builder.problems(pair), index)
@@ -157,7 +160,7 @@ def validate_dataset(
         )
     if not anchors:
         try:
-            check_columns(dataset.column_names)
+            check_columns(dataset.column_names, context_optional=builder.context_optional)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
     file = _cache_file(dataset, builder, bad_rows, anchors)
@@ -249,6 +252,7 @@ def _cache_file(dataset: Dataset, builder: PromptBuilder, bad_rows: BadRows, anc
         builder.truncation,
         builder.chat_template_kwargs,
         builder.teacher_chat_template_kwargs,
+        builder.context_optional,
         asdict(bad_rows),
         anchors,
         transformers.__version__,

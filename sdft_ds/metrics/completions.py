@@ -48,7 +48,7 @@ class CompletionLog(TrainerCallback):
         counted = [
             r
             for r, rollout in enumerate(scored.batch.rollouts)
-            if rollout.counted and not rollout.empty and not rollout.prompts.anchor
+            if rollout.counted and rollout.in_loss and not rollout.empty and not rollout.prompts.anchor
         ]
         return counted[: self.rows - len(self.taken)]
 
@@ -157,10 +157,11 @@ class ShowCompletions(TrainerCallback):
     def __init__(self, generate: Callable[..., list[Generated]], prompts: PromptBuilder, dataset: Dataset, count: int):
         self.generate = generate
         self.prompts = prompts
-        self.rows = [dataset[i] for i in range(min(count, len(dataset)))]
+        rows = range(min(count, len(dataset)))
+        self.examples = [example_from_row(dataset[i], i, prompts.context_optional) for i in rows]
 
     def on_evaluate(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        prompts = [self.prompts.build(example_from_row(row, i), i).student for i, row in enumerate(self.rows)]
+        prompts = [self.prompts.build(example, i).student for i, example in enumerate(self.examples)]
         keys = [f"shown/{i}" for i in range(len(prompts))]
         completions = self.generate([prompt.ids for prompt in prompts], keys, do_sample=False)
         if state.is_world_process_zero:

@@ -25,12 +25,13 @@ from sdft_ds.loss.diagnostics import TokenDiagnostics
 class Metric:
     """reduction: mean (weighted by count), norm ratio (square root of a mean), max, min, sum, rate (sum per second of
     wall-clock time), slowest (largest rank's sum per step), quantile (over all ranks' tokens). training_only: not
-    reported in an evaluation."""
+    reported in an evaluation. optional: not reported where it is 0."""
 
     unit: str
     reduction: str
     meaning: str
     training_only: bool = False
+    optional: bool = False
 
 
 METRICS = {
@@ -79,6 +80,16 @@ METRICS = {
         "nats/token", "mean", "divergence of an anchor's loss token; all other metrics of tokens are without anchors"
     ),
     "anchors/mean_length": Metric("tokens", "mean", "length of an anchor's completion"),
+    "rewards/mean": Metric("reward", "mean", "reward of a completion, where it is known"),
+    "rewards/std": Metric("reward", "mean", "standard deviation of the rewards of a prompt's completions"),
+    "rewards/success_share": Metric("share", "mean", "prompts with a successful completion"),
+    "rewards/unknown": Metric(
+        "completions", "sum", "completions whose reward function failed since the last log", optional=True
+    ),
+    "policy/loss": Metric("loss/token", "mean", "policy loss of a token, where distillation_weight is below 1"),
+    "policy/clip_share": Metric("share", "mean", "of these, where the probability ratio is clipped"),
+    "contexts/made_share": Metric("share", "mean", "completions whose context was made after the rollout"),
+    "contexts/missing_share": Metric("share", "mean", "completions without a context; they are not in the loss"),
     "prompts/student_cut": Metric("rows", "sum", "student prompts cut to max_prompt_length since the last log"),
     "prompts/teacher_cut": Metric("rows", "sum", "teacher prompts cut to max_teacher_prompt_length"),
     "teacher/distance": Metric(
@@ -94,6 +105,9 @@ METRICS = {
         "steps", "sum", "steps skipped since the last log: their gradient was not finite", training_only=True
     ),
     "seconds/rollout": Metric("s/step", "slowest", "generation, per optimizer step, on the slowest rank"),
+    "seconds/feedback": Metric(
+        "s/step", "slowest", "rewards and contexts made after the rollout, where there are any", optional=True
+    ),
     "seconds/teacher": Metric("s/step", "slowest", "teacher scoring, swaps included"),
     "seconds/student": Metric("s/step", "slowest", "student forward, loss and backward"),
     "seconds/optimizer": Metric("s/step", "slowest", "optimizer step", training_only=True),
@@ -280,6 +294,8 @@ class Meters:
             elif metric.reduction in ("mean", "norm ratio"):
                 if count:
                     values[name] = total / count if metric.reduction == "mean" else (total / count) ** 0.5
+            elif metric.optional and total == 0:
+                continue
             elif metric.reduction == "slowest":
                 values[name] = slowest[i] / max(1, steps)
                 self._note_straggler(name, slowest[i], total, int(slowest_rank[i]), elapsed)

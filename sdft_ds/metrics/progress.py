@@ -16,7 +16,9 @@ from transformers import (
     TrainingArguments,
 )
 
-PHASES = ("rollout", "teacher", "student", "optimizer")
+from sdft_ds.metrics.meters import METRICS
+
+PHASES = ("rollout", "feedback", "teacher", "student", "optimizer")
 LEAST_BAR = 12  # columns
 BAR = "Training {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -149,10 +151,12 @@ def time_report(log_history: list[dict[str, float]]) -> str:
 
 def phase_seconds(log_history: list[dict[str, float]]) -> dict[str, float]:
     """Total seconds of the run in each phase; a log line holds seconds per step since the previous line."""
-    totals, last = dict.fromkeys(PHASES, 0.0), 0
+    logged = {name for log in log_history for name in log}
+    phases = [p for p in PHASES if f"seconds/{p}" in logged or not METRICS[f"seconds/{p}"].optional]
+    totals, last = dict.fromkeys(phases, 0.0), 0
     for log in log_history:
-        if any(f"seconds/{phase}" in log for phase in PHASES):
-            for phase in PHASES:
+        if any(f"seconds/{phase}" in log for phase in phases):
+            for phase in phases:
                 totals[phase] += log.get(f"seconds/{phase}", 0.0) * (log["step"] - last)
             last = log["step"]
     return totals

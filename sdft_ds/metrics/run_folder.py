@@ -10,7 +10,8 @@ evaluations.jsonl           {"step": int, "task": str, "rows": int, measure: num
                             kl_to_start; the last line for a (step, task) wins.
 run.json                    {"config": {...}, "versions": {...}, "environment": {...}, "model": str,
                             "quantization": {...} of the model's weights or null,
-                            "method": "sdft" | "sft", "started": Unix seconds, "finished": Unix seconds or null}
+                            "method": "sdft" | "sdpo" | "sft", "started": Unix seconds, "finished": Unix seconds or
+                            null}
 
 Any of them may be missing. A line or a file that was truncated mid-write is skipped and reported in `Run.notes`.
 """

@@ -288,7 +288,10 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def prompt_builder(
-    tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, args: SDFTConfig
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: PreTrainedConfig,
+    args: SDFTConfig,
+    context_optional: bool = False,
 ) -> PromptBuilder:
     """The PromptBuilder for this model. Raises ValueError for length limits that exceed its context."""
     return PromptBuilder(
@@ -298,6 +301,7 @@ def prompt_builder(
         args.truncation,
         args.chat_template_kwargs,
         args.teacher_chat_template_kwargs,
+        context_optional,
     )
 
 

@@ -38,9 +38,10 @@ def prepare(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     peft_config: PeftConfig | None,
     anchor_dataset: Dataset | None = None,
+    context_optional: bool = False,
 ) -> Setup:
     """Load and validate all inputs of a trainer. Raises ValueError, naming field or row, before the weights are loaded
-    where possible."""
+    where possible. context_optional: see PromptBuilder."""
     # Seed before anything random: weights missing from the files, the adapter.
     set_seed(args.seed)
     loading.refuse_second_adapter(model, peft_config, args)
@@ -50,7 +51,7 @@ def prepare(
     loading.check_support(config, args)
     loading.warn_of_router_loss(config)
     processing_class, tokenizer = loading.load_tokenizer(processing_class, config._name_or_path, args)
-    prompts = loading.prompt_builder(tokenizer, config, args)
+    prompts = loading.prompt_builder(tokenizer, config, args, context_optional)
     train_dataset = _training_rows(train_dataset, prompts, args)
     eval_dataset = _evaluation_rows(eval_dataset, prompts, args)
     if anchor_dataset is not None:

@@ -5,14 +5,14 @@ module here with one subclass of Objective; trainer.py defines its trainer.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.data.batch import MicroBatch, Rollout, collate
@@ -45,11 +45,13 @@ class GenerationBatch:
 @dataclass(frozen=True)
 class InFlight:
     """A rollout that has begun. key: of its generation batch; weights_version: of the weights that it samples
-    from, None if they are of another process; wait: returns its rollouts."""
+    from, None if they are of another process; wait: returns its rollouts; rows: those that they answer, None if they
+    have to be read again."""
 
     key: str
     weights_version: int | None
     wait: Callable[[], list[Rollout]]
+    rows: list[tuple[dict[str, Any], Example]] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class RunParts:
 
     anchors: prompts on which the student is held to its start. engine: returns the current training wrapper of the
     model. compute_dtype: dtype of the LM head's matmul. dispatch:
-    (event, payload) calls the event on the run's callbacks with the arguments that payload() returns.
+    (event, payload) calls the event on the run's callbacks with the arguments that payload() returns. state: returns
+    the trainer's. context_fn, reward_funcs: functions of the user's; see objectives/feedback.py.
     """
 
     args: SDFTConfig
@@ -89,6 +92,9 @@ class RunParts:
     packing: Packing
     compute_dtype: torch.dtype
     dispatch: Callable[..., None]
+    state: Callable[[], TrainerState]
+    context_fn: Callable[..., Any] | None = None
+    reward_funcs: Sequence[Callable[..., Any]] = ()
 
 
 def key_of(generation_batch: int) -> str:
@@ -99,10 +105,13 @@ def key_of(generation_batch: int) -> str:
 class Objective(ABC):
     """One training method in one run. In distributed runs all ranks call all methods in the same order.
 
-    description: for the model card.
+    description: for the model card. takes_contexts: contexts may be made after the rollout, by a function;
+    makes_contexts: they always are, by the method.
     """
 
     description: ClassVar[str]
+    takes_contexts: ClassVar[bool] = False
+    makes_contexts: ClassVar[bool] = False
 
     def __init__(self, parts: RunParts):
         self.parts = parts
@@ -150,7 +159,7 @@ class Objective(ABC):
             row = self.parts.anchors[slot.index]
             return row, anchor_from_row(row, slot.index)
         row = dataset[slot.index]
-        return row, example_from_row(row, slot.index)
+        return row, example_from_row(row, slot.index, self.parts.prompts.context_optional)
 
     def collate(self, rollouts: list[Rollout]) -> MicroBatch:
         """Collate rollouts into a micro-batch."""

@@ -1,11 +1,13 @@
 """Self-distillation: the student completes its prompt; the teacher, the same network also shown the privileged
 context, scores each completion token; the loss is the divergence between the two distributions.
 
-    collect      prompts -> rollouts (rollouts/) -> teacher hidden states (teacher/scoring.py) -> micro-batches
+    collect      prompts -> rollouts (rollouts/) -> contexts made after them, where there is a function for it
+                 (objectives/feedback.py) -> teacher hidden states (teacher/scoring.py) -> micro-batches
     loss         student forward, and the divergence of its loss tokens in chunks (loss/)
     after_step   teacher update, for kinds that have one (teacher/)
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from sdft_ds import teacher
 from sdft_ds.config import validate
 from sdft_ds.data.batch import Rollout, bucket_by_length, pad_left, pad_right
+from sdft_ds.data.prompts import PromptPair
+from sdft_ds.data.rows import DataError
 from sdft_ds.data.schedule import Slot
 from sdft_ds.data.streams import Stream
 from sdft_ds.distributed import ranks
@@ -26,7 +30,7 @@ from sdft_ds.metrics.inspector import Inspector
 from sdft_ds.metrics.meters import Meters
 from sdft_ds.metrics.mismatch import MismatchGuard
 from sdft_ds.model.completion_forward import DistillationLoss
-from sdft_ds.objectives import generation_batch
+from sdft_ds.objectives import feedback, generation_batch
 from sdft_ds.objectives.protocol import BatchUse, GenerationBatch, InFlight, Objective, RunParts, key_of
 from sdft_ds.rollouts.draws import uniforms
 from sdft_ds.teacher import Teacher, state
@@ -38,10 +42,13 @@ class SelfDistillation(Objective):
         "Self-distilled fine-tuning ([SDFT](https://arxiv.org/abs/2601.19897)): a student that sees only the prompt "
         "learned, on its own answers, to match the same network when it also sees a demonstration or a hint."
     )
+    takes_contexts = True
 
     def __init__(self, parts: RunParts):
         super().__init__(parts)
         args = self.args
+        if parts.prompts.context_optional:
+            validate.refuse_rollouts_from_teacher(args)
         self.start_model = None if parts.anchors is None else self._model_at_the_start()
         self.teacher = teacher.make(parts.model, args)
         if args.save_teacher and not self.teacher.has_state:
@@ -81,7 +88,10 @@ class SelfDistillation(Objective):
         self, dataset: Dataset | Stream, slots: tuple[Slot, ...], key: str, meters: Meters, use: BatchUse
     ) -> list[ScoredBatch]:
         with meters.phase("rollout"):
-            version, rollouts = self._rolled_out(dataset, slots, key, meters, use)
+            version, rollouts, rows = self._rolled_out(dataset, slots, key, meters, use)
+        if self.parts.prompts.context_optional:
+            with meters.phase("feedback"):
+                rollouts = self.with_feedback(slots, rows, rollouts, key, meters)
         with meters.phase("teacher"):
             scorer = self.scorer(use.keep_on)
             old = self._old_log_probs(scorer, rollouts)
@@ -102,18 +112,20 @@ class SelfDistillation(Objective):
 
     def _rolled_out(
         self, dataset: Dataset | Stream, slots: tuple[Slot, ...], key: str, meters: Meters, use: BatchUse
-    ) -> tuple[int, list[Rollout]]:
-        """(version of the weights that they were sampled from, one rollout per slot). Begins the upcoming batch's."""
+    ) -> tuple[int, list[Rollout], feedback.Rows]:
+        """(version of the weights that they were sampled from, one rollout per slot, the row of each slot). Begins the
+        upcoming batch's."""
         if self.in_flight is not None and self.in_flight.key == key:
             begun, self.in_flight = self.in_flight, None
         else:
             begun = self.begin_rollout(dataset, slots, key, meters, use.progress)
         rollouts = begun.wait()
+        rows = begun.rows or [self.example(dataset, slot) for slot in slots]  # before a stream's next ones are read
         meters.count_completions(rollouts)
         if use.upcoming is not None:
             following = key_of(use.upcoming.generation_batch)
             self.in_flight = self.begin_rollout(dataset, use.upcoming.slots, following, meters, use.progress)
-        return begun.weights_version, rollouts
+        return begun.weights_version, rollouts, rows
 
     def begin_rollout(
         self, dataset: Dataset | Stream, slots: tuple[Slot, ...], key: str, meters: Meters, progress: float = 1.0
@@ -121,7 +133,8 @@ class SelfDistillation(Objective):
         """Begin one rollout per slot, from the student's prompt, or the teacher's: with generate_from_teacher, and of
         some rows with teacher_rollout_fraction. progress: see BatchUse."""
         prompts = self.parts.prompts
-        pairs = [prompts.build(self.example(dataset, slot)[1], slot.index) for slot in slots]
+        examples = [self.example(dataset, slot) for slot in slots]
+        pairs = [prompts.build(example, slot.index) for (_, example), slot in zip(examples, slots, strict=True)]
         for side in ("student", "teacher"):
             meters.add(f"prompts/{side}_cut", prompts.counts.pop(f"{side}_prompts_cut", 0))
         keys = [f"{key}/{slot.row}" for slot in slots]
@@ -146,7 +159,41 @@ class SelfDistillation(Objective):
             rows = zip(slots, pairs, known, strict=True)
             return [Rollout(slot.row, pair, completion, slot.counted) for slot, pair, completion in rows]
 
-        return InFlight(key, self.weights_version, wait)
+        return InFlight(key, self.weights_version, wait, examples)
+
+    def with_feedback(
+        self, slots: tuple[Slot, ...], rows: feedback.Rows, rollouts: list[Rollout], key: str, meters: Meters
+    ) -> list[Rollout]:
+        """The rollouts with the contexts that are made of them. Called by all ranks together, where there are any."""
+        answers = feedback.answers_of(slots, rows, rollouts, self.parts.tokenizer)
+        made = feedback.contexts(self.parts.context_fn, feedback.gather(answers))
+        found = []
+        for rollout, slot in zip(rollouts, slots, strict=True):
+            context = made.get(rollout.row)
+            prompts = None
+            if context is not None:
+                prompts = self.prompts_with(rollout.prompts, context, slot.index)
+            if rollout.counted and not slot.anchor:
+                meters.add("contexts/made_share", prompts is not None)
+            found.append(self.learning_from(prompts or rollout.prompts, rollout, meters))
+        return found
+
+    def prompts_with(
+        self, pair: PromptPair, context: str, index: int, fill: Callable[[str, str], str] | None = None,
+        limit: int | None = None,
+    ) -> PromptPair | None:  # fmt: skip
+        """The prompts with this context; None if it does not fit. fill, limit: see PromptBuilder.with_context."""
+        try:
+            return self.parts.prompts.with_context(pair, context, index, fill, limit)
+        except DataError:  # on this rank only, so nothing may be raised
+            return None
+
+    def learning_from(self, prompts: PromptPair, rollout: Rollout, meters: Meters) -> Rollout:
+        """The rollout with these prompts; one without a context is left out of the loss."""
+        learns = prompts.anchor or prompts.has_context
+        if rollout.counted and not prompts.anchor:
+            meters.add("contexts/missing_share", not learns)
+        return replace(rollout, prompts=prompts, in_loss=learns)
 
     def _share_from_teacher(self, progress: float) -> float:
         """Share of the rollouts from the teacher's prompt: teacher_rollout_fraction, falling linearly to 0."""
@@ -216,10 +263,18 @@ class SelfDistillation(Objective):
         picked = self.inspector.pick(scored, step)
         request = self.loss_request(scored, weights, picked.at_M)
         loss = model(**scored.batch.student.inputs, request=request)
+        self.record(request, meters)
         self.inspector.record(picked, request, scored, meters)
         if request.log_probs_N is not None:
             meters.add_mismatch(request.log_probs_N - scored.sampler_log_probs_N)
-        return loss * self.args.distillation_weight
+        return loss * self.loss_factor
+
+    @property
+    def loss_factor(self) -> float:
+        return self.args.distillation_weight
+
+    def record(self, request: DistillationLoss, meters: Meters) -> None:
+        """Add a method's own metrics of a forward."""
 
     def loss_request(
         self, scored: ScoredBatch, weights: LossWeights, inspect_M: Tensor | None = None

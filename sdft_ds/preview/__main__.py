@@ -72,6 +72,10 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
     notes: list[str] = []
     if demonstrates := arguments.is_demo(script, model):
         model.model_name_or_path = str(demo.MODEL_DIR)
+    if score and script.makes_contexts:
+        raise ValueError(
+            "--score needs the teacher's contexts, and these are made only after the rollout: leave it out."
+        )
     args.anchor_fraction = None  # anchors are not shown
     args.model_init_kwargs = {**model.init_kwargs(args), **(args.model_init_kwargs or {})}
     tokenizer = model.tokenizer(args)
@@ -80,9 +84,11 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
     else:
         chat, evaluates = tokenizer.chat_template is not None, args.eval_strategy != "no"
         # As for SFT, which keeps golden responses: the teacher check needs them.
-        dataset, _ = dataset_loading.load(replace(script, method="sft"), evaluates, args.seed, chat, notes.append)
+        given = script if script.makes_contexts else replace(script, method="sft")
+        dataset, _ = dataset_loading.load(given, evaluates, args.seed, chat, notes.append)
         name = f"{model.model_name_or_path} · {script.source}"
-    builder = loading.prompt_builder(tokenizer, loading.config_of(model.model_name_or_path, args), args)
+    config = loading.config_of(model.model_name_or_path, args)
+    builder = loading.prompt_builder(tokenizer, config, args, script.makes_contexts)
     stream = isinstance(dataset, IterableDataset)
     rows = islice(dataset, STREAMED) if stream else dataset
     tasks = read_tasks(script.eval_tasks or [], limit=script.eval_task_rows) if score else []
@@ -92,6 +98,8 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
     view = preview(progress, builder, args, shown)
     view.facts = [name, f"{view.statistics.rows:,} rows", f"truncation={args.truncation}"]
     view.notes += notes
+    if script.makes_contexts:
+        view.notes.append("Contexts are made after the rollout: a teacher's prompt shown here may lack its own.")
     if stream:
         view.notes.append(f"A stream: its first {view.statistics.rows:,} rows were read.")
     if score:

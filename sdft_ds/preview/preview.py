@@ -54,7 +54,7 @@ def preview(rows: Iterable[dict[str, Any]], builder: PromptBuilder, args: SDFTCo
     golden = {}
     for index, row in enumerate(rows):
         try:
-            look = looker.look(example_from_row(row, index), index)
+            look = looker.look(example_from_row(row, index, builder.context_optional), index)
         except RowError as error:
             if args.bad_rows == "error":
                 raise

@@ -32,6 +32,7 @@ class Looker:
         self.unlimited = builder.unlimited()
 
     def look(self, example: Example, index: int) -> Look:
+        context = example.privileged_context or ""  # none where it is made after the rollout
         uncut, refusal = self.unlimited.build(example, index), ""
         taken: PromptPair | None = uncut
         if self._is_over(uncut):
@@ -43,8 +44,8 @@ class Looker:
         if taken is not None:
             whole, question = user_text(uncut.student.prompt), user_text(taken.student.prompt)
             cut_question = whole[: len(whole) - len(question)]
-            cut_context = example.privileged_context[len(self.builder.context_left(taken)) :]
-        tokens = self.builder.tokenizer(example.privileged_context, add_special_tokens=False)["input_ids"]
+            cut_context = context[len(self.builder.context_left(taken)) :] if context else ""
+        tokens = self.builder.tokenizer(context, add_special_tokens=False)["input_ids"]
         return Look(index, example, uncut, taken, refusal, cut_question, cut_context, len(tokens))
 
     def _is_over(self, uncut: PromptPair) -> bool:

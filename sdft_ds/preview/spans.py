@@ -68,7 +68,7 @@ class Sample:
 
 def sample(look: Look, tokenizer: PreTrainedTokenizerBase, mask: LossMask, longest: int) -> Sample:
     """The context as a stand-in for a completion of at most `longest` tokens, with its loss tokens marked."""
-    ids = tokenizer(look.example.privileged_context, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(look.example.privileged_context or "", add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         ids = [*ids, tokenizer.eos_token_id]
     completion = Completion(ids[:longest], truncated=len(ids) > longest)

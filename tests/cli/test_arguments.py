@@ -197,13 +197,13 @@ def test_the_range_of_a_flag_is_enforced_as_that_of_a_field(flag, words):
 
 
 def test_the_methods_are_those_that_have_a_trainer(capsys):
-    assert list(TRAINERS) == ["sdft", "sft"]
+    assert list(TRAINERS) == ["sdft", "sdpo", "sft"]
     for method, trainer in TRAINERS.items():
         _, args, _ = parse(["--method", method, *OWN], {})
         assert type(args) is trainer.config_class and args.method == method
     with pytest.raises(SystemExit):
         parse(["--method", "dpo"], {})
-    assert "invalid choice: 'dpo' (choose from 'sdft', 'sft')" in capsys.readouterr().err
+    assert "invalid choice: 'dpo' (choose from 'sdft', 'sdpo', 'sft')" in capsys.readouterr().err
 
 
 def switches() -> list[str]:
@@ -302,3 +302,24 @@ def test_code_of_others_is_not_trusted_unless_asked():
     assert not args.trust_remote_code
     _, args, model = parse(["--trust_remote_code"], RECIPE)
     assert args.trust_remote_code
+
+
+def test_methods_with_other_defaults_have_them_on_the_command_line():
+    _, args, _ = parse(["--method", "sdpo", "--reward", "choice", *OWN], {})
+    assert (args.distillation_alpha, args.distillation_topk, args.teacher_model_kind) == (1.0, None, "ema")
+    _, args, _ = parse(["--method", "sdpo", *OWN, "--distillation_topk", "20", "--scale_rewards", "batch"], {})
+    assert (args.distillation_mode, args.distillation_topk, args.scale_rewards) == ("topk_logits", 20, "batch")
+    _, args, _ = parse([*OWN, "--recipe", "trl"], {})
+    assert (args.distillation_alpha, args.distillation_topk) == (0.5, 100)
+
+
+def test_rewards_are_of_methods_that_have_some():
+    with pytest.raises(ValueError, match="--reward is of --method sdpo; --method sdft has no rewards"):
+        parse([*OWN, "--reward", "choice"], {})
+    with pytest.warns(UserWarning, match="has no rewards, and does not read max_reprompt_len"):
+        parse([*OWN, "--max_reprompt_len", "5"], {})
+
+
+def test_a_recipe_that_nobody_named_gives_way_to_contexts_made_after_the_rollout():
+    assert parse(OWN, {})[1].teacher_rollout_fraction == 1.0
+    assert parse([*OWN, "--privileged_context_fn", "mine:comment"], {})[1].teacher_rollout_fraction == 0.0

@@ -317,3 +317,12 @@ def test_a_text_prompt_becomes_the_users_turn_where_there_is_a_chat_template(
     write(tmp_path / "c.jsonl", [{"prompt": turn, "golden_response": "So."}])
     load(ScriptArguments(dataset_path=[str(tmp_path / "c.jsonl")]), False, 0, has_chat_template=True, tell=told.append)
     assert sum("prompt_as" in line for line in told) == as_user  # nothing becomes of a conversation
+
+
+def test_columns_for_functions_of_ones_own_are_kept():
+    rows = Dataset.from_list([{"question": "Why?", "answer": "B", "kind": "mcq"}])
+    script = ScriptArguments(prompt_column="question", method="sdpo")
+    (row,) = map_columns(rows, script)
+    assert row == {"prompt": "Why?", "privileged_context": None, "answer": "B", "kind": "mcq"}
+    with pytest.raises(ValueError, match="none of the others is known"):
+        map_columns(rows, ScriptArguments(prompt_column="question"))

@@ -65,7 +65,8 @@ def step_loss(
                 t = logits_of_completion(held_to, rollout.prompts.teacher.ids, ids, temperature)
             s = logits_of_completion(student, rollout.prompts.student.ids, ids, temperature)
             mask = torch.arange(len(ids)) >= skip
-            if rollout.empty or (mask_truncated and rollout.completion.truncated):
+            left_out = not rollout.prompts.anchor and rollout.prompts.teacher.ids == rollout.prompts.student.ids
+            if rollout.empty or left_out or (mask_truncated and rollout.completion.truncated):
                 mask[:] = False
             sums[-1].append((per_token(s, t, alpha, topk, tail, support) * mask).sum())
             counts[-1].append(int(mask.sum()))

@@ -79,9 +79,11 @@ def make_trainer(
     config=SDFTConfig,
     peft_config=None,
     anchors=None,
+    functions=None,
     **settings,
 ):
-    """A trainer of the tiny Llama; stage None: without DeepSpeed. anchors: their rows."""
+    """A trainer of the tiny Llama; stage None: without DeepSpeed. anchors: their rows; functions: by the names of the
+    trainer's arguments."""
     if stage is not None:
         settings["deepspeed"] = str(DS_CONFIGS / f"zero{stage}.json")
     args = config(**{**SETTINGS, "output_dir": tempfile.mkdtemp(), **settings})
@@ -95,6 +97,7 @@ def make_trainer(
         callbacks=list(callbacks),
         peft_config=ADAPTERS[lora] if lora and not grown else peft_config,
         anchor_dataset=None if anchors is None else Dataset.from_list(anchors),
+        **(functions or {}),
     )
 
 

@@ -29,6 +29,7 @@ HEAD = 20  # rows by which a format is recognised
 NO_DEMONSTRATION = (
     "the last turn is not the assistant's, with a text, which is the demonstration: add it, or drop the row."
 )
+MADE = ("prompt", "privileged_context", "teacher_prompt", "tools", "golden_response")
 PER_ROW = " chat_template_kwargs is a setting, for all rows alike."
 
 
@@ -37,7 +38,8 @@ class RowReader:
     """How the rows of a data set are read.
 
     format: one of FORMATS, or "auto". columns: role -> the column that was named for it. as_user: a plain-text prompt
-    becomes the user's turn of a conversation. keep_response: golden responses stay a column.
+    becomes the user's turn of a conversation. keep_response: golden responses stay a column. context_optional: a
+    prompt is enough, because contexts are made later, and columns that are not read stay for what makes them.
     """
 
     format: str = AUTO
@@ -45,6 +47,7 @@ class RowReader:
     demonstration_template: str = DEMONSTRATION_TEMPLATE
     as_user: bool = False
     keep_response: bool = False
+    context_optional: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for a template that lacks $output_text or has unknown placeholders."""
@@ -64,8 +67,9 @@ class RowReader:
         are kept, for the trainer to report. tell: called with the format and the columns that are not read.
         """
         found, rows = _head(dataset, source)
-        columns = self._columns(resolve(found, rows, self.format, self.columns, source))
-        unread = [name for name in found if name not in columns.columns.values()]
+        columns = resolve(found, rows, self.format, self.columns, source, self.context_optional)
+        columns = self._columns(columns)
+        unread = [name for name in self._unread(found, columns) if not self.context_optional]
         tell(columns.described)
         if unread:
             tell(f"Columns not read: {', '.join(unread)}." + (PER_ROW if "chat_template_kwargs" in unread else ""))
@@ -97,6 +101,9 @@ class RowReader:
             columns.format, {role: name for role, name in columns.columns.items() if role != "system"}, False
         )
 
+    def _unread(self, found: list[str], columns: Columns) -> list[str]:
+        return [name for name in found if name not in {*columns.columns.values(), *MADE}]
+
     def _makes_conversations(self, columns: Columns) -> bool:
         return self.as_user or "system" in columns.columns
 
@@ -108,6 +115,8 @@ class RowReader:
         given = [role for role in ("teacher_prompt", "tools") if role in column and not anchors]
         template, conversations = Template(self.demonstration_template), self._makes_conversations(columns)
         stored = isinstance(dataset, Dataset)
+        optional = anchors or self.context_optional
+        kept = self._unread(found, columns) if self.context_optional and not anchors else []
 
         def convert(row: dict[str, Any]) -> dict[str, Any]:
             def value(role: str) -> Any:
@@ -119,7 +128,7 @@ class RowReader:
             if dialogue:
                 prompt, last = split_demonstration(prompt)
                 response = response or last
-                if not (problem or anchors or response.strip() or context or value("teacher_prompt")):
+                if not (problem or optional or response.strip() or context or value("teacher_prompt")):
                     problem = NO_DEMONSTRATION
             if isinstance(prompt, str) and value("input"):
                 prompt = f"{prompt}\n\n{value('input')}"
@@ -131,7 +140,7 @@ class RowReader:
             mapped |= {role: value(role) or None for role in given}
             if stored:
                 mapped = {name: _json(value) for name, value in mapped.items()}
-            mapped |= {PROBLEM: problem} if dialogue else {}
+            mapped |= {name: row[name] for name in kept} | ({PROBLEM: problem} if dialogue else {})
             return mapped | ({"golden_response": response or None} if keep else {})
 
         how: dict[str, Any] = {"remove_columns": found}
@@ -143,6 +152,7 @@ class RowReader:
             texts = [*([PROBLEM] if dialogue else []), *(["golden_response"] if keep else [])]
             values = ["prompt", *([] if anchors else ["privileged_context"]), *given]
             how["features"] = Features(dict.fromkeys(values, Json()) | dict.fromkeys(texts, Value("string")))
+            how["features"] |= {name: dataset.features[name] for name in kept}
         with reading(source):
             mapped = dataset.map(convert, **how)
         mapped.info.dataset_name = source if anchors else "; ".join([source, *columns.notes])
