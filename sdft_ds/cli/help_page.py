@@ -44,7 +44,7 @@ Data      --dataset FILE ...        files or a folder (--dataset_path)
           --golden_response_column  columns of the rows
           --max_prompt_length N     tokens (512)
 Method    --recipe NAME             facts, paper, trl, trl-1.16
-          --method NAME             sdft; sdpo, with --reward; or sft to compare
+          --method NAME             sdft, sdpo (with --reward), or sft
           --distillation_alpha X    0: forward KL, 1: reverse KL
           --anchor_path FILE ...    prompts against forgetting; or: none
 Teacher   --teacher_model_kind NAME live, base (as at the start) or ema

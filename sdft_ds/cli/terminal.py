@@ -15,6 +15,8 @@ def tidy() -> Iterator[None]:
     """Within the block a warning is one line without the file and the source that it came from. Other ranks' warnings
     and logs, which repeat rank 0's, are silenced; exceptions still show on every rank."""
     before, warnings.formatwarning = warnings.formatwarning, _one_line
+    # Libraries use deprecated names of transformers, which users cannot fix.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()

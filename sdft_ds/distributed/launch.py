@@ -32,10 +32,8 @@ def no_accelerator() -> bool:
 
 
 def hide_deprecations() -> None:
-    """Hide that libraries use deprecated names of each other, which users cannot fix: DeepSpeed those of torch, in
-    every step."""
-    for module in ("transformers", "torch.distributed"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    """Hide that DeepSpeed uses deprecated names of torch, in every step, which users cannot fix."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def avoid_cudnn_attention() -> None:

@@ -288,7 +288,7 @@ def test_help_all_has_every_setting_once(capsys):
     assert sorted(named) == sorted(f"--{name}" for name in [*settings, "config", "help"])
     assert max(map(len, lines)) < 80
     order = [lines.index(title) for title in ("Method and data", "Teacher", help_page.INHERITED)]
-    assert order == sorted(order) and lines.index("--method sdft|sft") < order[1]
+    assert order == sorted(order) and lines.index("--method sdft|sdpo|sft") < order[1]
     assert lines.index("--learning_rate, --lr X") > order[2] and "--bf16 [true|false]" in lines
 
 

@@ -312,7 +312,7 @@ def test_what_cannot_teach_is_refused():
         ({"distillation_weight": 1.5}, r"distillation_weight must be in \[0, 1\]"),
         ({"reprompt_template": "{prompt}{solution}"}, "reprompt_template lacks the placeholder {feedback}"),
         ({"solution_template": "{answer}"}, "solution_template: unknown placeholder {answer}; only"),
-        ({"importance_sampling_level": "sequence"}, "importance_sampling_level has no effect here"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence' would have no effect here"),
         ({"generate_from_teacher": True}, "generate_from_teacher=True rolls out from the teacher's prompt"),
     ):
         with pytest.raises(ValueError, match=words):
