@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from sdft_ds.cli import errors
-from sdft_ds.cli.terminal import quiet_unless_first_rank
+from sdft_ds.cli.terminal import tidy
 from sdft_ds.plan import hardware, step_time, traffic, vllm
 from sdft_ds.plan.cluster import GIB, Cluster
 from sdft_ds.plan.command import command, flag, server_command
@@ -199,7 +199,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line. A mistake is one line and exit status 1 or 2; a job that does not fit is no mistake."""
     flags, words = _parser().parse_known_args(argv)
-    quiet_unless_first_rank()
+    with tidy():
+        _main(flags, words)
+
+
+def _main(flags: argparse.Namespace, words: list[str]) -> None:
     try:
         if flags.survey:
             print("\n".join(survey()))
