@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sdft_ds.cli import errors
-from sdft_ds.cli.arguments import ScriptArguments
+from sdft_ds.cli.script_arguments import ScriptArguments
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.data.prompts import PromptBuilder
 from sdft_ds.distributed import launch

@@ -5,7 +5,7 @@ from importlib.resources import files
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from sdft_ds.cli.arguments import ScriptArguments
+from sdft_ds.cli.script_arguments import ScriptArguments
 from sdft_ds.data.loading import splits
 from sdft_ds.data.loading.file_kinds import display
 from sdft_ds.data.loading.formats import COLUMN_NAMES, ROLES

@@ -6,9 +6,9 @@ python -m sdft_ds.cli.settings_page > docs/settings.md
 from dataclasses import Field, fields
 from typing import Any, get_type_hints
 
-from sdft_ds.cli.arguments import ScriptArguments
 from sdft_ds.cli.help_page import CHAPTERS
 from sdft_ds.cli.model_arguments import ModelArguments
+from sdft_ds.cli.script_arguments import ScriptArguments
 from sdft_ds.config.fields import FREE, choices_of, own_fields
 from sdft_ds.config.inherited import IGNORED_FIELDS, ON_RESUME, REFUSED_FIELDS
 

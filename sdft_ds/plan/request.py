@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ds.cli import arguments
-from sdft_ds.cli.arguments import ModelArguments, ScriptArguments
 from sdft_ds.cli.help_page import CHAPTERS
+from sdft_ds.cli.model_arguments import ModelArguments
+from sdft_ds.cli.script_arguments import ScriptArguments
 from sdft_ds.config.fields import check_ranges
 from sdft_ds.plan.cluster import Cluster
 from sdft_ds.plan.job import SETUPS, Job, Setup

@@ -24,7 +24,7 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from sdft_ds.cli import arguments, dataset_loading, errors
-from sdft_ds.cli.arguments import ModelArguments
+from sdft_ds.cli.model_arguments import ModelArguments
 from sdft_ds.cli.terminal import tidy
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.demo import run as demo

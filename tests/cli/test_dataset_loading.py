@@ -4,8 +4,8 @@ import shutil
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from sdft_ds.cli.arguments import ScriptArguments
 from sdft_ds.cli.dataset_loading import load, load_splits, row_reader
+from sdft_ds.cli.script_arguments import ScriptArguments
 from sdft_ds.data.loading import splits
 from sdft_ds.data.prompts import PromptBuilder
 from sdft_ds.data.rows import RowError, example_from_row

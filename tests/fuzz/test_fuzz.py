@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from sdft_ds.checkpoint import storage
 from sdft_ds.cli import yaml_config
-from sdft_ds.cli.arguments import ModelArguments, ScriptArguments, parse
+from sdft_ds.cli.arguments import parse
 from sdft_ds.cli.dataset_loading import load
+from sdft_ds.cli.model_arguments import ModelArguments
+from sdft_ds.cli.script_arguments import ScriptArguments
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.data.prompts import PromptBuilder, PromptTooLong, parse_template
 from sdft_ds.data.rows import RowError, example_from_row

@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub import constants
 
 from sdft_ds import read_dataset
-from sdft_ds.cli.arguments import ScriptArguments
 from sdft_ds.cli.dataset_loading import load
+from sdft_ds.cli.script_arguments import ScriptArguments
 from sdft_ds.data.loading import csv_files
 
 ROWS = [{"prompt": "Où?", "completion": "Là; à côté, « ici »\nou là."}, {"prompt": "007", "completion": "NA"}]

@@ -4,8 +4,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from sdft_ds import read_dataset
-from sdft_ds.cli.arguments import ScriptArguments
 from sdft_ds.cli.dataset_loading import load, load_anchors
+from sdft_ds.cli.script_arguments import ScriptArguments
 from sdft_ds.data.loading import splits
 from sdft_ds.data.loading.formats import FORMATS
 from sdft_ds.data.loading.mapping import RowReader
