@@ -108,6 +108,8 @@ class _Saved:
 
     def examination(self, tasks: list[Task], start: list[ReferenceContinuation] | None = None) -> TaskEvaluator:
         tokenizer = self.prompts.tokenizer
+        if tokenizer.chat_template is not None:
+            tasks = [task.as_turns() for task in tasks]
         sampling = Sampling(
             {"do_sample": False, "max_new_tokens": self.longest},
             loading.stop_token_ids(self.model, tokenizer),

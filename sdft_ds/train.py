@@ -40,11 +40,11 @@ def _main(argv: Sequence[str], stack: ExitStack) -> None:
     go_on = summary.resume_command(os.environ)
     try:
         script, args, model = arguments.parse(argv, demo.RECIPE)
+        is_demo = arguments.is_demo(script, model)
         _complete_recipe(script, args, model)
         settings = yaml_config.SavedSettings((script, args, model))
         questions = _questions(script)
         check_best_metric(args, questions)
-        is_demo = arguments.is_demo(script, model)
         if is_demo and script.method == "sdpo":
             raise ValueError(
                 "--method sdpo needs --model_name_or_path, --dataset_path and --reward. A demo of it: python -m "
@@ -61,6 +61,8 @@ def _main(argv: Sequence[str], stack: ExitStack) -> None:
         trainer.preemption.go_on = go_on
         trainer.add_callback(settings)
         if questions:
+            if script.reads_prompts_as_turns(trainer.prompts.tokenizer.chat_template is not None):
+                questions = [task.as_turns() for task in questions]
             trainer.add_callback(TaskEvaluation(trainer, questions, script.eval_tasks_steps))
         ranks.tell(summary.opening(trainer))
         if settings.given:
@@ -78,7 +80,10 @@ def _main(argv: Sequence[str], stack: ExitStack) -> None:
     if args.save_teacher:
         trainer.save_teacher(os.path.join(args.output_dir, "teacher"))
     if args.eval_strategy != "no":
-        metrics = trainer.evaluate()
+        try:
+            metrics = trainer.evaluate()
+        except (FeedbackError, NonFiniteLogits) as error:
+            errors.leave(error)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():

@@ -57,6 +57,9 @@ as_sbatch_would() {
       --gpus | -G)
         echo "sdft_ds: $each is of the whole job; a dry run takes each node's GPUs from --gpus-per-node." >&2
         ;;
+      # Of sbatch, and without effect on what a dry run shows.
+      -A | -p | -t | -q | -w | -x | -C | -d | --account | --partition | --time | --qos | --nodelist | --exclude | \
+        --constraint | --dependency | --reservation | --mem | --mail-type | --mail-user | --output | --error | --begin) ;;
       --job-name | --nodes | --ntasks-per-node | --gpus-per-node | --cpus-per-task) ;;
       *)
         ARGUMENTS+=("$each")

@@ -43,14 +43,15 @@ class Preemption:
         self.device = device
         self.go_on = "trainer.train(resume_from_checkpoint=True)"
         self.requested: str | None = None  # on this rank
-        self.requested_at = 0.0
+        self.interrupted_at: float | None = None  # by the first Ctrl-C
         self.agreed = False  # by all ranks
         self.interrupted = False  # whether by a Ctrl-C
         self.before: dict[int, Any] = {}
         self.timer: threading.Timer | None = None
 
     def __enter__(self) -> "Preemption":
-        self.requested, self.agreed, self.interrupted = None, False, False  # an earlier run may have set them
+        # An earlier run may have set them.
+        self.requested, self.interrupted_at, self.agreed, self.interrupted = None, None, False, False
         if ranks.rank() == 0:
             (self.folder / MARKER).unlink(missing_ok=True)
             (self.folder / STOP).unlink(missing_ok=True)
@@ -67,8 +68,11 @@ class Preemption:
     def _request(self, number: int, frame: FrameType | None) -> None:
         """Signal handler. A second signal is ignored, so that a save in progress completes; but not a Ctrl-C."""
         now, key = time.monotonic(), number == signal.SIGINT
+        first = self.interrupted_at is None
+        if key and first:
+            self.interrupted_at = now
         if self.requested is None:
-            self.requested, self.requested_at = signal.Signals(number).name, now
+            self.requested = signal.Signals(number).name
             self._say(
                 f"{'Ctrl-C' if key else self.requested}: the run ends after this rollout or step, and saves it first."
                 + (" A second Ctrl-C ends it at once, unsaved." if key else "")
@@ -76,7 +80,9 @@ class Preemption:
             self.timer = threading.Timer(self.deadline, self._give_up)
             self.timer.daemon = True
             self.timer.start()
-        elif key and now - self.requested_at > ONE_KEY:
+        elif key and first:
+            self._say("Ctrl-C: the run is ending already, and saves first. A second Ctrl-C ends it at once, unsaved.")
+        elif key and now - self.interrupted_at > ONE_KEY:
             self._say(f"Ended at once, unsaved. From the newest checkpoint, if there is one: {self.go_on}")
             os._exit(INTERRUPTED)
 

@@ -103,7 +103,7 @@ def row_reader(args: ScriptArguments, has_chat_template: bool) -> RowReader:
         format=args.dataset_format,
         columns=_given_columns(args),
         demonstration_template=args.demonstration_template,
-        as_user=args.prompt_as == "user" or (args.prompt_as is None and has_chat_template),
+        as_user=args.reads_prompts_as_turns(has_chat_template),
         keep_response=args.method == "sft",
         context_optional=args.makes_contexts,
     )

@@ -72,7 +72,10 @@ Will it fit, and how fast: python -m sdft_ds.plan with the same settings.
 
 def every_setting(parser: argparse.ArgumentParser, aliases: Mapping[str, str]) -> str:
     """Every setting once: this project's by chapter, then those of transformers."""
-    parts = ["Every setting, given as --NAME VALUE, with its default in parentheses.\nA switch without a value is on."]
+    parts = [
+        "Every setting, given as --NAME VALUE, with its default in parentheses.\nA switch without a value is on. With "
+        "a model and data of your own and no\nrecipe named, the recipe facts sets some of them otherwise."
+    ]
     for title, actions in _by_chapter(parser).items():
         parts.append(f"{title}\n{'-' * len(title)}")
         parts += [

@@ -153,6 +153,10 @@ class ScriptArguments:
         """Whether privileged contexts are made after the rollout, so that rows may lack one."""
         return self.method == "sdpo" or self.privileged_context_fn is not None
 
+    def reads_prompts_as_turns(self, has_chat_template: bool) -> bool:
+        """Whether a plain-text prompt, of a row or a question, becomes the user's turn of a conversation."""
+        return self.prompt_as == "user" or (self.prompt_as is None and has_chat_template)
+
     def __post_init__(self) -> None:
         """Raises ValueError for values out of range, and for settings that contradict each other."""
         check_ranges(self)

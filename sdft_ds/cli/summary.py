@@ -117,11 +117,21 @@ def resume_command(environment: Mapping[str, str]) -> str:
         program = [_beside_python("torchrun"), "--nproc_per_node", environment["WORLD_SIZE"], script]
     elif "RANK" in environment:
         return "the same command with --resume_from_checkpoint true"
-    given = [flag for flag in flags if flag not in local]
-    if "--resume_from_checkpoint" in given:
-        at = given.index("--resume_from_checkpoint")
-        del given[at : at + 2]
+    given = _without_resume([flag for flag in flags if flag not in local])
     return shlex.join([*program, *given, "--resume_from_checkpoint", "true"])
+
+
+def _without_resume(flags: list[str]) -> list[str]:
+    """The flags without --resume_from_checkpoint and its value, which it need not have."""
+    kept, value_may_follow = [], False
+    for flag in flags:
+        if flag.split("=")[0].replace("-", "_") == "__resume_from_checkpoint":
+            value_may_follow = "=" not in flag
+        elif value_may_follow and not flag.startswith("-"):
+            value_may_follow = False
+        else:
+            kept, value_may_follow = [*kept, flag], False
+    return kept
 
 
 def _beside_python(name: str) -> str:

@@ -67,6 +67,7 @@ WITHOUT_ANCHORS = "sdft_without_anchors"
 COLUMNS = {"sdft": "SDFT", WITHOUT_ANCHORS: "SDFT without anchors", "sft": "SFT"}
 # Column -> the flags of its run.
 BASELINES = {WITHOUT_ANCHORS: ["--anchor_path", "none"], "sft": ["--method", "sft"]}
+COMPARED = ("seed", "max_steps", "num_train_epochs", "learning_rate", "warmup_steps")  # as in the run itself
 LESSONS = "lessons.json"
 BASELINE = "SDFT_DEMO_BASELINE"  # set in the environment of a baseline's run, which starts no further ones
 
@@ -172,7 +173,8 @@ def baselines(args: TrainingArguments, names: list[str]) -> dict[str, dict[str, 
     if names:
         ranks.tell(f"Training {' and '.join(COLUMNS[name] for name in names)} on the same rows, to compare.")
     for name in names:
-        command = [sys.executable, "-m", "sdft_ds.train", *BASELINES[name], "--seed", str(args.seed)]
+        command = [sys.executable, "-m", "sdft_ds.train", *BASELINES[name]]
+        command += [word for flag in COMPARED for word in (f"--{flag}", str(getattr(args, flag)))]
         command += ["--output_dir", str(Path(args.output_dir, name))]
         running[name] = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

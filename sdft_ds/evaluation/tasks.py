@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,13 @@ class TaskRow:
     in_context: Example | None = None
     number: int | None = None
 
+    def as_turn(self) -> "TaskRow":
+        if not isinstance(self.prompt, str):
+            return self
+        turn = [{"role": "user", "content": self.prompt}]
+        in_context = None if self.in_context is None else replace(self.in_context, prompt=turn)
+        return replace(self, prompt=turn, in_context=in_context)
+
     def score(self, completion: str) -> bool | None:
         """Whether the completion is correct; None without an answer."""
         return None if self.answer is None else scorers.score(self.scorer, completion, self.answer)
@@ -33,6 +40,10 @@ class TaskRow:
 class Task:
     name: str
     rows: list[TaskRow]
+
+    def as_turns(self) -> "Task":
+        """The task with its plain-text questions as the user's turn of a conversation, as training reads its rows."""
+        return Task(self.name, [row.as_turn() for row in self.rows])
 
     def with_contexts(self) -> "Task":
         """The task with only those rows that have a context."""

@@ -14,6 +14,7 @@ from sdft_ds.metrics.run_folder import Run
 
 DISTANCE, LOSS, TOKENS = "sdft/distillation_loss", "loss", "completions/loss_tokens"
 CLIPPED, LENGTH, ANCHORS = "completions/clipped_ratio", "completions/mean_length", "anchors/distillation_loss"
+REWARD, SUCCESS = "rewards/mean", "rewards/success_share"
 RETENTION = "retention"
 SAME = 0.1  # a distance that changes by a smaller share has not changed
 LEAST_DISTANCE = 0.01  # nats/token: a teacher this close to the student at the start has nothing to teach
@@ -59,9 +60,11 @@ class _Answers:
 
 def verdict(run: Run) -> Verdict:
     """The verdict on a run folder's contents, whatever of them is there."""
-    if not run.series(_metric(run))[1]:
+    answers = _answers(run)
+    if not run.series(LOSS)[1] and not run.series(DISTANCE)[1]:
+        unknown = "No step was logged." if answers else "No step was logged, so it is not known what was learned."
         return Verdict(
-            ("No step was logged, so it is not known what was learned.",),
+            (*_of_tasks(answers), *_of_retention(run, answers), unknown),
             ("Log more often: lower logging_steps.",) if run.about else (),
         )
     tokens = run.series(TOKENS)[1]
@@ -69,9 +72,8 @@ def verdict(run: Run) -> Verdict:
         return Verdict(
             ("Nothing was learned: no completion had a token that counts in the loss.",), (_no_tokens(run),)
         )
-    answers = _answers(run)
     learned = _learned(run, answers)
-    found = [*_of_tasks(answers), _of_distance(run), *_of_retention(run, answers)]
+    found = [*_of_tasks(answers), *_of_rewards(run), *_of_distance(run), *_of_retention(run, answers)]
     advice = [*(_causes(run, answers) if learned is False else ()), *_hold(run, answers), *_ask(run, answers)]
     return Verdict(tuple(found), tuple(advice))
 
@@ -81,6 +83,8 @@ def _learned(run: Run, answers: list[_Answers]) -> bool | None:
     asked = [each for each in answers if each.task != RETENTION]
     if asked:
         return any(each.change > 0 for each in asked) or all(each.after >= 0.95 for each in asked)
+    if rewards := run.series(REWARD)[1]:
+        return None if _end(rewards) > _end(rewards[::-1]) else False
     first, last = _distance(run)
     return None if last <= (1 - SAME) * first or len(run.series(_metric(run))[1]) == 1 else False
 
@@ -95,17 +99,29 @@ def _of_tasks(answers: list[_Answers]) -> Iterator[str]:
             yield f"{words}: right answers in {', '.join(some)}."
 
 
-def _of_distance(run: Run) -> str:
+def _of_rewards(run: Run) -> Iterator[str]:
+    if values := run.series(REWARD)[1]:
+        first, last = _end(values[::-1]), _end(values)
+        words = "rose from" if last > first else "fell from" if last < first else "stayed: from"
+        shares = run.series(SUCCESS)[1]
+        share = f"; {_end(shares):.0%} of the prompts had a successful completion at last" if shares else ""
+        yield f"The mean reward of its completions {words} {first:.3g} to {last:.3g}{share}."
+
+
+def _of_distance(run: Run) -> Iterator[str]:
+    if _is_estimate(run):
+        return
     first, last = _distance(run)
     name, unit = _names(run)
     if not math.isfinite(last):
-        return f"{name} is not a finite number at last."
-    if len(run.series(_metric(run))[1]) == 1:
-        return f"{name} was {last:.3g}{unit} in the only log line."
-    if last > (1 + SAME) * first:
-        return f"{name} rose from {first:.3g} to {last:.3g}{unit}."
-    fell = "fell from" if last <= (1 - SAME) * first else "did not fall: from"
-    return f"{name} {fell} {first:.3g} to {last:.3g}{unit}."
+        yield f"{name} is not a finite number at last."
+    elif len(run.series(_metric(run))[1]) == 1:
+        yield f"{name} was {last:.3g}{unit} in the only log line."
+    elif last > (1 + SAME) * first:
+        yield f"{name} rose from {first:.3g} to {last:.3g}{unit}."
+    else:
+        fell = "fell from" if last <= (1 - SAME) * first else "did not fall: from"
+        yield f"{name} {fell} {first:.3g} to {last:.3g}{unit}."
 
 
 def _of_retention(run: Run, answers: list[_Answers]) -> Iterator[str]:
@@ -128,29 +144,31 @@ def _causes(run: Run, answers: list[_Answers]) -> Iterator[str]:
     config = run.about.get("config", {})
     first, last = _distance(run)
     steps, passes = run.log[-1]["step"], run.log[-1].get("epoch") or math.inf
+    rewarded, estimate = bool(run.series(REWARD)[1]), _is_estimate(run)
     found = False
     for known, text in (
         (_at_the_end(run, CLIPPED) >= MANY, f"{_at_the_end(run, CLIPPED):.0%} of the completions were cut off at "
          f"max_completion_length={config.get('max_completion_length')}: raise it."),
         (_at_the_end(run, REPEATED) >= MANY or _at_the_end(run, EMPTY) >= MANY, "The completions repeat themselves or "
          "are empty: the run has collapsed. Lower learning_rate, and take a base teacher."),
-        (_metric(run) == DISTANCE and first < LEAST_DISTANCE, f"The teacher was only {first:.2g} nats per token from "
-         "the student from the start: its context is missing or changes nothing. python -m sdft_ds.preview --score "
-         "shows what it gains by it."),
+        (rewarded and not sum(run.series(SUCCESS)[1]), _NO_SUCCESS),
+        (_metric(run) == DISTANCE and not estimate and first < LEAST_DISTANCE, f"The teacher was only {first:.2g} "
+         "nats per token from the student from the start: its context is missing or changes nothing. python -m "
+         "sdft_ds.preview --score shows what it gains by it."),
         (sum(run.series("prompts/teacher_cut")[1]) > 0, "Contexts were cut: raise max_teacher_prompt_length."),
         (sum(run.series("steps/nonfinite")[1]) > 0, f"{sum(run.series('steps/nonfinite')[1]):.0f} steps were skipped, "
          "because their gradient was not finite: lower learning_rate."),
         ((config.get("warmup_steps") or 0) > steps / 2, "The learning rate was still rising, or had only just risen, "
          f"when the run ended: warmup_steps={config.get('warmup_steps')} of {steps}."),
-        (passes < FEW_PASSES, f"Each row was seen {passes:.2g} times; facts take about {PASSES}: raise max_steps or "
-         "num_train_epochs."),
-        (not last <= (1 + SAME) * first, f"The run moves away from its target: lower learning_rate "
+        (passes < FEW_PASSES and not rewarded, f"Each row was seen {passes:.2g} times; facts take about {PASSES}: "
+         "raise max_steps or num_train_epochs."),
+        (not last <= (1 + SAME) * first and not estimate, f"The run moves away from its target: lower learning_rate "
          f"({config.get('learning_rate')})."),
     ):  # fmt: skip
         if known:
             found = True
             yield text
-    if answers and last <= (1 - SAME) * first:
+    if answers and last <= (1 - SAME) * first and not estimate:
         yield (
             "The student follows its teacher, but answers no better: python -m sdft_ds.preview --score, with the same "
             "questions, shows whether the teacher answers them right."
@@ -159,7 +177,15 @@ def _causes(run: Run, answers: list[_Answers]) -> Iterator[str]:
         yield f"Raise learning_rate ({config.get('learning_rate')}), or train longer."
 
 
+_NO_SUCCESS = (
+    "No completion was successful (success_reward_threshold), so there was nothing to learn from: take easier "
+    "questions, more num_generations, a higher temperature, or feedback (include_environment_feedback)."
+)
+
+
 def _no_tokens(run: Run) -> str:
+    if run.series(REWARD)[1] and not sum(run.series(SUCCESS)[1]):
+        return _NO_SUCCESS
     config, skipped = run.about.get("config", {}), run.about.get("config", {}).get("num_loss_tokens_to_skip") or 0
     if _at_the_end(run, EMPTY) >= MANY:
         return "The completions are empty: look at the prompts with python -m sdft_ds.preview."
@@ -202,6 +228,13 @@ def _metric(run: Run) -> str:
     return DISTANCE if run.series(DISTANCE)[1] else LOSS
 
 
+def _is_estimate(run: Run) -> bool:
+    """Whether the loss is an estimate at the sampled tokens, or holds a policy loss: no distance, of either sign."""
+    config, values = run.about.get("config", {}), run.series(_metric(run))[1]
+    of_sampled = config.get("distillation_mode") == "sampled_token" or min(values, default=0.0) < 0
+    return of_sampled or bool(run.series("policy/loss")[1])
+
+
 def _names(run: Run) -> tuple[str, str]:
     if _metric(run) == DISTANCE:
         return "The distance to the teacher", " nats per token"
@@ -227,7 +260,7 @@ def _at_the_end(run: Run, metric: str) -> float:
 
 def _answers(run: Run) -> list[_Answers]:
     """The tasks that were asked before the first step and after it."""
-    found, end = [], run.log[-1]["step"]
+    found, end = [], max((line["step"] for line in (run.log or run.evaluations)), default=0)
     for task in dict.fromkeys(line["task"] for line in run.evaluations):
         by_step = {line["step"]: line for line in run.evaluations if line["task"] == task and "accuracy" in line}
         if 0 in by_step and (last := max(by_step)) > 0:

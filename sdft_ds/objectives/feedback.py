@@ -117,6 +117,14 @@ def _checked_contexts(function: ContextFn, answers: list[Answer]) -> list[str | 
     ]
 
 
+def stored_context(answer: Answer) -> str | None:
+    """The privileged context of the row that was answered, as text, None without one. The rows were validated."""
+    context = answer.columns.get("privileged_context")
+    if not context or (isinstance(context, str) and not context.strip()):
+        return None
+    return checked_context(context, answer.index)
+
+
 # ---- rewards --------------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +171,7 @@ class Rewards:
             if len(answers) > 1:
                 return [value for answer in answers for value in self._values(function, [answer], state)]
             return [f"The reward {name} raised {_one_line(error)} with {_rows(answers)}."]
-        if not hasattr(found, "__len__") or len(found) != len(answers):
+        if not _are_values(found, len(answers)):
             problem = f"The reward {name} returned {_shape(found)} for {len(answers)} completions of {_rows(answers)}."
             return [f"{problem} Expected a list with a number or None for each."] * len(answers)
         return [
@@ -209,11 +217,21 @@ def _within(seconds: float | None, call: Callable[[], Any]) -> Any:
     return result
 
 
+def _are_values(found: Any, number: int) -> bool:
+    """Whether these are so many values in an order: a list, a tuple, an array or tensor of one dimension."""
+    if isinstance(found, str | bytes | dict | set) or not hasattr(found, "__getitem__"):
+        return False
+    try:
+        return len(found) == number
+    except TypeError:  # an array or tensor without dimensions
+        return False
+
+
 def _number(value: Any) -> float | None:
     """A finite number, also one of numpy's or a tensor's; None if it is anything else."""
     try:
         number = float(value) if not isinstance(value, str | bytes) else math.nan
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:  # whatever an object of the user's raises
         return None
     return number if math.isfinite(number) else None
 

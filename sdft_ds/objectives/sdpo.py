@@ -112,9 +112,8 @@ class SelfDistilledPolicyOptimization(SelfDistillation):
         if not self.args.include_environment_feedback:
             return {}
         made = feedback.contexts(self.parts.context_fn, answers) if self.parts.context_fn is not None else {}
-        stored = {answer.row: answer.columns.get("privileged_context") for answer in answers}
-        texts = {row: made.get(row) or stored[row] for row in stored}
-        return {row: text for row, text in texts.items() if isinstance(text, str) and text.strip()}
+        stored = {answer.row: feedback.stored_context(answer) for answer in answers}
+        return {row: made.get(row) or stored[row] for row in stored if made.get(row) or stored[row]}
 
     def _succeeds(self, answer: Answer) -> bool:
         return answer.reward is not None and answer.reward >= self.args.success_reward_threshold

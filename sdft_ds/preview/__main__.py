@@ -92,6 +92,8 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
     stream = isinstance(dataset, IterableDataset)
     rows = islice(dataset, STREAMED) if stream else dataset
     tasks = read_tasks(script.eval_tasks or [], limit=script.eval_task_rows) if score else []
+    if script.reads_prompts_as_turns(tokenizer.chat_template is not None):
+        tasks = [task.as_turns() for task in tasks]
     progress = track(
         rows, "Reading rows", None if stream else len(dataset), console=Console(stderr=True), transient=True
     )

@@ -81,6 +81,24 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
         process.kill()
 
 
+def test_the_first_ctrl_c_after_another_signal_does_not_end_at_once(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == INTERRUPTED and "the run is ending already" in process.stderr.read()
+    finally:
+        process.kill()
+
+
 def test_any_ranks_ctrl_c_is_all_ranks(tmp_path, monkeypatch):
     """The exit code is that of the rank that was interrupted, whatever the others were asked for."""
     preemption = Preemption(str(tmp_path), 99, 300.0, torch.device("cpu"))

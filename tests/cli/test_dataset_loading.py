@@ -323,6 +323,6 @@ def test_columns_for_functions_of_ones_own_are_kept():
     rows = Dataset.from_list([{"question": "Why?", "answer": "B", "kind": "mcq"}])
     script = ScriptArguments(prompt_column="question", method="sdpo")
     (row,) = map_columns(rows, script)
-    assert row == {"prompt": "Why?", "privileged_context": None, "answer": "B", "kind": "mcq"}
+    assert row == {"question": "Why?", "prompt": "Why?", "privileged_context": None, "answer": "B", "kind": "mcq"}
     with pytest.raises(ValueError, match="none of the others is known"):
         map_columns(rows, ScriptArguments(prompt_column="question"))

@@ -116,6 +116,12 @@ def test_a_dry_run_has_the_nodes_and_gpus_of_the_header_or_of_sbatchs_options(ki
         assert "--ntasks=12" in command and "--tensor-parallel-size 4" in asked
 
 
+def test_a_dry_run_takes_sbatchs_other_options_for_no_settings_of_the_training():
+    sbatch = ["--account", "MINE", "-p", "gpu", "--time=1:00:00"]
+    *_, command = commands(run("launch/slurm/train.sbatch", "--dry-run", *sbatch, "--model", "M", "--dataset", "D"))
+    assert not {"MINE", "gpu", "--time=1:00:00", "--account", "-p"} & set(command) and "M" in command
+
+
 def test_a_dry_run_says_that_gpus_are_of_the_whole_job():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     line = ["bash", "launch/slurm/train.sbatch", "--dry-run", "--nodes", "2", "--gpus", "8", "--model", "M"]

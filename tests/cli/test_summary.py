@@ -59,7 +59,17 @@ def test_the_command_that_goes_on(monkeypatch, argv, environment, command):
     flags = [*own, "--resume_from_checkpoint", "old", "--output_dir", "a b"]
     monkeypatch.setattr(sys, "orig_argv", [*program, *flags])
     monkeypatch.setattr(sys, "argv", ["", *flags])
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python")  # an environment in the working folder has its path
     assert resume_command(environment) == f"{command} --resume_from_checkpoint true"
+
+
+@pytest.mark.parametrize("resume", [["--resume_from_checkpoint"], ["--resume-from-checkpoint=true"], []])
+def test_a_resume_without_a_value_takes_no_other_flag_along(monkeypatch, resume):
+    flags = ["--dataset", "d.jsonl", *resume, "--lr", "1e-4", "--use_peft"]
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", *flags])
+    monkeypatch.setattr(sys, "argv", ["", *flags])
+    kept = "python train.py --dataset d.jsonl --lr 1e-4 --use_peft"
+    assert resume_command({}) == f"{kept} --resume_from_checkpoint true"
 
 
 def test_the_end_says_what_is_known_and_how_to_go_on(tmp_path):

@@ -66,6 +66,16 @@ def test_a_row_may_have_a_context_for_the_teacher(tmp_path):
         read_tasks([written(tmp_path / "t.jsonl", ROW | {"privileged_context": 7})])
 
 
+def test_a_text_becomes_the_users_turn_where_training_reads_it_so(tmp_path):
+    turn = [{"role": "user", "content": "Where is Oslo?"}]
+    rows = [{**ROW, "privileged_context": "Oslo is in Norway."}, {**ROW, "prompt": turn}]
+    (task,) = read_tasks([written(tmp_path / "places.jsonl", *rows)])
+    assert isinstance(task.rows[0].prompt, str)
+    first, second = task.as_turns().rows
+    assert first.prompt == second.prompt == turn
+    assert first.in_context.prompt == turn and first.in_context.privileged_context == "Oslo is in Norway."
+
+
 def test_the_limit_and_the_retention_set(tmp_path):
     file = written(tmp_path / "t.jsonl", ROW, {"prompt": "Tell me a story."}, {"prompt": ""})
     task, kept = read_tasks([file], limit=1) + read_tasks([], file, limit=2)

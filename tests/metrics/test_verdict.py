@@ -90,6 +90,24 @@ CASES = {
         ["The learning rate was still rising", NOT_ASKED, NOT_MEASURED],
     ),
     "flat": (run(distances=(1.0, 1.0)), [FLAT], ["Raise learning_rate (0.0001)", NOT_ASKED, NOT_MEASURED]),
+    "rewarded more often, by an estimate that is no distance": (
+        run(distances=(-0.15, -0.06), epoch=0.75, log=[
+            {"step": 3 * i, "epoch": 0.75, "loss": -0.1, "sdft/distillation_loss": -0.15 / i, "rewards/mean": 0.2 * i,
+             "rewards/success_share": 0.3 * i, "completions/loss_tokens": 10.0} for i in (1, 2, 3)
+        ]),
+        ["The mean reward of its completions rose from 0.2 to 0.6; 90% of the prompts had a successful completion"],
+        [NOT_ASKED, NOT_MEASURED],
+    ),
+    "never rewarded": (
+        run(**{"completions/loss_tokens": 0.0, "rewards/mean": 0.0, "rewards/success_share": 0.0}),
+        ["Nothing was learned"],
+        ["No completion was successful"],
+    ),
+    "asked, but no step logged": (
+        run(ASKED, log=[]),
+        ["Learned: right answers in new", "Unchanged", "No step was logged."],
+        ["Log more often"],
+    ),
     "moves away": (
         run(distances=(1.0, 2.0)),
         ["The distance to the teacher rose from 1 to 2"],

@@ -176,5 +176,5 @@ def test_from_the_command_line(tmp_path):
     done = command(
         *PLAIN, *own, *TWO_STEPS, "--golden_response_column", "answer", "--method", "sft", "--output_dir", tmp_path
     )
-    assert "does not read num_generations." in done.stderr and "The loss on the demonstrations was" in done.stdout
+    assert "does not read num_generations." in done.stderr and "The loss " in done.stdout
     assert (tmp_path / "model.safetensors").exists()

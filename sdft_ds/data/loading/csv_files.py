@@ -65,7 +65,7 @@ def detect(file: Path) -> CsvDialect:
     )
     if twice := sorted({name for name in dialect.columns if dialect.columns.count(name) > 1}):
         raise DataError(f"{file} has two columns of the name {twice[0]!r}: rename one.")
-    if _check_width(_records(io.StringIO(sample, newline=""), dialect), file) == 1 and len(sample) < SAMPLE:
+    if _check_width(_records(io.StringIO(sample, newline=""), dialect, file), file) == 1 and len(sample) < SAMPLE:
         raise DataError(f"{file} has a header, but no rows.")
     return dialect
 
@@ -78,7 +78,7 @@ def check_records(file: Path, unclosed: bool) -> None:
     try:
         with open_bytes(file) as opened:
             text = io.TextIOWrapper(opened, encoding=dialect.encoding, newline="")
-            last = _check_width(_records(text, dialect), file)
+            last = _check_width(_records(text, dialect, file), file)
     except UnicodeDecodeError as error:
         what = f"neither UTF-8 nor {dialect.encoding} ({error.reason})"
         raise DataError(f"{file} is {what}: save it as UTF-8.") from None
@@ -86,13 +86,21 @@ def check_records(file: Path, unclosed: bool) -> None:
         raise DataError(f"{file}, line {last}: a quotation mark is opened and never closed.")
 
 
-def _records(text: io.TextIOBase, dialect: CsvDialect) -> Iterator[tuple[int, list[str]]]:
-    """(number of its first line, fields) of each record."""
-    reader = csv.reader(text, delimiter=dialect.delimiter, skipinitialspace=dialect.padded)
+def _records(text: io.TextIOBase, dialect: CsvDialect, file: Path) -> Iterator[tuple[int, list[str]]]:
+    """(number of its first line, fields) of each record; of one whose quote does not end, no fields. Raises DataError
+    for text behind a closing quote: there, or in a line before, a quotation mark is missing."""
+    reader = csv.reader(text, delimiter=dialect.delimiter, skipinitialspace=dialect.padded, strict=True)
     line = 1
-    for record in reader:
-        yield line, record
-        line = reader.line_num + 1
+    try:
+        for record in reader:
+            yield line, record
+            line = reader.line_num + 1
+    except csv.Error as error:
+        if "end of data" not in str(error):
+            raise DataError(
+                f"{file}, line {line}: a quotation mark is missing, or a quoted text holds one that is not doubled."
+            ) from None
+        yield line, []
 
 
 def _check_width(records: Iterator[tuple[int, list[str]]], file: Path) -> int:

@@ -116,7 +116,7 @@ class RowReader:
         template, conversations = Template(self.demonstration_template), self._makes_conversations(columns)
         stored = isinstance(dataset, Dataset)
         optional = anchors or self.context_optional
-        kept = self._unread(found, columns) if self.context_optional and not anchors else []
+        kept = [name for name in found if name not in MADE] if self.context_optional and not anchors else []
 
         def convert(row: dict[str, Any]) -> dict[str, Any]:
             def value(role: str) -> Any:

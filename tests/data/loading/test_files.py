@@ -116,6 +116,7 @@ FIVE = b'{"prompt": "a", "completion": "b"}\n' * 5
         ("a.csv", b'prompt,completion\n"a\nb",c\nd,e,f\n', "line 4: 3 fields, where the header has 2"),
         ("a.csv", b"prompt,completion\n" + b"a,b\n" * 20000 + b"a,b,c\n", "line 20002: 3 fields, where the header"),
         ("a.csv", b'prompt,completion\na,"b\nc,d\n', "line 2: a quotation mark is opened and never closed"),
+        ("a.csv", b'prompt,completion\na,"b\nc,"d"\ne,f\n', "line 2: a quotation mark is missing"),
         ("a.csv", b"prompt,answer,prompt\na,b,c\n", "two columns of the name 'prompt'"),
         ("a.csv.gz", b"prompt,completion\na,b\n", "Not a gzipped file"),
         ("a.csv", b"prompt,completion\n", "has a header, but no rows"),
