@@ -173,8 +173,8 @@ def baselines(args: TrainingArguments, names: list[str]) -> dict[str, dict[str, 
     if names:
         ranks.tell(f"Training {' and '.join(COLUMNS[name] for name in names)} on the same rows, to compare.")
     for name in names:
-        command = [sys.executable, "-m", "sdft_ds.train", *BASELINES[name]]
-        command += [word for flag in COMPARED for word in (f"--{flag}", str(getattr(args, flag)))]
+        equal = [word for flag in COMPARED for word in (f"--{flag}", str(getattr(args, flag)))]
+        command = [sys.executable, "-m", "sdft_ds.train", *equal, *BASELINES[name]]
         command += ["--output_dir", str(Path(args.output_dir, name))]
         running[name] = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
