@@ -39,6 +39,7 @@ from transformers.utils import cached_file
 from sdft_ds import model_card
 from sdft_ds.checkpoint import storage
 from sdft_ds.cli import errors
+from sdft_ds.cli.terminal import tidy
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.files import atomic_folder
 from sdft_ds.model import export
@@ -300,9 +301,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Merge as specified on the command line. Whatever is wrong is said in one line, with exit status 1."""
     args = _parser().parse_args(argv)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        compared = merge(args.run, args.out, args.base, args.dtype, args.trust_remote_code)
+        with tidy():
+            compared = merge(args.run, args.out, args.base, args.dtype, args.trust_remote_code)
     except Exception as error:
         errors.leave(error)
     print(f"Checked: {compared}.")

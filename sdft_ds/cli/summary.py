@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from sdft_ds.cli import arguments
 from sdft_ds.config.sdft_config import SDFTConfig
 from sdft_ds.distributed import launch, zero
 from sdft_ds.metrics import run_folder
@@ -117,21 +118,8 @@ def resume_command(environment: Mapping[str, str]) -> str:
         program = [_beside_python("torchrun"), "--nproc_per_node", environment["WORLD_SIZE"], script]
     elif "RANK" in environment:
         return "the same command with --resume_from_checkpoint true"
-    given = _without_resume([flag for flag in flags if flag not in local])
+    given = arguments.without([flag for flag in flags if flag not in local], {"resume_from_checkpoint"})
     return shlex.join([*program, *given, "--resume_from_checkpoint", "true"])
-
-
-def _without_resume(flags: list[str]) -> list[str]:
-    """The flags without --resume_from_checkpoint and its value, which it need not have."""
-    kept, value_may_follow = [], False
-    for flag in flags:
-        if flag.split("=")[0].replace("-", "_") == "__resume_from_checkpoint":
-            value_may_follow = "=" not in flag
-        elif value_may_follow and not flag.startswith("-"):
-            value_may_follow = False
-        else:
-            kept, value_may_follow = [*kept, flag], False
-    return kept
 
 
 def _beside_python(name: str) -> str:

@@ -69,10 +69,8 @@ def example_from_row(row: Mapping[str, Any], index: int, context_optional: bool 
     context = row.get("privileged_context")
     if teacher_prompt is not None:
         context = ""
-    elif context_optional and (not context or (isinstance(context, str) and not context.strip())):
-        context = None
     else:
-        context = checked_context(context, index)
+        context = optional_context(context, index) if context_optional else checked_context(context, index)
     return Example(
         prompt=prompt,
         privileged_context=context,
@@ -149,6 +147,12 @@ def checked_context(value: Any, index: int, column: str = "privileged_context") 
         f"found {_describe(value)}; expected a non-empty text, a list of texts or a list of messages. Without it the "
         "teacher knows no more than the student: fill it in, or drop the row.",
     )
+
+
+def optional_context(value: Any, index: int) -> str | None:
+    """The same; None if there is none. Raises RowError."""
+    is_missing = not value or (isinstance(value, str) and not value.strip())
+    return None if is_missing else checked_context(value, index)
 
 
 def _tools(value: Any, prompt: Prompt, index: int) -> list[dict[str, Any]] | None:

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sdft_ds.data.batch import Rollout
-from sdft_ds.data.rows import Example, Message, Prompt, RowError, checked_context
+from sdft_ds.data.rows import Example, Message, Prompt, RowError, checked_context, optional_context
 from sdft_ds.data.schedule import Slot
 from sdft_ds.distributed import ranks
 
@@ -119,10 +119,7 @@ def _checked_contexts(function: ContextFn, answers: list[Answer]) -> list[str | 
 
 def stored_context(answer: Answer) -> str | None:
     """The privileged context of the row that was answered, as text, None without one. The rows were validated."""
-    context = answer.columns.get("privileged_context")
-    if not context or (isinstance(context, str) and not context.strip()):
-        return None
-    return checked_context(context, answer.index)
+    return optional_context(answer.columns.get("privileged_context"), answer.index)
 
 
 # ---- rewards --------------------------------------------------------------------------------------------------------

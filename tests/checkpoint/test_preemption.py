@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,6 +22,20 @@ with Preemption(sys.argv[1], 99, 300.0, torch.device("cpu")):
     time.sleep(60)
     time.sleep(60)
 """
+
+
+@contextmanager
+def waiting(folder):
+    """A process that is where it catches requests; killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        process.kill()
 
 
 class Signal(TrainerCallback):
@@ -64,12 +79,7 @@ def test_before_the_first_step_nothing_is_saved_and_it_says_so(tmp_path, capsys)
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITING, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        assert process.stdout.readline() == "ready\n"
+    with waiting(tmp_path) as process:
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "\n" and "A second Ctrl-C ends it at once" in process.stderr.readline()
         process.send_signal(signal.SIGINT)  # the same key, which a launcher has passed on as well
@@ -77,17 +87,10 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == INTERRUPTED and "Ended at once, unsaved." in process.stderr.read()
-    finally:
-        process.kill()
 
 
 def test_the_first_ctrl_c_after_another_signal_does_not_end_at_once(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITING, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        assert process.stdout.readline() == "ready\n"
+    with waiting(tmp_path) as process:
         process.send_signal(signal.SIGTERM)
         time.sleep(1.1)
         process.send_signal(signal.SIGINT)
@@ -95,8 +98,6 @@ def test_the_first_ctrl_c_after_another_signal_does_not_end_at_once(tmp_path):
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == INTERRUPTED and "the run is ending already" in process.stderr.read()
-    finally:
-        process.kill()
 
 
 def test_any_ranks_ctrl_c_is_all_ranks(tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ class RowReader:
         found, rows = _head(dataset, source)
         columns = resolve(found, rows, self.format, self.columns, source, self.context_optional)
         columns = self._columns(columns)
-        unread = [name for name in self._unread(found, columns) if not self.context_optional]
+        unread = [] if self.context_optional else self._unread(found, columns)
         tell(columns.described)
         if unread:
             tell(f"Columns not read: {', '.join(unread)}." + (PER_ROW if "chat_template_kwargs" in unread else ""))
