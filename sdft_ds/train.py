@@ -33,11 +33,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train as specified on the command line. Usage errors print one line and exit with status 2; other errors at
     startup print one line and exit with status 1."""
     with terminal.tidy(), shutdown.together(), ExitStack() as stack:
-        _main(sys.argv[1:] if argv is None else argv, stack)
+        if argv is None:  # a process of its own, whose command can be repeated
+            _main(sys.argv[1:], stack, go_on=summary.resume_command(os.environ))
+        else:
+            _main(argv, stack, go_on="the same call with --resume_from_checkpoint true")
 
 
-def _main(argv: Sequence[str], stack: ExitStack) -> None:
-    go_on = summary.resume_command(os.environ)
+def _main(argv: Sequence[str], stack: ExitStack, go_on: str) -> None:
     try:
         script, args, model = arguments.parse(argv, demo.RECIPE)
         is_demo = arguments.is_demo(script, model)

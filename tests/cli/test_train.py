@@ -68,6 +68,15 @@ def test_a_checkpoint_that_is_not_there(model_and_data, tmp_path):
         train.main([*flags, "--resume_from_checkpoint", "nowhere"])
 
 
+def test_a_call_from_a_program_with_other_arguments(model_and_data, tmp_path, monkeypatch):
+    """In a worker that multiprocessing spawned, the arguments are the parent's and the command the worker's own."""
+    monkeypatch.setattr(sys, "argv", ["parent.py", "--jobs", "2", "--output", "folder"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", "spawn_main()"])
+    flags = [*map(str, model_and_data), *TWO_STEPS, "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="nowhere does not exist"):
+        train.main([*flags, "--resume_from_checkpoint", "nowhere"])
+
+
 def test_a_finished_run_that_is_started_again_only_writes_its_end(model_and_data, tmp_path, monkeypatch, capsys):
     """As a job that is requeued: also what was lost between the last step and the end. Without a resume it is refused,
     before a model is loaded."""
