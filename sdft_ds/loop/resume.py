@@ -24,6 +24,7 @@ from sdft_ds.distributed import engines, launch, ranks, zero
 from sdft_ds.distributed.launch import Sharding
 from sdft_ds.distributed.watchdog import StragglerWatchdog
 from sdft_ds.loop.hub_upload import UploadingTrainer
+from sdft_ds.objectives.feedback import FeedbackError
 
 
 class ResumableTrainer(UploadingTrainer):
@@ -41,6 +42,7 @@ class ResumableTrainer(UploadingTrainer):
         self.same_ranks = True
         self.forgets_best = False  # whether the best checkpoint so far was chosen by another metric
         self.saving_checkpoint = False
+        self.is_inside_step = False  # whether a checkpoint of the last step could not be saved now
         self.preemption = Preemption(
             self.args.output_dir,
             self.args.preemption_exit_code,
@@ -71,8 +73,8 @@ class ResumableTrainer(UploadingTrainer):
 
         A finished run returns immediately, in the state in which it finished: model, last evaluation and page.
 
-        Raises CannotResume (DamagedCheckpoint if it names a file), OutputFolderInUse, and, after a preemption, the
-        SystemExit Preempted.
+        Raises CannotResume (DamagedCheckpoint if it names a file), OutputFolderInUse, FeedbackError after saving the
+        last step, and, after a preemption, the SystemExit Preempted.
         """
         self.saved_step, self.same_ranks = None, True
         with locked(self.args.output_dir), self.preemption, self.watchdog:
@@ -82,7 +84,12 @@ class ResumableTrainer(UploadingTrainer):
             if folder is not None:
                 self._check_settings(folder)
                 self.saved_step = storage.step_in(self.args.output_dir, folder)
-            result = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+            self.is_inside_step = False
+            try:
+                result = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+            except FeedbackError:
+                self._save_before_error()
+                raise
             if self.preemption.agreed:
                 self._leave()
         return result
@@ -90,19 +97,29 @@ class ResumableTrainer(UploadingTrainer):
     def leave_if_preempted(self) -> None:
         """Save and exit now, between two optimizer steps, if preemption was requested on any rank. Collective."""
         if self.preemption.agree():
-            if self.state.global_step not in (0, self.saved_step):
-                self._save_checkpoint(self.model_wrapped, None)
+            self._save_last_step()
             self._leave()
 
     def _leave(self) -> None:
+        self.preemption.leave(self.state.global_step, self._what_is_saved())
+
+    def _save_before_error(self) -> None:
+        """Where a function of the user's ends the run, which all ranks know. Collective."""
+        if not self.is_inside_step:
+            self._save_last_step()
+            ranks.tell(self._what_is_saved())
+
+    def _save_last_step(self) -> None:
+        if self.state.global_step not in (0, self.saved_step):
+            self._save_checkpoint(self.model_wrapped, None)
+
+    def _what_is_saved(self) -> str:
         step, go_on = self.state.global_step, self.preemption.go_on
         if self.saved_step != step:
-            saved = f"Nothing was saved, because no step was done. Start again: {go_on}"
-        elif self.args.save_only_model:
-            saved = f"The model is in {self.args.output_dir}/checkpoint-{step}, without what a resume needs."
-        else:
-            saved = f"Saved {self.args.output_dir}/checkpoint-{step}. To go on: {go_on}"
-        self.preemption.leave(step, saved)
+            return f"Nothing was saved, because no step was done. Start again: {go_on}"
+        if self.args.save_only_model:
+            return f"The model is in {self.args.output_dir}/checkpoint-{step}, without what a resume needs."
+        return f"Saved {self.args.output_dir}/checkpoint-{step}. To go on: {go_on}"
 
     def say_phase(self, phase: str) -> None:
         """Publish to the watchdog the phase that this rank enters."""

@@ -121,7 +121,10 @@ class StepTrainer(EvaluationTrainer):
         if self.current_batch is None or self.current_batch.number != item.generation_batch:
             if first:
                 self._drop_current_batch()
+            # With a lag the rollouts in flight belong to the next batch by now.
+            self.is_inside_step = not first or self.args.rollout_lag > 0
             self.current_batch = GenerationBatch(item.generation_batch, self._collect(item))
+            self.is_inside_step = False
             if first:
                 self.leave_if_preempted()
         self.current_batch.uses += 1

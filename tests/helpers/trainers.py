@@ -101,12 +101,12 @@ def make_trainer(
     )
 
 
-def train(stage: int | None = None, **settings) -> dict[str, Any]:
+def train(stage: int | None = None, resume: bool = False, **settings) -> dict[str, Any]:
     """Train a few steps; (losses, gradient norms, the trained weights, completions) of this rank."""
     recorder = Recorder()
     trainer = make_trainer(stage, callbacks=[recorder], **settings)
     recorder.trainer = trainer
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     steps = [log for log in recorder.logs if "loss" in log]
     names, params = zip(*((n, p) for n, p in trainer.model.named_parameters() if p.requires_grad), strict=True)
     return {

@@ -272,6 +272,27 @@ def test_so_it_does_on_every_rank(two_ranks):
     assert str(caught.value).count("FeedbackError: The reward fails_at_two raised KeyError") == 2
 
 
+def third_but_not_of_row_2(completion_ids, n, **others):
+    if 2 in n:
+        raise KeyError("no answer")
+    return third(completion_ids, n)
+
+
+@pytest.mark.parametrize("stage", [None, pytest.param(3, marks=pytest.mark.full)])
+def test_the_steps_before_it_are_saved(two_ranks, tmp_path, stage):
+    """A run that goes on with a mended reward is the run that never failed."""
+    run = {**SDPO, "max_steps": 4, "shuffle_dataset": False, "gradient_accumulation_steps": 1}
+    whole = two_ranks.run(train, stage, **run)
+    broken = {**run, "functions": {"reward_funcs": third_but_not_of_row_2}, "output_dir": str(tmp_path)}
+    with pytest.raises(RankError):
+        two_ranks.run(train, stage, **broken)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    mended = two_ranks.run(train, stage, **run, output_dir=str(tmp_path), resume=True)
+    for uninterrupted, resumed in zip(whole, mended, strict=True):
+        assert resumed["losses"] == uninterrupted["losses"][1:]
+        assert all(torch.equal(resumed["weights"][name], each) for name, each in uninterrupted["weights"].items())
+
+
 def half(completion_ids, **others):
     return [None if len(ids) % 2 else 0.5 for ids in completion_ids]
 
