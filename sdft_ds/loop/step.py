@@ -264,3 +264,5 @@ class _StepEvents(TrainerCallback):
         self.trainer.rollouts.weights_changed()
         if not self.trainer.guard.skipped:
             self.trainer.objective.after_step(self.trainer.model_wrapped, state.global_step)
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # what was learned since the last log line

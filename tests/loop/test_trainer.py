@@ -234,6 +234,13 @@ def test_rollouts_do_not_depend_on_the_global_generator():
     assert completions[0] == completions[1]
 
 
+@pytest.mark.parametrize("strategy, logged", [("steps", [2, 3]), ("epoch", [3]), ("no", [])])
+def test_the_last_step_is_logged_as_well(strategy, logged):
+    trainer = make_trainer(max_steps=3, logging_strategy=strategy, logging_steps=2)
+    trainer.train()
+    assert [log["step"] for log in trainer.state.log_history if "loss" in log] == logged
+
+
 def test_training_learns_the_teacher():
     """A frozen teacher that knows more: the student's divergence from it falls."""
     result = train(
