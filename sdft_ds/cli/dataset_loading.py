@@ -104,7 +104,8 @@ def row_reader(args: ScriptArguments, has_chat_template: bool) -> RowReader:
         columns=_given_columns(args),
         demonstration_template=args.demonstration_template,
         as_user=args.reads_prompts_as_turns(has_chat_template),
-        keep_response=args.method == "sft",
+        keep_response=args.method == "sft" or args.makes_contexts,
+        response_teaches=args.method != "sdpo",  # a golden response is for the rewards; a context is feedback
         context_optional=args.makes_contexts,
     )
 

@@ -326,3 +326,23 @@ def test_columns_for_functions_of_ones_own_are_kept():
     assert row == {"question": "Why?", "prompt": "Why?", "privileged_context": None, "answer": "B", "kind": "mcq"}
     with pytest.raises(ValueError, match="none of the others is known"):
         map_columns(rows, ScriptArguments(prompt_column="question"))
+
+
+def test_a_golden_response_is_no_feedback_but_what_a_reward_compares_with():
+    rows = Dataset.from_list([{"prompt": "Why?", "golden_response": "So."}])
+    (row,) = map_columns(rows, ScriptArguments(method="sdpo"))
+    assert row == {"prompt": "Why?", "privileged_context": None, "golden_response": "So."}
+    (row,) = map_columns(rows, ScriptArguments(privileged_context_fn="tests.cli.functions.hints"))
+    assert row == {"prompt": "Why?", "privileged_context": "Example response: So.", "golden_response": "So."}
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+def test_conversations_that_a_table_holds_as_json(tmp_path, name):
+    turn, answer = [{"role": "user", "content": "Why?"}], [{"role": "assistant", "content": "So."}]
+    rows = [
+        {"prompt": json.dumps(turn), "completion": json.dumps(answer)},
+        {"prompt": '[{"a": 1}, 2] is a list?', "completion": "[]"},  # texts that only begin like one
+    ]
+    train, _ = load(ScriptArguments(dataset_path=[str(write(tmp_path / name, rows))]), False, 0, True)
+    assert [row["prompt"] for row in train] == [turn, [{"role": "user", "content": rows[1]["prompt"]}]]
+    assert train["privileged_context"] == ["Example response: So.", "Example response: []"]

@@ -192,6 +192,14 @@ def decoded(value: Any) -> Any:
     return value
 
 
+def messages_in(value: Any) -> Any:
+    """As `decoded`, but a text that is a JSON list of anything but messages stays a text."""
+    found = decoded(value)
+    turns = found if isinstance(found, list) else []
+    said = turns and all(isinstance(turn, Mapping) and {"role", "from"} & turn.keys() for turn in turns)
+    return found if said else value
+
+
 def with_roles(value: Any) -> tuple[Any, str]:
     """(a conversation with role and content for from and value, what is wrong with it or ""). What is no conversation
     is returned as it is, for the trainer to name."""

@@ -16,6 +16,7 @@ from sdft_ds.data.loading.formats import (
     Columns,
     decoded,
     fits,
+    messages_in,
     resolve,
     split_demonstration,
     text_of,
@@ -38,8 +39,9 @@ class RowReader:
     """How the rows of a data set are read.
 
     format: one of FORMATS, or "auto". columns: role -> the column that was named for it. as_user: a plain-text prompt
-    becomes the user's turn of a conversation. keep_response: golden responses stay a column. context_optional: a
-    prompt is enough, because contexts are made later, and columns that are not read stay for what makes them.
+    becomes the user's turn of a conversation. keep_response: golden responses stay a column. response_teaches: a row
+    without a context gets one from its golden response. context_optional: a prompt is enough, because contexts are
+    made later, and columns that are not read stay for what makes them.
     """
 
     format: str = AUTO
@@ -47,6 +49,7 @@ class RowReader:
     demonstration_template: str = DEMONSTRATION_TEMPLATE
     as_user: bool = False
     keep_response: bool = False
+    response_teaches: bool = True
     context_optional: bool = False
 
     def __post_init__(self) -> None:
@@ -63,8 +66,9 @@ class RowReader:
         """The data set with the columns `prompt` and `privileged_context`, and, if present, `teacher_prompt`, `tools`
         and `golden_response`. Its info names its source, for messages.
 
-        The context is the row's own or else the demonstration template filled with its golden response. Invalid rows
-        are kept, for the trainer to report. tell: called with the format and the columns that are not read.
+        The context is the row's own or else, with response_teaches, the demonstration template filled with its golden
+        response. Invalid rows are kept, for the trainer to report. tell: called with the format and the columns that
+        are not read.
         """
         found, rows = _head(dataset, source)
         columns = resolve(found, rows, self.format, self.columns, source, self.context_optional)
@@ -73,7 +77,7 @@ class RowReader:
         tell(columns.described)
         if unread:
             tell(f"Columns not read: {', '.join(unread)}." + (PER_ROW if "chat_template_kwargs" in unread else ""))
-        if self._makes_conversations(columns) and isinstance(rows[0][columns.columns["prompt"]], str):
+        if self._makes_conversations(columns) and isinstance(messages_in(rows[0][columns.columns["prompt"]]), str):
             tell(
                 "Each plain-text prompt becomes the user's turn of a conversation; to leave it as it is: prompt_as "
                 "text."
@@ -123,8 +127,8 @@ class RowReader:
                 return row.get(column[role]) if role in column else None
 
             prompt, context, response = map(value, ("prompt", "privileged_context", "golden_response"))
-            prompt, problem = with_roles(decoded(prompt) if dialogue else prompt)
-            response = text_of(response)
+            prompt, problem = with_roles(decoded(prompt) if dialogue else messages_in(prompt))
+            response = text_of(messages_in(response))
             if dialogue:
                 prompt, last = split_demonstration(prompt)
                 response = response or last
@@ -132,7 +136,7 @@ class RowReader:
                     problem = NO_DEMONSTRATION
             if isinstance(prompt, str) and value("input"):
                 prompt = f"{prompt}\n\n{value('input')}"
-            if context in (None, "") and response:
+            if context in (None, "") and response and self.response_teaches:
                 context = template.substitute(output_text=response, orig_content=text_of(_last(prompt)))
             if conversations:
                 prompt = _conversation(prompt, value("system"))
