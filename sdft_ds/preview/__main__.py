@@ -87,6 +87,9 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
         given = script if script.makes_contexts else replace(script, method="sft")
         dataset, _ = dataset_loading.load(given, evaluates, args.seed, chat, notes.append)
         name = f"{model.model_name_or_path} · {script.source}"
+    if script.method == "sdpo":
+        taught = {"privileged_context", "teacher_prompt"} & {*dataset.column_names}
+        dataset = dataset.remove_columns([*taught])
     config = loading.config_of(model.model_name_or_path, args)
     builder = loading.prompt_builder(tokenizer, config, args, script.makes_contexts)
     stream = isinstance(dataset, IterableDataset)
@@ -100,7 +103,12 @@ def look(flags: Sequence[str], shown: int = 3, score: bool = False) -> Preview:
     view = preview(progress, builder, args, shown)
     view.facts = [name, f"{view.statistics.rows:,} rows", f"truncation={args.truncation}"]
     view.notes += notes
-    if script.makes_contexts:
+    if script.method == "sdpo":
+        view.notes.append(
+            "The teacher's prompts are made after the rollout, from reprompt_template, with the row's context as "
+            "feedback: those shown are the student's."
+        )
+    elif script.makes_contexts:
         view.notes.append("Contexts are made after the rollout: a teacher's prompt shown here may lack its own.")
     if stream:
         view.notes.append(f"A stream: its first {view.statistics.rows:,} rows were read.")

@@ -132,6 +132,13 @@ def test_the_teachers_chat_template_kwargs_show_in_its_prompt_alone(flags, tmp_p
         assert shown.scored.teacher_prompt == shown.look.taken.teacher.text  # as training renders it
 
 
+def test_sdpo_fills_its_templates_after_the_rollout(flags):
+    view = look([*flags, "--method", "sdpo", "--reward", "choice", "--answer_column", "answer"])
+    assert any("from reprompt_template" in note for note in view.notes)
+    taken = [row.look.taken for row in view.rows if row.look.taken]
+    assert taken and all(each.teacher.ids == each.student.ids for each in taken)
+
+
 def test_training_counts_the_same_cuts(flags):
     view = look(flags)
     builder = PromptBuilder(demo_tokenizer(), "{prompt}\n\n{privileged_context}", *view.limits.values())
