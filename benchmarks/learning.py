@@ -1,6 +1,6 @@
 """What SDFT and SFT teach a small real model, and what it forgets: Pareto fronts over methods and learning rates.
 
-    python -m benchmarks.smollm2 FOLDER
+    python -m benchmarks.small_models FOLDER
     python -m benchmarks.learning --model FOLDER [--task facts | ten | other-ten | physics | biology] [--data FOLDER]
         [--arms facts sft ...] [--rates 1e-4 2e-4 ...] [--schedule cosine] [--seeds 0 1 2] [--steps 90]
         [--eval_steps 15] [--jobs 1] [--output DIR] [--json FILE]

@@ -1,6 +1,6 @@
 """What a teacher costs in memory: peak per rank of a base and an EMA teacher above a live one, and TRL's beside it.
 
-    python -m benchmarks.smollm2 FOLDER
+    python -m benchmarks.small_models FOLDER
     python -m benchmarks.memory --model FOLDER [--stages 2 3] [--json FILE]     the benchmark extra installs TRL 1.16
 
 Full fine-tuning on two CPU ranks in fp32, the same rows and lengths for both. The peak is the largest resident set of

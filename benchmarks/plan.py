@@ -1,6 +1,6 @@
 """What sdft_ds.plan says against what a rank really takes: full fine-tuning on two CPU ranks in fp32.
 
-    python -m benchmarks.smollm2 FOLDER
+    python -m benchmarks.small_models FOLDER
     python -m benchmarks.plan --model FOLDER [--stages 2 3] [--kinds live ema]
 
 Predicted are tensors. What a process holds before there is a model (interpreter, libraries) is measured and added.

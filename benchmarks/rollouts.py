@@ -1,7 +1,7 @@
 """Rollout engines beside one another: tokens per second, seconds per push of weights and per step, and memory.
 
     bash launch/vllm_environment.sh && . .venv-vllm/bin/activate
-    python -m benchmarks.smollm2 FOLDER
+    python -m benchmarks.small_models FOLDER
     python -m benchmarks.rollouts --model FOLDER [--engines local colocate ...] [--rows 8 32] [--json FILE]
 
 Each engine trains a few steps in a process of its own, on rows of which either all complete --tokens tokens (even) or

@@ -1,7 +1,7 @@
 """How the cost grows: the loss with N and V, the teacher's pass with context and generations, a step with ranks, and
 the student's forward and backward beside a bare one of transformers on the same tokens.
 
-    python -m benchmarks.smollm2 FOLDER
+    python -m benchmarks.small_models FOLDER
     python -m benchmarks.scaling --model FOLDER [--parts loss teacher student ranks] [--json FILE]
 
 In fp32. Each figure is the median of three after one that warms up; ranks have one thread each.

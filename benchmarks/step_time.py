@@ -1,7 +1,7 @@
 """Seconds per optimizer step and memory of this project and of TRL 1.16 on the same model, prompts, completion lengths
 and loss: in one process without DeepSpeed, and on two ranks under ds_configs/zero2.json and zero3.json.
 
-    python -m benchmarks.smollm2 FOLDER
+    python -m benchmarks.small_models FOLDER
     python -m benchmarks.step_time --model FOLDER [--engines none zero2 zero3] [--workloads context skew mixed]
                                    [--json FILE]                       the benchmark extra installs TRL 1.16
 
