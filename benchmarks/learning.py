@@ -3,7 +3,7 @@
     python -m benchmarks.small_models FOLDER
     python -m benchmarks.learning --model FOLDER [--task facts | ten | other-ten | physics | biology] [--data FOLDER]
         [--arms facts sft ...] [--rates 1e-4 2e-4 ...] [--schedule cosine] [--seeds 0 1 2] [--steps 90]
-        [--eval_steps 15] [--jobs 1] [--output DIR] [--json FILE]
+        [--eval_steps 15] [--questions 40] [--jobs 1] [--output DIR] [--json FILE]
 
 Each run is `python -m sdft_ds.train` with the flags of its arm. Every --eval_steps steps it is asked the new task and
 general questions, and the KL to the starting model is measured on prompts that have nothing to do with it; with
@@ -148,6 +148,7 @@ def flags(arm: str, rate: float, seed: int, args: argparse.Namespace, files: Pat
         "--eval_tasks", *(f"{name}={files / name}.jsonl:{scorer if name != 'general' else 'contains'}"
                           for name in ("trained", "other", "told", "general")),
         "--eval_tasks_steps", args.eval_steps, "--retention_file", files / "unrelated.jsonl",
+        *([] if args.questions is None else ["--eval_task_rows", args.questions]),
     ]  # fmt: skip
     return list(map(str, [*COMMON, *rest, *own]))
 
@@ -238,6 +239,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--schedule", default="cosine", choices=["cosine", "constant_with_warmup"])
     parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--eval_steps", type=int, default=15)
+    parser.add_argument("--questions", type=int, help="most questions of each task; all, if left out")
     parser.add_argument("--longest", type=int, default=24, help="most tokens of a completion")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")

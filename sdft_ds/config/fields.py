@@ -5,6 +5,7 @@ read it, and whether the model card shows it. The command line, validation, conf
 are derived from that.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
@@ -32,6 +33,11 @@ def within(least: float, most: float) -> Range:
 
 def positive(remedy: str = "") -> Range:
     return Range(lambda value: value > 0, f"positive{remedy}")
+
+
+def finite() -> Range:
+    """Of each value of a list."""
+    return Range(lambda values: all(map(math.isfinite, values)), "finite numbers")
 
 
 # ---- how a resume handles a setting whose value differs from the checkpoint's ---------------------------------------

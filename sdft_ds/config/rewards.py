@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sdft_ds.config.fields import FREE, WITH_REWARDS, at_least, positive, setting, unused, within
+from sdft_ds.config.fields import FREE, WITH_REWARDS, at_least, finite, positive, setting, unused, within
 
 
 @dataclass
@@ -97,8 +97,9 @@ class PolicySettings:
     beta: float = unused(0.0, "there is no divergence from a reference model beside the teacher's")
     importance_sampling_level: str = unused("token", "each token has a probability ratio of its own")
     reward_weights: list[float] | None = setting(
-        None, "Weight of each reward function in the sum. Unset: 1.", resume=FREE, read_by=WITH_REWARDS
-    )
+        None, "Weight of each reward function in the sum. Unset: 1.", valid=finite(), resume=FREE,
+        read_by=WITH_REWARDS,
+    )  # fmt: skip
     scale_rewards: Literal["group", "batch", "none"] = setting(
         "group",
         "The standard deviation that advantages are divided by: of the completions of a prompt, of all, or none.",

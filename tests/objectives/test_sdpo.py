@@ -304,6 +304,8 @@ def test_several_rewards_are_added_up():
         assert each.reward == pytest.approx(third([ids], [index_of(each)])[0] + (0.0 if len(ids) % 2 else 2.0))
     with pytest.raises(ValueError, match="reward_weights has 1 values, and there are 2 rewards"):
         make_trainer(**{**SDPO, **two, "reward_weights": [1.0]})
+    with pytest.raises(ValueError, match="reward_weights must be finite numbers or None, not"):
+        make_trainer(**{**SDPO, **two, "reward_weights": [1.0, float("nan")]})
     with pytest.raises(ValueError, match="give reward_funcs"):
         SDPOTrainer(tiny.llama())
 
