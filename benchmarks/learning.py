@@ -41,6 +41,7 @@ TOP_K = ["--distillation_mode", "topk_logits", "--distillation_topk", "100"]
 ANCHORED = [*FORWARD, "--anchor_path", "everyday"]
 SCIENCE = ("physics", "biology")
 SHARP, TEACHER = ["--top_p", "0.6"], ["--teacher_rollout_fraction", "1"]
+RECIPE = [*ANCHORED, *SHARP, *TEACHER, "--teacher_prompt_template", FACTS_TEMPLATE, "--teacher_temperature", "0.5"]
 # Flags by arm; replay: the file of the anchors with the model's own answers.
 ARMS: dict[str, list[str]] = {
     "forward": FORWARD,
@@ -50,8 +51,11 @@ ARMS: dict[str, list[str]] = {
     "anchors": ANCHORED,
     "anchors+sharp": [*ANCHORED, *SHARP],
     "anchors+teacher": [*ANCHORED, *TEACHER],
-    "facts": [*ANCHORED, *SHARP, *TEACHER],  # the recipe, but for its template
-    "recipe": [*ANCHORED, *SHARP, *TEACHER, "--teacher_prompt_template", FACTS_TEMPLATE],
+    "facts": [*ANCHORED, *SHARP, *TEACHER],
+    "recipe-at-1": [*ANCHORED, *SHARP, *TEACHER, "--teacher_prompt_template", FACTS_TEMPLATE],
+    "recipe": RECIPE,
+    "recipe+beta2": [*RECIPE, "--adam_beta2", "0.95"],
+    "recipe-without-anchors": [*FORWARD, *RECIPE[len(ANCHORED) :]],
     "anchors+jsd": [*ANCHORED, "--distillation_alpha", "0.5"],
     "anchors+top-k": [*ANCHORED, *TOP_K],
     "anchors+union": [*ANCHORED, *TOP_K, "--distillation_support", "union", "--distillation_add_tail", "true"],
@@ -242,7 +246,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, help="most questions of each task; all, if left out")
     parser.add_argument("--longest", type=int, default=24, help="most tokens of a completion")
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; 0: the table of the finished ones")
     parser.add_argument("--output", type=Path, help="keeps the runs there")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -259,14 +263,14 @@ def main() -> None:
         make_files(files, args.task)
     make_replay(files, args.model, args.longest)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(max(1, args.jobs), multiprocessing.get_context("spawn")) as pool:
         runs = []
         for seed in args.seeds:
             for arm in args.arms:
                 for rate in args.rates:
                     output = args.output / f"{args.task}-{arm}-{rate:g}-{seed}"
                     done = output / "evaluations.jsonl"
-                    if not (done.exists() and f'"step": {args.steps},' in done.read_text()):
+                    if args.jobs and not (done.exists() and f'"step": {args.steps},' in done.read_text()):
                         argv = flags(arm, rate, seed, args, files, output)
                         runs.append(pool.submit(train, argv, output))
         failed = [error for run in runs if (error := run.exception())]

@@ -72,6 +72,15 @@ class DivergenceSettings:
         read_by=WITH_TEACHER,
         card=True,
     )
+    teacher_temperature: float = setting(
+        1.0,
+        "Divides the teacher's logits, besides temperature: below 1 the student learns a sharper distribution than the "
+        "teacher has. Anchors are held to the start as it is.",
+        valid=positive(),
+        resume=FREE,
+        read_by=WITH_TEACHER,
+        card=True,
+    )
     distillation_weight: float = setting(
         1.0,
         "Factor applied to the loss. SDPO: share of the distillation loss; the rest is the policy loss.",

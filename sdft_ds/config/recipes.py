@@ -29,6 +29,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         # The teacher's prompt shows the answer early on, the student's what it would say itself.
         "teacher_rollout_fraction": 1.0,
         "teacher_prompt_template": FACTS_TEMPLATE,
+        # A small teacher is half sure of what it was shown; its likeliest tokens are what is to be learned.
+        "teacher_temperature": 0.5,
         # On the command line for the model's width: see learning_rate_for.
         "learning_rate": RATE,
         "lr_scheduler_type": "cosine",

@@ -66,7 +66,8 @@ class LossTerms:
     """Inputs of the loss of N completion tokens, in addition to the student's hidden states and head.
 
     teacher_hidden_ND: the teacher's last hidden states at the same tokens; None for cross entropy.
-    teacher_head: the teacher's head; None if it is the student's.
+    teacher_head: the teacher's head; None if it is the student's. teacher_scale_N: factor of the teacher's logits of
+    each token, before the divergence's temperature; None for 1.
     tokens_N: the completion tokens; weights_N: loss weight of each token, 0 if excluded from the loss.
     old_log_probs_N: log-probabilities when sampled (None: no importance weight); is_clip: maximum importance weight.
     with_log_probs: also return the student's log-probability of each token.
@@ -80,6 +81,13 @@ class LossTerms:
     old_log_probs_N: Tensor | None = None
     is_clip: float | None = None
     with_log_probs: bool = False
+    teacher_scale_N: Tensor | None = None
+
+    def scaled(self, teacher_logits_CV: Tensor, chunk: slice | Tensor) -> Tensor:
+        """The teacher's logits of the tokens of a chunk, [C, V] or [C, K], times their factors."""
+        if self.teacher_scale_N is None:
+            return teacher_logits_CV
+        return teacher_logits_CV.mul_(self.teacher_scale_N[chunk].unsqueeze(-1))
 
     def per_token(self, student_logits_CV: Tensor, teacher_logits_CV: Tensor, chunk: slice) -> Tensor:
         """Divergence of each token of the chunk, including the importance weight, [C]."""
@@ -153,7 +161,7 @@ def reference_distillation_loss(
     student_NV = finish(_plain_logits(hidden_ND, head))
     with torch.no_grad():
         teacher_head = head if terms.teacher_head is None else terms.teacher_head.beside(head)
-        teacher_NV = finish(_plain_logits(terms.teacher_hidden_ND, teacher_head))
+        teacher_NV = terms.scaled(finish(_plain_logits(terms.teacher_hidden_ND, teacher_head)), slice(None))
     loss_N = terms.per_token(student_NV, teacher_NV, slice(None))
     return scale * (loss_N * terms.weights_N).sum(), loss_N.detach()
 
@@ -320,7 +328,7 @@ _OfChunk = tuple[Tensor, Tensor | None]
 def _full_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> _OfChunk:
     """Full vocabulary, with a closed-form gradient."""
     raw_CV = student.raw_logits(hidden_CD)
-    teacher_CV = teacher.logits(terms.teacher_hidden_ND[chunk])
+    teacher_CV = terms.scaled(teacher.logits(terms.teacher_hidden_ND[chunk]), chunk)
     if student.finish is identity:
         loss_C, grad_CV, log_probs_C = terms.full_with_gradient(raw_CV, teacher_CV, chunk)
     else:
@@ -339,7 +347,7 @@ def _sparse_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gra
     raw_CV = student.raw_logits(hidden_CD)
     finished_CV = student.finish(raw_CV)
     indices_CK = finished_CV.topk(terms.divergence.topk, dim=-1).indices
-    teacher_CK = teacher.logits_at(terms.teacher_hidden_ND[chunk], indices_CK)
+    teacher_CK = terms.scaled(teacher.logits_at(terms.teacher_hidden_ND[chunk], indices_CK), chunk)
     raw_CK = raw_CV.gather(-1, indices_CK).requires_grad_()
     with torch.enable_grad(), torch.autocast(student.device_type, enabled=False):
         loss_C = terms.per_token_on_support(student.finish(raw_CK), teacher_CK, finished_CV, chunk)
@@ -352,7 +360,9 @@ def _sparse_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gra
 
 def _other_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Gradients, chunk: slice) -> _OfChunk:
     """Any other divergence, with the gradient from autograd."""
-    teacher_CV = None if terms.teacher_hidden_ND is None else teacher.logits(terms.teacher_hidden_ND[chunk])
+    teacher_CV = None
+    if terms.teacher_hidden_ND is not None:
+        teacher_CV = terms.scaled(teacher.logits(terms.teacher_hidden_ND[chunk]), chunk)
     raw_CV = student.raw_logits(hidden_CD).requires_grad_()
     with torch.enable_grad(), torch.autocast(student.device_type, enabled=False):
         finished_CV = student.finish(raw_CV)

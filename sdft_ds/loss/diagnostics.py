@@ -68,9 +68,10 @@ def token_diagnostics(
     parts = []
     for chunk in chunks_of(len(at_M), vocabulary, hidden_ND.device) or [slice(0, 0)]:
         at_C = at_M[chunk]
+        student_CV = whole_logits(hidden_ND[at_C], head, finish)
+        teacher_CV = terms.scaled(whole_logits(terms.teacher_hidden_ND[at_C], teacher_head, finish), at_C)
         student_CV, teacher_CV = (
-            (whole_logits(states_ND[at_C], values, finish) / terms.divergence.temperature).log_softmax(-1)
-            for states_ND, values in ((hidden_ND, head), (terms.teacher_hidden_ND, teacher_head))
+            (logits_CV / terms.divergence.temperature).log_softmax(-1) for logits_CV in (student_CV, teacher_CV)
         )
         support = None
         if terms.divergence.has_support(vocabulary):

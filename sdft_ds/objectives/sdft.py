@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdft_ds import teacher
 from sdft_ds.config import validate
-from sdft_ds.data.batch import Rollout, bucket_by_length, pad_left, pad_right
+from sdft_ds.data.batch import MicroBatch, Rollout, bucket_by_length, pad_left, pad_right
 from sdft_ds.data.prompts import PromptPair
 from sdft_ds.data.rows import DataError
 from sdft_ds.data.schedule import Slot
@@ -291,6 +291,7 @@ class SelfDistillation(Objective):
                 weights_N=weights.weights_N,
                 old_log_probs_N=scored.old_log_probs_N,
                 is_clip=self.args.distillation_is_clip,
+                teacher_scale_N=self._teacher_scale(scored.batch),
                 # To compare with the sampler's, while the weights are those it had.
                 with_log_probs=scored.sampler_log_probs_N is not None
                 and scored.weights_version == self.weights_version,
@@ -299,6 +300,14 @@ class SelfDistillation(Objective):
             chunk_tokens=self.args.loss_chunk_tokens,
             inspect_M=inspect_M,
         )
+
+    def _teacher_scale(self, batch: MicroBatch) -> Tensor | None:
+        """Of each loss token; anchors are held to the start as it is."""
+        temperature = self.args.teacher_temperature
+        if temperature == 1.0:
+            return None
+        scale_N = torch.full((len(batch.tokens_N),), 1.0 / temperature, device=self.args.device)
+        return scale_N if batch.anchor_N is None else scale_N.masked_fill_(batch.anchor_N, 1.0)
 
     # ---- the teacher over a run -------------------------------------------------------------------------------------
 

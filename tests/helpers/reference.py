@@ -50,7 +50,7 @@ def per_row(s, t, alpha, topk, tail, support):
 
 def step_loss(
     student, teacher, micro_batches, loss_type="dapo", alpha=0.5, topk=None, tail=False, skip=0, temperature=1.0,
-    max_completion_length=8, mask_truncated=False, support="student", start=None,
+    max_completion_length=8, mask_truncated=False, support="student", start=None, teacher_temperature=1.0,
 ):  # fmt: skip
     """The loss of one optimizer step. micro_batches: lists of Rollout; bnpo's are those of all ranks together. start:
     the teacher of anchors, where it is another model."""
@@ -63,6 +63,7 @@ def step_loss(
             held_to = start if rollout.prompts.anchor and start is not None else teacher
             with torch.no_grad():
                 t = logits_of_completion(held_to, rollout.prompts.teacher.ids, ids, temperature)
+                t /= 1.0 if rollout.prompts.anchor else teacher_temperature
             s = logits_of_completion(student, rollout.prompts.student.ids, ids, temperature)
             mask = torch.arange(len(ids)) >= skip
             left_out = not rollout.prompts.anchor and rollout.prompts.teacher.ids == rollout.prompts.student.ids

@@ -52,6 +52,7 @@ def check_against_the_reference(trainer, within):
         max_completion_length=args.max_completion_length,
         mask_truncated=args.mask_truncated_completions,
         support=args.distillation_support,
+        teacher_temperature=args.teacher_temperature,
     )
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=within)

@@ -25,6 +25,7 @@ LOSSES = [
     {"distillation_alpha": 0.0, "distillation_topk": 20, "distillation_support": "union"},
     {"distillation_topk": 20, "distillation_support": "teacher", "distillation_add_tail": True},
     {"loss_type": "grpo", "num_loss_tokens_to_skip": 3, "temperature": 0.8},
+    {"distillation_alpha": 0.0, "distillation_mode": "full_logits", "teacher_temperature": 0.5, "temperature": 0.8},
     {"loss_type": "bnpo", "num_loss_tokens_to_skip": 1},
     {"loss_type": "dr_grpo", "mask_truncated_completions": True, "max_completion_length": 24},
 ]

@@ -77,6 +77,22 @@ def test_equals_the_plain_reference(divergence, bias, own_head, is_clip):
                 assert (value - reference).norm() <= 5e-6 * reference.norm()
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES.keys())
+def test_the_teachers_logits_have_a_factor_of_each_token(divergence):
+    hidden, head, terms = problem(divergence, own_head=False)
+    terms = replace(terms, teacher_scale_N=torch.linspace(0.5, 3.0, N))
+    expected = loss_and_gradients(reference_distillation_loss, hidden, head, terms, softcap)
+    plain = loss_and_gradients(reference_distillation_loss, hidden, head, replace(terms, teacher_scale_N=None), softcap)
+    teacher = softcap(terms.teacher_hidden_ND @ terms.teacher_head.weight_VD.T) * terms.teacher_scale_N[:, None]
+    by_hand = divergence.per_token(softcap(hidden @ head.weight_VD.T), teacher, terms.tokens_N)
+    torch.testing.assert_close(expected[1], by_hand.detach())
+    assert not torch.allclose(expected[1], plain[1])
+    for chunk_tokens in (1, 5, None):
+        got = loss_and_gradients(chunked_distillation_loss, hidden, head, terms, softcap, chunk_tokens=chunk_tokens)
+        for value, reference in zip(got, expected, strict=True):
+            assert (value - reference).norm() <= 5e-6 * reference.norm()
+
+
 @pytest.mark.parametrize("name", ["forward", "jsd", "topk", "sampled"])
 def test_the_log_probabilities_of_the_tokens_come_with_the_loss(name):
     hidden, head, terms = problem(DIVERGENCES[name])

@@ -20,10 +20,10 @@ def case():
     hidden, teacher, weight, other = (torch.randn(n, D, generator=generator) for n in (N, N, V, V))
     terms = LossTerms(
         Divergence("topk_logits", 0.5, topk=K, temperature=0.7), teacher, HeadValues(other),
-        torch.arange(N) % V, torch.ones(N),
+        torch.arange(N) % V, torch.ones(N), teacher_scale_N=torch.linspace(0.5, 2.0, N),
     )  # fmt: skip
     student_p = (hidden @ weight.T / 0.7).softmax(-1)
-    teacher_p = (teacher @ other.T / 0.7).softmax(-1)
+    teacher_p = (teacher @ other.T * terms.teacher_scale_N[:, None] / 0.7).softmax(-1)
     return hidden, HeadValues(weight), terms, student_p, teacher_p
 
 
