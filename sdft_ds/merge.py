@@ -68,9 +68,9 @@ class Comparison:
 
     def __str__(self) -> str:
         return (
-            f"at {self.same} of {ANSWER_LENGTH} positions of an answer the likeliest token is the same; logits differ by "
-            f"{self.difference:.2%}, where {TOLERANCE[self.dtype]:.1%} is the limit in {_name(self.dtype)}, and the "
-            f"adapter changes them by {self.effect:.2%}"
+            f"at {self.same} of {ANSWER_LENGTH} positions of an answer the likeliest token is the same; logits differ "
+            f"by {self.difference:.2%}, where {TOLERANCE[self.dtype]:.1%} is the limit in {_name(self.dtype)}, and "
+            f"the adapter changes them by {self.effect:.2%}"
         )
 
 

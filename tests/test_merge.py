@@ -162,7 +162,10 @@ def test_what_goes_along(trained, tmp_path, capsys):
     merging.main([str(trained / "run"), str(tmp_path / "new" / "merged"), "--dtype", "bfloat16"])
     out = tmp_path / "new" / "merged"
     said = capsys.readouterr().out
-    assert "of 24 positions of an answer the likeliest token is the same" in said and "10.0% is the limit in bfloat16" in said
+    assert (
+        "of 24 positions of an answer the likeliest token is the same" in said
+        and "10.0% is the limit in bfloat16" in said
+    )
     assert f"vllm serve {out}" in said
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template == tiny.CHAT_TEMPLATE and tokenizer.get_vocab() == tiny.tokenizer().get_vocab()

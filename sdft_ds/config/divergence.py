@@ -74,8 +74,8 @@ class DivergenceSettings:
     )
     teacher_temperature: float = setting(
         1.0,
-        "Divides the teacher's logits, besides temperature: below 1 the student learns a sharper distribution than the "
-        "teacher has. Anchors are held to the start as it is.",
+        "Divides the teacher's logits, besides temperature: below 1 the student learns a sharper distribution than "
+        "the teacher's own. Anchors are held to the start as it is.",
         valid=positive(),
         resume=FREE,
         read_by=WITH_TEACHER,

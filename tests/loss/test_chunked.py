@@ -82,7 +82,9 @@ def test_the_teachers_logits_have_a_factor_of_each_token(divergence):
     hidden, head, terms = problem(divergence, own_head=False)
     terms = replace(terms, teacher_scale_N=torch.linspace(0.5, 3.0, N))
     expected = loss_and_gradients(reference_distillation_loss, hidden, head, terms, softcap)
-    plain = loss_and_gradients(reference_distillation_loss, hidden, head, replace(terms, teacher_scale_N=None), softcap)
+    plain = loss_and_gradients(
+        reference_distillation_loss, hidden, head, replace(terms, teacher_scale_N=None), softcap
+    )
     teacher = softcap(terms.teacher_hidden_ND @ terms.teacher_head.weight_VD.T) * terms.teacher_scale_N[:, None]
     by_hand = divergence.per_token(softcap(hidden @ head.weight_VD.T), teacher, terms.tokens_N)
     torch.testing.assert_close(expected[1], by_hand.detach())
