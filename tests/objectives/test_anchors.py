@@ -111,7 +111,12 @@ FEW = {**HELD, "anchor_fraction": 0.25, "grown": True, "lora": True, "max_steps"
 
 KINDS = {
     "live": {"teacher_model_kind": "live"},
-    "ema": {"teacher_model_kind": "ema", "teacher_update_rate": 0.3, "teacher_sync_steps": 2},
+    "ema": {
+        "teacher_model_kind": "ema",
+        "teacher_update_rate": 0.3,
+        "teacher_sync_steps": 2,
+        "teacher_temperature": 0.5,
+    },
 }
 
 
@@ -124,8 +129,9 @@ def literal():
     def get(kind):
         ours = train(**{**FEW, **KINDS[kind]}, per_device_train_batch_size=4)
         losses, norms, _ = reference.train(
-            grown_student(True), ours["rollouts"], kind, True, rate=0.3, sync_steps=2, alpha=0.0
-        )
+            grown_student(True), ours["rollouts"], kind, True, rate=0.3, sync_steps=2, alpha=0.0,
+            teacher_temperature=KINDS[kind].get("teacher_temperature", 1.0),
+        )  # fmt: skip
         return losses, norms, ours
 
     return get
