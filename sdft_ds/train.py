@@ -130,7 +130,8 @@ def _complete_recipe(
     if script.rate_of_recipe:
         config = loading.config_of(model.model_name_or_path, args)
         adapter = model.use_peft or loading.adapter_config(model.model_name_or_path, args) is not None
-        args.learning_rate = recipes.learning_rate_for(config.get_text_config().hidden_size, adapter)
+        text = config.get_text_config()
+        args.learning_rate = recipes.learning_rate_for(text.hidden_size, adapter, text.model_type)
     if script.recipe_unnamed:
         held = "" if script.anchor_path in (None, ["none"]) else f", held by anchors ({' '.join(script.anchor_path)})"
         ranks.tell(
