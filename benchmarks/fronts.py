@@ -20,6 +20,7 @@ from benchmarks.learning import front, learned  # noqa: E402
 
 NAMES = {
     "recipe": "SDFT, recipe facts",
+    "recipe-at-1": "the same with teacher_temperature 1",
     "facts-without-anchors": "SDFT without anchors",
     "sft": "SFT",
     "sft+replay": "SFT with anchors replayed",
@@ -39,7 +40,9 @@ def draw(axes: plt.Axes, results: dict[str, dict[str, list[dict]]]) -> None:
         )
         best = sorted(front(found), key=lambda point: point["kl"])
         axes.plot([p["kl"] for p in best], [learned(p) for p in best], color=colour, label=NAMES.get(arm, arm))
-    axes.set_xscale("log")
+    axes.set_xscale("log", subs=[1, 2, 3, 5])
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("KL to the start on unrelated prompts, nats/token")
     axes.grid(alpha=0.25, which="both", linewidth=0.5)

@@ -41,7 +41,9 @@ TOP_K = ["--distillation_mode", "topk_logits", "--distillation_topk", "100"]
 ANCHORED = [*FORWARD, "--anchor_path", "everyday"]
 SCIENCE = ("physics", "biology")
 SHARP, TEACHER = ["--top_p", "0.6"], ["--teacher_rollout_fraction", "1"]
-RECIPE = [*ANCHORED, *SHARP, *TEACHER, "--teacher_prompt_template", FACTS_TEMPLATE, "--teacher_temperature", "0.5"]
+RECIPE = [*ANCHORED, *SHARP, *TEACHER, "--teacher_prompt_template", FACTS_TEMPLATE]
+QUOTED = '{prompt}\n\n"{privileged_context}"\n\nReply to the question like this.'
+SURE = ["--teacher_temperature", "0.5"]
 # Flags by arm; replay: the file of the anchors with the model's own answers.
 ARMS: dict[str, list[str]] = {
     "forward": FORWARD,
@@ -52,10 +54,10 @@ ARMS: dict[str, list[str]] = {
     "anchors+sharp": [*ANCHORED, *SHARP],
     "anchors+teacher": [*ANCHORED, *TEACHER],
     "facts": [*ANCHORED, *SHARP, *TEACHER],
-    "recipe-at-1": [*ANCHORED, *SHARP, *TEACHER, "--teacher_prompt_template", FACTS_TEMPLATE],
-    "recipe": RECIPE,
-    "recipe+beta2": [*RECIPE, "--adam_beta2", "0.95"],
-    "recipe-without-anchors": [*FORWARD, *RECIPE[len(ANCHORED) :]],
+    "recipe": [*RECIPE, *SURE],
+    "recipe-at-1": RECIPE,
+    "quoted": [*RECIPE, *SURE, "--teacher_prompt_template", QUOTED],
+    "quoted-at-1": [*RECIPE, "--teacher_prompt_template", QUOTED],
     "anchors+jsd": [*ANCHORED, "--distillation_alpha", "0.5"],
     "anchors+top-k": [*ANCHORED, *TOP_K],
     "anchors+union": [*ANCHORED, *TOP_K, "--distillation_support", "union", "--distillation_add_tail", "true"],
