@@ -11,7 +11,7 @@ PAPER_TEMPLATE = (
 # Of five templates the one after which SmolLM2-135M learned most of ten facts: docs/learning.md.
 FACTS_TEMPLATE = "{prompt}\n\nA good reply would be:\n{privileged_context}\n\nReply to the question like this."
 # Learning rate of full fine-tuning at this hidden size; see learning_rate_for.
-RATE, RATE_WIDTH, RATE_OF_ADAPTER = 3e-4, 576, 10
+RATE, RATE_WIDTH, RATE_OF_ADAPTER, RATE_OF_GEMMA = 3e-4, 576, 10, 1 / 5
 
 # name -> settings of SDFTConfig.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -117,7 +117,7 @@ def learning_rate_for(hidden_size: int, adapter: bool, model_type: str = "") -> 
     if adapter:
         rate *= RATE_OF_ADAPTER
     elif model_type.startswith("gemma"):
-        rate /= 5
+        rate *= RATE_OF_GEMMA
     return float(f"{rate:.1e}")
 
 

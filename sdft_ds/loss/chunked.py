@@ -84,7 +84,7 @@ class LossTerms:
     teacher_scale_N: Tensor | None = None
 
     def scaled(self, teacher_logits_CV: Tensor, chunk: slice | Tensor) -> Tensor:
-        """The teacher's logits of the tokens of a chunk, [C, V] or [C, K], times their factors."""
+        """The teacher's logits of the tokens of a chunk, [C, V] or [C, K], times their factors; overwrites them."""
         if self.teacher_scale_N is None:
             return teacher_logits_CV
         return teacher_logits_CV.mul_(self.teacher_scale_N[chunk].unsqueeze(-1))
