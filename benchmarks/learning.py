@@ -17,6 +17,7 @@ multiple choice, from --data, a folder with train.json and test.json of the SDFT
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -42,8 +43,11 @@ ANCHORED = [*FORWARD, "--anchor_path", "everyday"]
 SCIENCE = ("physics", "biology")
 SHARP, TEACHER = ["--top_p", "0.6"], ["--teacher_rollout_fraction", "1"]
 RECIPE = [*ANCHORED, *SHARP, *TEACHER, "--teacher_prompt_template", FACTS_TEMPLATE]
-QUOTED = '{prompt}\n\n"{privileged_context}"\n\nReply to the question like this.'
 SURE = ["--teacher_temperature", "0.5"]
+# Other templates of the teacher, compared by benchmarks.templates.
+SENTENCE = "{prompt}\n\n{privileged_context}\n\nRepeat this sentence word for word."
+REPLY = "{prompt}\n\nA good reply would be:\n{privileged_context}\n\nReply to the question like this."
+QUOTED = '{prompt}\n\n"{privileged_context}"\n\nReply to the question like this.'
 # Flags by arm; replay: the file of the anchors with the model's own answers.
 ARMS: dict[str, list[str]] = {
     "forward": FORWARD,
@@ -55,8 +59,11 @@ ARMS: dict[str, list[str]] = {
     "anchors+teacher": [*ANCHORED, *TEACHER],
     "facts": [*ANCHORED, *SHARP, *TEACHER],
     "recipe": [*RECIPE, *SURE],
+    "recipe+lora": [*RECIPE, *SURE, "--use_peft", "true", "--lora_target_modules", "all-linear"],
     "recipe-at-1": RECIPE,
-    "quoted": [*RECIPE, *SURE, "--teacher_prompt_template", QUOTED],
+    "sentence": [*RECIPE, *SURE, "--teacher_prompt_template", SENTENCE],
+    "reply": [*RECIPE, *SURE, "--teacher_prompt_template", REPLY],
+    "reply-at-1": [*RECIPE, "--teacher_prompt_template", REPLY],
     "quoted-at-1": [*RECIPE, "--teacher_prompt_template", QUOTED],
     "anchors+jsd": [*ANCHORED, "--distillation_alpha", "0.5"],
     "anchors+top-k": [*ANCHORED, *TOP_K],
@@ -265,17 +272,17 @@ def main() -> None:
         make_files(files, args.task)
     make_replay(files, args.model, args.longest)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    with ProcessPoolExecutor(max(1, args.jobs), multiprocessing.get_context("spawn")) as pool:
-        runs = []
-        for seed in args.seeds:
-            for arm in args.arms:
-                for rate in args.rates:
-                    output = args.output / f"{args.task}-{arm}-{rate:g}-{seed}"
-                    done = output / "evaluations.jsonl"
-                    if args.jobs and not (done.exists() and f'"step": {args.steps},' in done.read_text()):
-                        argv = flags(arm, rate, seed, args, files, output)
-                        runs.append(pool.submit(train, argv, output))
-        failed = [error for run in runs if (error := run.exception())]
+    unfinished = []
+    for seed, arm, rate in itertools.product(args.seeds, args.arms, args.rates):
+        output = args.output / f"{args.task}-{arm}-{rate:g}-{seed}"
+        done = output / "evaluations.jsonl"
+        if not (done.exists() and f'"step": {args.steps},' in done.read_text()):
+            unfinished.append((flags(arm, rate, seed, args, files, output), output))
+    failed = []
+    if args.jobs and unfinished:
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            runs = [pool.submit(train, *run) for run in unfinished]
+            failed = [error for run in runs if (error := run.exception())]
     for error in failed:
         print(error, file=sys.stderr)
     results: dict[str, dict[float, list[dict]]] = {}

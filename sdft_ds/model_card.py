@@ -103,7 +103,7 @@ def render(facts: Facts) -> str:
         "Trained": "an adapter" if facts.adapter else "all weights",
         "Recipe": facts.recipe and f"`{facts.recipe}`",
         "Data": data and data.link("datasets/") + (f", {facts.rows} rows" if facts.rows else ""),
-        "Steps": f"{facts.steps} of {rows_of_step} rows",
+        "Steps": f"{facts.steps}, of {rows_of_step} rows each",
     }
     parts = [
         f"---\n{metadata.to_yaml()}\n---\n\n# {facts.model_name}",

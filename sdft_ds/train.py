@@ -134,10 +134,12 @@ def _complete_recipe(
         args.learning_rate = recipes.learning_rate_for(text.hidden_size, adapter, text.model_type)
     if script.recipe_unnamed:
         held = "" if script.anchor_path in (None, ["none"]) else f", held by anchors ({' '.join(script.anchor_path)})"
+        repeats = " The teacher is asked to repeat each context: for documents or hints set --teacher_prompt_template."
         ranks.tell(
             f"No recipe was named, so {script.recipe} applies: {args.teacher_model_kind or 'EMA'} teacher, alpha "
             f"{args.distillation_alpha:g}, {args.distillation_mode}, top_p {args.top_p:g}, learning rate "
             f"{args.learning_rate:g}{held}. Others: --recipe paper, trl or trl-1.16."
+            + (repeats if args.teacher_prompt_template == recipes.FACTS_TEMPLATE else "")
         )
 
 

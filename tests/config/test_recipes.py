@@ -49,10 +49,10 @@ def test_a_recipe_that_nobody_named_gives_way_to_what_contradicts_it():
 
 
 def test_the_learning_rate_of_facts_is_for_the_models_width_unless_given():
-    assert learning_rate_for(576, adapter=False) == 3e-4
-    assert learning_rate_for(3584, adapter=False) == 4.8e-5
-    assert learning_rate_for(576, adapter=True) == learning_rate_for(576, True, "gemma3_text") == 3e-3
-    assert learning_rate_for(640, False, "gemma3_text") == 5.4e-5 and learning_rate_for(640, False, "qwen3") == 2.7e-4
+    assert learning_rate_for(576, adapter=False) == 1e-4
+    assert learning_rate_for(3584, adapter=False) == 1.6e-5
+    assert learning_rate_for(576, adapter=True) == learning_rate_for(576, True, "gemma3_text") == 1e-3
+    assert learning_rate_for(640, False, "gemma3_text") == 1.8e-5 and learning_rate_for(640, False, "qwen3") == 9e-5
     assert parse(MINE, {})[0].rate_of_recipe and parse(["--recipe", "facts", *MINE], {})[0].rate_of_recipe
     assert not parse([*MINE, "--learning_rate", "3e-4"], {})[0].rate_of_recipe
     assert not parse(["--recipe", "paper", *MINE], {})[0].rate_of_recipe
