@@ -25,7 +25,7 @@ NAMES = {
     "sft": "SFT",
     "sft+replay": "SFT with anchors replayed",
 }
-COLOURS = ("#1b6ca8", "#5aa9d6", "#c0392b", "#e8a33d", "#6b4fa0", "#4d9a57")
+COLOURS = ("#1b6ca8", "#c0392b", "#e8a33d", "#5aa9d6", "#6b4fa0", "#4d9a57")
 
 
 def draw(axes: plt.Axes, results: dict[str, dict[str, list[dict]]]) -> None:
@@ -39,7 +39,11 @@ def draw(axes: plt.Axes, results: dict[str, dict[str, list[dict]]]) -> None:
             [p["kl"] for p in found], [learned(p) for p in found], s=14, color=colour, alpha=0.55, linewidths=0
         )
         best = sorted(front(found), key=lambda point: point["kl"])
-        axes.plot([p["kl"] for p in best], [learned(p) for p in best], color=colour, label=NAMES.get(arm, arm))
+        # The markers show a front of one point as well.
+        axes.plot(
+            [p["kl"] for p in best], [learned(p) for p in best],
+            color=colour, marker="o", markersize=5, label=NAMES.get(arm, arm),
+        )  # fmt: skip
     axes.set_xscale("log", subs=[1, 2, 3, 5])
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.xaxis.set_major_formatter("{x:g}")

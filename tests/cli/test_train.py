@@ -45,6 +45,7 @@ def model_and_data(tmp_path_factory):
 def test_a_model_and_data_of_ones_own(model_and_data, tmp_path):
     done = command(*PLAIN, *model_and_data, *TWO_STEPS, "--output_dir", tmp_path)
     assert f"Saved to {tmp_path}" in done.stdout and (tmp_path / "model.safetensors").exists()
+    assert "No recipe was named, so facts applies" in done.stdout and "is asked to repeat each context" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,14 @@ def test_a_checkpoint_that_is_not_there(model_and_data, tmp_path):
     flags = [*map(str, model_and_data), *TWO_STEPS, "--output_dir", str(tmp_path)]
     with pytest.raises(SystemExit, match="nowhere does not exist"):
         train.main([*flags, "--resume_from_checkpoint", "nowhere"])
+
+
+def test_of_a_template_of_ones_own_nothing_is_said(model_and_data, tmp_path, capsys):
+    own = ["--teacher_prompt_template", "{privileged_context}\n\n{prompt}", "--resume_from_checkpoint", "nowhere"]
+    with pytest.raises(SystemExit):
+        train.main([*map(str, model_and_data), *TWO_STEPS, "--output_dir", str(tmp_path), *own])
+    said = capsys.readouterr().out
+    assert "No recipe was named, so facts applies" in said and "repeat each context" not in said
 
 
 def test_a_call_from_a_program_with_other_arguments(model_and_data, tmp_path, monkeypatch):
