@@ -95,7 +95,7 @@ def test_the_trainer_writes_it(tmp_path):
     trainer.create_model_card(dataset="org/rows", recipe="trl", license="mit")
     card = ModelCard.load(tmp_path / "mine" / "README.md")
     assert card.data.model_name == "mine" and card.data.library_name == "peft" and card.data.license == "mit"
-    assert "[org/rows]" in card.text and "6 rows" in card.text and "1 of 2 rows" in card.text
+    assert "[org/rows]" in card.text and "6 rows" in card.text and "1, of 2 rows each" in card.text
     trainer.create_model_card(model_name="named", dataset_name="org/others", tags="mine")  # TRL's arguments
     card = ModelCard.load(tmp_path / "mine" / "README.md")
     assert card.data.model_name == "named" and "[org/others]" in card.text and "mine" in card.data.tags

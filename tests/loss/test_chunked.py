@@ -211,7 +211,9 @@ class _AsOnCuda:
 def test_with_fp32_products_logits_and_the_heads_gradient_are_not_rounded(monkeypatch, name, bias, own_head, adapted):
     hidden, head, terms = problem(DIVERGENCES[name], bias=bias, own_head=own_head, dtype=torch.bfloat16)
     if adapted:
-        down, up = torch.randn(2, D).bfloat16(), torch.randn(V, 2).bfloat16()
+        # It picks two hidden elements: rounded on the way, as in PEFT, they could change which tokens are the top-k.
+        down = torch.eye(2, D).bfloat16()
+        up = torch.randn(V, 2, generator=torch.Generator().manual_seed(2)).bfloat16()
         head = replace(head, adapter=Adapter(down, up, 0.5))
 
     def exactly(tensor):
@@ -240,8 +242,7 @@ def test_with_fp32_products_logits_and_the_heads_gradient_are_not_rounded(monkey
         monkeypatch.setattr(torch, each, _AsOnCuda.product)
     monkeypatch.setattr(torch, "addmm", _AsOnCuda.addmm)
     in_fp32 = errors()
-    # An adapter's hidden states are rounded on the way, as in PEFT.
-    assert in_fp32[0] < rounded[0] and (adapted or in_fp32[0] < 1e-6)
+    assert in_fp32[0] < rounded[0] and in_fp32[0] < 1e-6
     assert in_fp32[1] < rounded[1] * 1.1
 
 
