@@ -8,8 +8,8 @@ PAPER_TEMPLATE = (
     "\n\nNow give a response of your own: think it through, and say it in your own words."
 )
 
-# Of 20 templates the one after which SmolLM2-135M is surest to say what the context says, also after beginnings of its
-# own: docs/learning.md.
+# Of those of benchmarks.templates the one after which SmolLM2-135M says most often what the context says, also after
+# beginnings of its own: docs/learning.md.
 FACTS_TEMPLATE = "{prompt}\n\n{privileged_context}\n\nRepeat this word for word."
 # Learning rate of full fine-tuning at this hidden size; see learning_rate_for.
 RATE, RATE_WIDTH, RATE_OF_ADAPTER, RATE_OF_GEMMA = 1e-4, 576, 10, 1 / 5
@@ -112,8 +112,8 @@ def learning_rate_for(hidden_size: int, adapter: bool, model_type: str = "") -> 
     """The learning rate of the recipe facts for a model of this width: measured at RATE_WIDTH, and inversely
     proportional to the width elsewhere, as for Adam in the maximal update parametrization (arXiv 2203.03466); at 3,584
     that is 1.6e-5, among the rates that the paper used. adapter: LoRA, which needs about ten times as much.
-    model_type: of the configuration; Gemma takes a fifth, measured with Gemma 3 270M, which forgot everything in 10
-    steps at the full rate: it multiplies its embeddings by the root of the width."""
+    model_type: of the configuration; Gemma takes a fifth, measured with Gemma 3 270M, which at a half forgot most of
+    what it was asked in 10 steps: it multiplies its embeddings by the root of the width."""
     rate = RATE * RATE_WIDTH / hidden_size
     if adapter:
         rate *= RATE_OF_ADAPTER
