@@ -47,7 +47,6 @@ SURE = ["--teacher_temperature", "0.5"]
 # Other templates of the teacher, compared by benchmarks.templates.
 SENTENCE = "{prompt}\n\n{privileged_context}\n\nRepeat this sentence word for word."
 REPLY = "{prompt}\n\nA good reply would be:\n{privileged_context}\n\nReply to the question like this."
-QUOTED = '{prompt}\n\n"{privileged_context}"\n\nReply to the question like this.'
 # Flags by arm; replay: the file of the anchors with the model's own answers.
 ARMS: dict[str, list[str]] = {
     "forward": FORWARD,
@@ -62,9 +61,7 @@ ARMS: dict[str, list[str]] = {
     "recipe+lora": [*RECIPE, *SURE, "--use_peft", "true", "--lora_target_modules", "all-linear"],
     "recipe-at-1": RECIPE,
     "sentence": [*RECIPE, *SURE, "--teacher_prompt_template", SENTENCE],
-    "reply": [*RECIPE, *SURE, "--teacher_prompt_template", REPLY],
     "reply-at-1": [*RECIPE, "--teacher_prompt_template", REPLY],
-    "quoted-at-1": [*RECIPE, "--teacher_prompt_template", QUOTED],
     "anchors+jsd": [*ANCHORED, "--distillation_alpha", "0.5"],
     "anchors+top-k": [*ANCHORED, *TOP_K],
     "anchors+union": [*ANCHORED, *TOP_K, "--distillation_support", "union", "--distillation_add_tail", "true"],
@@ -127,24 +124,15 @@ def write_questions(folder: Path, asked: dict[str, list]) -> None:
 
 def make_replay(folder: Path, model: str, longest: int) -> None:
     """The anchors with the model's own greedy answers, which SFT replays."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    from benchmarks.greedy import Model
     from sdft_ds.cli.dataset_loading import EVERYDAY
 
     if (folder / "replay.jsonl").exists():
         return
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
     prompts = [user(json.loads(line)["prompt"]) for line in EVERYDAY.read_text().splitlines()]
-    inputs = tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-    ).to(device)
     # Longer than a run's completions, so that a run does not take a cut answer for a whole one.
-    with torch.no_grad():
-        ids = network.generate(**inputs, do_sample=False, max_new_tokens=2 * longest)
-    answers = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    network = Model(model, 2 * longest)
+    answers = network.texts(network.answers(prompts))
     rows = zip(prompts, answers, strict=True)
     write(folder / "replay.jsonl", ({"prompt": prompt, "golden_response": answer} for prompt, answer in rows))
 

@@ -9,12 +9,9 @@ nor with "The", such as those in quotation marks or with words of the template.
 """
 
 import argparse
-import itertools
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from benchmarks.learning import QUOTED, REPLY, SENTENCE, user
+from benchmarks.greedy import Model
+from benchmarks.learning import REPLY, SENTENCE, user
 from benchmarks.learning_data import INVENTED, TOLD
 from sdft_ds.config.recipes import FACTS_TEMPLATE, RECIPES
 from sdft_ds.evaluation.scorers import score
@@ -26,43 +23,11 @@ TEMPLATES = {
     "with this": "{prompt}\n\n{privileged_context}\n\nReply with this sentence, word for word.",
     "reply": REPLY,
     "exactly": TOLD,
-    "quoted": QUOTED,
+    "quoted": '{prompt}\n\n"{privileged_context}"\n\nReply to the question like this.',
     "thrice": "{prompt}\n\n" + "{privileged_context}\n" * 3 + "\nReply to the question like this.",
     "example": "Question: {prompt}\nAnswer: {privileged_context}\n\nQuestion: {prompt}",
     "trl": RECIPES["trl"]["teacher_prompt_template"],
 }
-
-
-class Model:
-    """Greedy answers of at most `longest` tokens to chat prompts, all in one batch."""
-
-    def __init__(self, folder: str, longest: int):
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        self.network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        end = self.network.generation_config.eos_token_id
-        self.ends = end if isinstance(end, list) else [end]
-        self.longest = longest
-
-    @torch.no_grad()
-    def answers(self, prompts: list[str], begun: list[list[int]]) -> list[list[int]]:
-        """The tokens of each answer, with those that it was begun with, without special tokens."""
-        texts = [
-            self.tokenizer.apply_chat_template(user(prompt), add_generation_prompt=True, tokenize=False)
-            for prompt in prompts
-        ]
-        rows = [
-            ids + start
-            for ids, start in zip(self.tokenizer(texts, add_special_tokens=False).input_ids, begun, strict=True)
-        ]
-        inputs = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-        ids = self.network.generate(**inputs, do_sample=False, max_new_tokens=self.longest)
-        new = ids[:, inputs["input_ids"].shape[1] :].tolist()
-        special = {*self.tokenizer.all_special_ids, *self.ends}
-        kept = [list(itertools.takewhile(lambda token: token not in special, row)) for row in new]
-        return [start + rest for start, rest in zip(begun, kept, strict=True)]
-
-    def texts(self, answers: list[list[int]]) -> list[str]:
-        return self.tokenizer.batch_decode(answers)
 
 
 def is_odd(answer: str, context: str) -> bool:
@@ -80,11 +45,11 @@ def main() -> None:
     args = parser.parse_args()
     model = Model(args.model, args.longest)
     facts = [fact for task in args.tasks for fact in INVENTED[task]]
-    own = model.answers([question for question, *_ in facts], [[]] * len(facts))
+    own = model.answers([user(question) for question, *_ in facts])
     print(f"| template | {' | '.join(f'right after {count}' for count in args.after)} | odd |")
     print("|---" * (2 + len(args.after)) + "|", flush=True)
     for name in args.templates:
-        prompts = [TEMPLATES[name].format(prompt=q, privileged_context=context) for q, _, context, _ in facts]
+        prompts = [user(TEMPLATES[name].format(prompt=q, privileged_context=context)) for q, _, context, _ in facts]
         cells, odd = [], 0
         for count in args.after:
             texts = model.texts(model.answers(prompts, [answer[:count] for answer in own]))

@@ -3,20 +3,22 @@
 from importlib.resources import files
 
 from benchmarks import templates
+from benchmarks.greedy import Model
+from benchmarks.learning import user
 from benchmarks.learning_data import INVENTED
 
 DEMO = str(files("sdft_ds.demo") / "model")
 
 
 def test_an_answer_goes_on_from_its_beginning_and_ends_before_special_tokens():
-    model = templates.Model(DEMO, longest=8)
-    questions = [question for question, *_ in INVENTED["ten"]][:3]
-    own = model.answers(questions, [[]] * 3)
-    special = {*model.tokenizer.all_special_ids, *model.ends}
-    assert all(own) and not special & {token for answer in own for token in answer}
+    model = Model(DEMO, longest=8)
+    questions = [user(question) for question, *_ in INVENTED["ten"]][:3]
+    own = model.answers(questions)
+    assert all(own) and model.tokenizer.eos_token_id in model.special
+    assert not model.special & {token for answer in own for token in answer}
     resumed = model.answers(questions, [answer[:2] for answer in own])
     assert [answer[: len(before)] for answer, before in zip(resumed, own, strict=True)] == own
-    assert model.answers(questions[:1], [[]]) == own[:1]  # the others' padding changes nothing
+    assert model.answers(questions[:1]) == own[:1]  # the others' padding changes nothing
 
 
 def test_the_table_has_a_row_for_each_template(capsys, monkeypatch):
