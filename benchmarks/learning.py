@@ -60,6 +60,7 @@ ARMS: dict[str, list[str]] = {
     "recipe": [*RECIPE, *SURE],
     "recipe+lora": [*RECIPE, *SURE, "--use_peft", "true", "--lora_target_modules", "all-linear"],
     "recipe-at-1": RECIPE,
+    "told": [*ANCHORED, *SHARP, *TEACHER, *SURE],
     "sentence": [*RECIPE, *SURE, "--teacher_prompt_template", SENTENCE],
     "reply-at-1": [*RECIPE, "--teacher_prompt_template", REPLY],
     "anchors+jsd": [*ANCHORED, "--distillation_alpha", "0.5"],
@@ -95,7 +96,8 @@ def make_files(folder: Path, task: str) -> None:
 
 
 def make_science_files(folder: Path, source: Path) -> None:
-    """The same of SciKnowEval: a question with its options, answered by a letter, which is the context."""
+    """The same of SciKnowEval: a question with its options, and as the context a sentence that names the letter, which
+    a small teacher takes up where it overlooks the letter alone."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def questions(split: str) -> list[tuple[str, str]]:
@@ -103,13 +105,16 @@ def make_science_files(folder: Path, source: Path) -> None:
         asked = "Please reason step by step.", "Answer with the letter only."
         return [(row["prompt"].replace(*asked), row["answer"]) for row in rows]
 
+    def sentence(answer: str) -> str:
+        return f"The answer is {answer}."
+
     train = questions("train")
     sample = train[: len(train) // 8]
-    write(folder / "train.jsonl", ({"prompt": user(q), "privileged_context": answer} for q, answer in train))
+    write(folder / "train.jsonl", ({"prompt": user(q), "privileged_context": sentence(a)} for q, a in train))
     asked = {
         "trained": sample,
         "other": questions("test"),
-        "told": [(TOLD.format(prompt=q, privileged_context=answer), answer) for q, answer in sample],
+        "told": [(TOLD.format(prompt=q, privileged_context=sentence(a)), a) for q, a in sample],
         "general": GENERAL,
     }
     write_questions(folder, asked)
