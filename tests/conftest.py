@@ -1,9 +1,12 @@
 """`--full` adds the slow tests. Two-rank tests share one pair of worker processes. Everything runs on the CPU: GPUs
-are hidden from the tests and from the processes that they start, unless `--gpu` is given."""
+are hidden from the tests and from the processes that they start, unless `--gpu` is given. What they leave in the
+temporary folder goes at the end; pytest keeps the folders of failed tests."""
 
 import gc
 import os
+import shutil
 import sys
+import tempfile
 
 if "--gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch starts
@@ -18,6 +21,13 @@ from tests.distributed.ranks import Ranks
 from tests.helpers import tiny
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+        os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="tests-")
+        config.add_cleanup(lambda: shutil.rmtree(tempfile.tempdir, ignore_errors=True))
 
 
 def pytest_addoption(parser):
