@@ -5,14 +5,17 @@ A checkpoint restores the optimizer and the LR schedule with the old values; hyp
 settings are re-applied after loading.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -28,7 +31,7 @@ from sdft_ds.config.fields import (
 )  # fmt: skip
 from sdft_ds.config.inherited import ON_RESUME
 from sdft_ds.config.sdft_config import SDFTConfig
-from sdft_ds.distributed import engines, ranks
+from sdft_ds.distributed import engines, ranks, zero
 
 SETTINGS = "sdft_settings.json"
 PACKAGES = ("sdft_ds", "torch", "transformers", "deepspeed", "accelerate", "peft", "datasets")
@@ -41,11 +44,17 @@ OF_THE_OPTIMIZER = ("optim", "optim_args", "optim_target_modules", "learning_rat
 # Schedules whose rate depends on measured metrics, not on the step: their state holds it, along with their settings.
 MEASURING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 OF_A_MEASURING_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "learning_rate")
+# Of a peft configuration: where it comes from, and how the weights that a checkpoint replaces were made.
+OF_NO_ADAPTER = ("auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "init_lora_weights",
+                 "loftq_config", "peft_version", "revision", "runtime_config")  # fmt: skip
 HYPERPARAMETERS = ("weight_decay", "betas", "eps")
 
 
-def settings_of(args: SDFTConfig, rows: int | None, trained_weights: int, zero_stage: int | None) -> dict[str, Any]:
-    """The settings that a resume is compared with; secrets are masked."""
+def settings_of(
+    args: SDFTConfig, model: str, trained: dict[str, Any], rows: dict[str, int | None], zero_stage: int | None
+) -> dict[str, Any]:
+    """The settings that a resume is compared with; secrets are masked. model: its name; trained: see `trained_by`;
+    rows: of each data set that is trained on."""
     uncompared = {f.name for f in fields(args) if on_resume(f.name).kind == NOT_COMPARED}
     apart = {*_names(args, ANOTHER_RUN), *uncompared}
     return {
@@ -54,15 +63,31 @@ def settings_of(args: SDFTConfig, rows: int | None, trained_weights: int, zero_s
             * args.world_size
             * args.gradient_accumulation_steps,
             "generation_batch_size": args.generation_batch_size,
-            "rows of the data set": rows,
-            "trained weights": trained_weights,
+            **{f"rows of the {name}": count for name, count in rows.items()},
+            **trained,
             **{name: getattr(args, name) for name in (METHOD, *_names(args, ANOTHER_RUN))},
         },
         "world_size": args.world_size,
         "zero_stage": zero_stage,
         "config": {name: value for name, value in args.to_dict().items() if name not in apart},
+        "model": model,
         "versions": versions(),
     }
+
+
+def trained_by(model: nn.Module) -> dict[str, Any]:
+    """What a run trains of the model: how many weights, a digest of their names and shapes, and how an adapter applies
+    them."""
+    shapes = {name: tuple(zero.full_shape(p)) for name, p in model.named_parameters() if p.requires_grad}
+    digest = hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest()[:12]
+    found = {"trained weights": sum(map(prod, shapes.values())), "digest of the trained weights' names": digest}
+    adapter = vars(model.peft_config[model.active_adapter]) if hasattr(model, "peft_config") else {}
+    plain = {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in adapter.items()
+        if name not in OF_NO_ADAPTER and isinstance(value, str | int | float | list | set | dict)
+    }
+    return found | {f"the adapter's {name}": value for name, value in plain.items()}
 
 
 def on_resume(name: str) -> OnResume:
@@ -126,6 +151,8 @@ def compare(
             tell(f"{name} = {after!r} has no effect: {done.reason}. The checkpoint was made with {before!r}.")
         else:
             tell(f"Resuming with {name} = {after!r}; the checkpoint was made with {before!r}.")
+    if saved.get("model") not in (None, now.get("model")):
+        tell(f"Resuming with the model {now['model']!r}; the checkpoint was made with {saved['model']!r}.")
     for name, after in now["versions"].items():
         if saved["versions"].get(name) != after:
             tell(f"Resuming with {name} {after}; the checkpoint was made with {saved['versions'].get(name)}.")

@@ -125,6 +125,7 @@ class PromptBuilder:
 
     teacher_chat_template_kwargs: override chat_template_kwargs in the teacher's prompt. context_optional: rows may
     lack a privileged context, because contexts are made after the rollout; until then both prompts are the same.
+    demonstrations: rows and anchors need a text to be trained on (SFT).
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class PromptBuilder:
         chat_template_kwargs: dict[str, Any] | None = None,
         teacher_chat_template_kwargs: dict[str, Any] | None = None,
         context_optional: bool = False,
+        demonstrations: bool = False,
     ):
         self.tokenizer = tokenizer
         self.template = parse_template(template)
@@ -146,6 +148,7 @@ class PromptBuilder:
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.teacher_chat_template_kwargs = self.chat_template_kwargs | (teacher_chat_template_kwargs or {})
         self.context_optional = context_optional
+        self.demonstrations = demonstrations
         self.counts = Counter()
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special_tokens = sorted(special | set(tokenizer.all_special_tokens))

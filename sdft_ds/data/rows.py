@@ -86,6 +86,16 @@ def anchor_from_row(row: Mapping[str, Any], index: int) -> Example:
     return Example(prompt, privileged_context=None, tools=_tools(row.get("tools"), prompt, index), anchor=True)
 
 
+def demonstration_of(row: Mapping[str, Any], example: Example, index: int) -> str:
+    """What supervised fine-tuning trains a row on: its golden response, or else its context. Raises RowError."""
+    text = row.get("golden_response") or example.privileged_context
+    if not isinstance(text, str) or not text:
+        found = type(text).__name__ if text else "nothing"
+        what = "golden_response of the anchors" if example.anchor else "golden_response"
+        raise RowError(index, what, f"found {found}; expected text.")
+    return text
+
+
 def _check_stored(row: Mapping[str, Any], index: int) -> None:
     if row.get(PROBLEM):
         raise RowError(index, "prompt", row[PROBLEM])

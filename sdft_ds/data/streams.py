@@ -45,6 +45,10 @@ class Stream:
         looking = copy(builder)  # truncation is counted when the row is used, not here
         looking.counts = Counter()
         self.screen = RowValidator(name_of(dataset, "train_dataset"), looking, bad_rows)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Back to the beginning, for another run."""
         self.rows = self._endless()
         self.position = -1
         self.current: dict[str, Any] = {}
@@ -66,9 +70,10 @@ class Stream:
                 if passes == index == 0:
                     check_columns(list(row), context_optional=screen.builder.context_optional)
                 bad = len(screen.reasons)
-                # All ranks validate all rows: render prompts, which is slow, only where it can cause a skip.
+                # All ranks validate all rows: render prompts, which is slow, only if that can fail.
                 first = passes == index == 0
-                if screen.accepts(row, index, lengths=screen.leaves_out or first):
+                lengths = first or screen.leaves_out or screen.builder.truncation == "error"
+                if screen.accepts(row, index, lengths=lengths):
                     if first:
                         for told in filter(None, [*screen.problems.told(1).values(), screen.first]):
                             warnings.warn(f"{screen.where}: {told}", stacklevel=2)

@@ -17,7 +17,7 @@ from datasets import Dataset, IterableDataset
 
 from sdft_ds.data import prompts, rows
 from sdft_ds.data.prompts import PromptBuilder, PromptPair, PromptTooLong
-from sdft_ds.data.rows import DataError, RowError, anchor_from_row, check_columns, example_from_row
+from sdft_ds.data.rows import DataError, RowError, anchor_from_row, check_columns, demonstration_of, example_from_row
 from sdft_ds.files import atomic_write
 
 BAD_ROWS = ("error", "skip")
@@ -89,6 +89,8 @@ class RowValidator:
                 example = anchor_from_row(row, index)
             else:
                 example = example_from_row(row, index, self.builder.context_optional)
+            if self.builder.demonstrations:
+                demonstration_of(row, example, index)
             if lengths:
                 pair = self.builder.build(example, index)
                 self.problems.add(self.builder.problems(pair), index)
@@ -253,6 +255,7 @@ def _cache_file(dataset: Dataset, builder: PromptBuilder, bad_rows: BadRows, anc
         builder.chat_template_kwargs,
         builder.teacher_chat_template_kwargs,
         builder.context_optional,
+        builder.demonstrations,
         asdict(bad_rows),
         anchors,
         transformers.__version__,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -20,22 +21,25 @@ from sdft_ds.checkpoint import output_dir, resume_settings, storage
 from sdft_ds.checkpoint.output_dir import locked
 from sdft_ds.checkpoint.preemption import Preemption
 from sdft_ds.config.sdft_config import SDFTConfig
-from sdft_ds.distributed import engines, launch, ranks, zero
+from sdft_ds.distributed import engines, launch, ranks
 from sdft_ds.distributed.launch import Sharding
 from sdft_ds.distributed.watchdog import StragglerWatchdog
 from sdft_ds.loop.hub_upload import UploadingTrainer
+from sdft_ds.model.completion_forward import causal_lm_of
 from sdft_ds.objectives.feedback import FeedbackError
 
 
 class ResumableTrainer(UploadingTrainer):
-    """A trainer that can be killed at any point and resumed as if uninterrupted."""
+    """A trainer that can be killed at any point and resumed as if uninterrupted. anchor_dataset: see RunParts; set by
+    the subclasses."""
 
     args: SDFTConfig
+    anchor_dataset: Dataset | None = None
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.own_optimizer = self.optimizer is None  # created from the settings, not passed to the trainer
-        self.trained_weights = sum(zero.full_shape(p).numel() for p in self.model.parameters() if p.requires_grad)
+        self.trained = resume_settings.trained_by(self.model)
         self.run_id: str | None = None
         self.saved_step: int | None = None  # step of the last checkpoint that this process wrote or resumed from
         self.steps_at_last_log = 0
@@ -51,6 +55,11 @@ class ResumableTrainer(UploadingTrainer):
         )
         self.watchdog = StragglerWatchdog(self.args.ddp_timeout)
         self.add_callback(_LeaveAfterStep(self))
+
+    @property
+    def trained_weights(self) -> int:
+        """How many weights are trained."""
+        return self.trained["trained weights"]
 
     @abstractmethod
     def save_own_state(self, folder: str) -> None:
@@ -206,9 +215,11 @@ class ResumableTrainer(UploadingTrainer):
         )
 
     def _settings(self) -> dict[str, Any]:
-        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        datasets = {"data set": self.train_dataset, "anchors": self.anchor_dataset}
+        rows = {name: len(each) if hasattr(each, "__len__") else None for name, each in datasets.items()}
         stage = launch.configured_stage(self.accelerator)
-        return resume_settings.settings_of(self.args, rows, self.trained_weights, stage)
+        name = causal_lm_of(self.model).config._name_or_path
+        return resume_settings.settings_of(self.args, name, self.trained, rows, stage)
 
     def _init_training_state(self, max_steps: int, *others: Any) -> tuple[int, int]:
         """The checkpoint's trainer state, except what the settings specify, which transformers restores as well."""

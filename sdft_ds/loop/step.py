@@ -18,7 +18,6 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -36,9 +35,7 @@ from sdft_ds.objectives.protocol import BatchUse, GenerationBatch, key_of
 
 
 class StepTrainer(EvaluationTrainer):
-    """Trains with a given objective. anchor_dataset: see RunParts; set by the subclasses."""
-
-    anchor_dataset: Dataset | None = None
+    """Trains with a given objective."""
 
     def __init__(self, *arguments: Any, **options: Any):
         self.current_batch: GenerationBatch | None = None
@@ -65,6 +62,8 @@ class StepTrainer(EvaluationTrainer):
         self._drop_current_batch()
         self.is_resumed = False
         self.objective.reset()
+        if isinstance(self.train_dataset, Stream):
+            self.train_dataset.rewind()
         for meters in self.meters.values():
             meters.reset()
         if hasattr(self.model, "add_model_tags"):
@@ -129,6 +128,12 @@ class StepTrainer(EvaluationTrainer):
                 self.leave_if_preempted()
         self.current_batch.uses += 1
         return self.current_batch.scored[item.number]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in transformers, but also works before training, under all ZeRO stages."""
+        if self.current_batch is not None and self.current_batch.uses >= self.args.generate_every:
+            self._drop_current_batch()  # frees its teacher's head and hidden states
+        return super().evaluate(*args, **kwargs)
 
     def _drop_current_batch(self) -> None:
         """Also clears the last step's inputs, which transformers' loop still holds: else two teacher heads would be in

@@ -150,7 +150,8 @@ def chunked_distillation_loss(
     chunk_tokens: tokens per chunk; by default as many as fit into `chunk_elements` logits.
     """
     adapter = (None, None, 0.0) if head.adapter is None else tuple(vars(head.adapter).values())
-    return _ChunkedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, *adapter, terms, scale, finish, chunk_tokens)
+    others = terms, scale, finish, chunk_tokens, torch.is_grad_enabled()
+    return _ChunkedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, *adapter, *others)
 
 
 def reference_distillation_loss(
@@ -269,8 +270,8 @@ class _Projection:
 class _Gradients:
     """Gradients accumulated over chunks: in fp32 for weights of any dtype; None where not required."""
 
-    def __init__(self, hidden_ND: Tensor, head: HeadValues, projection: _Projection, needed: tuple[bool, ...]):
-        self.hidden_ND, self.projection = hidden_ND, projection
+    def __init__(self, hidden_ND: Tensor, head: HeadValues, projection: _Projection, needed: list[bool]):
+        self.hidden_ND, self.projection, self.any = hidden_ND, projection, any(needed)
         adapter = (None, None) if head.adapter is None else (head.adapter.down_QD, head.adapter.up_VQ)
         self.hidden, self.weight, self.bias, self.down, self.up = (
             torch.zeros_like(tensor, dtype=tensor.dtype if tensor is hidden_ND else torch.float32) if need else None
@@ -279,6 +280,8 @@ class _Gradients:
 
     def add(self, grad_CV: Tensor, chunk: slice) -> None:
         """Accumulate from the gradient w.r.t. a chunk's raw logits."""
+        if not self.any:
+            return
         head, hidden_CD = self.projection, self.hidden_ND[chunk]
         if self.bias is not None:
             self.bias += grad_CV.sum(0)
@@ -377,14 +380,18 @@ def _other_chunk(student, teacher, hidden_CD, terms: LossTerms, gradients: _Grad
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, down_QD, up_VQ, adapter_scale, terms, scale, finish, chunk_tokens):
+    def forward(
+        ctx, hidden_ND, weight_VD, bias_V, down_QD, up_VQ, adapter_scale, terms, scale, finish, chunk_tokens, has_grad
+    ):
         adapter = None if down_QD is None else Adapter(down_QD, up_VQ, adapter_scale)
         head = HeadValues(weight_VD, bias_V, adapter)
         student = _Projection(head, hidden_ND, finish)
         teacher = student
         if terms.teacher_head is not None:
             teacher = _Projection(terms.teacher_head.beside(head), hidden_ND, finish)
-        gradients = _Gradients(hidden_ND, head, student, ctx.needs_input_grad[:5])
+        # needs_input_grad is that of the weights, under no_grad as well.
+        needed = [has_grad and need for need in ctx.needs_input_grad[:5]]
+        gradients = _Gradients(hidden_ND, head, student, needed)
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         per_token_N = torch.zeros(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         log_probs_N = torch.zeros_like(per_token_N) if terms.with_log_probs else None
@@ -416,4 +423,4 @@ class _ChunkedLoss(torch.autograd.Function):
         factor = grad_loss * scale
         # In place: the gradients are private to this function, and a second backward is not possible anyway.
         scaled = [None if g is None else g.mul_(factor).to(t) for g, t in zip(grads, ctx.dtypes, strict=True)]
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None

@@ -119,6 +119,7 @@ QUANTILES = {"divergence/p50": 0.5, "divergence/p90": 0.9, "divergence/p99": 0.9
 # Histogram of the divergences: logarithmic bins from LEAST to MOST nats; the outer bins include all values beyond.
 BINS, LEAST, MOST = 256, 1e-7, 1e2
 Span = tuple[Any, Any]  # two moments: see Meters._now
+MANY_SPANS = 1024
 LATE = 1.5  # a rank slower than this many times the others' mean is reported as straggler
 
 
@@ -232,6 +233,8 @@ class Meters:
             yield
             span = (start, self._now())
             self.spans.append((name, span, self.nested))
+            if len(self.spans) % MANY_SPANS == 0:  # without log lines nothing else adds them up
+                self._add_spans(wait=False)
             outer.append(span)
         finally:
             self.nested = outer
@@ -244,11 +247,15 @@ class Meters:
         event.record()
         return event
 
-    def _add_spans(self) -> None:
-        """Add the time of the phases so far; waits for their end."""
+    def _add_spans(self, wait: bool = True) -> None:
+        """Add the time of the phases so far. wait: for their end, too; else only of those that have ended."""
+        left = []
         for name, span, nested in self.spans:
-            self.add(f"seconds/{name}", _seconds(span) - sum(map(_seconds, nested)), 0.0)
-        self.spans.clear()
+            if wait or _has_ended(span):
+                self.add(f"seconds/{name}", _seconds(span) - sum(map(_seconds, nested)), 0.0)
+            else:
+                left.append((name, span, nested))
+        self.spans = left
 
     def _on_device(self, values: Iterable[float | Tensor]) -> Tensor:
         """The values as one tensor, fp64, in one transfer."""
@@ -332,6 +339,10 @@ def _larger(a: float | Tensor, b: float | Tensor) -> float | Tensor:
         tensor, number = (a, b) if isinstance(a, Tensor) else (b, a)
         return tensor.clamp(min=number)
     return max(a, b)
+
+
+def _has_ended(span: Span) -> bool:
+    return isinstance(span[1], float) or span[1].query()
 
 
 def _seconds(span: Span) -> float:

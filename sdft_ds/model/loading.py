@@ -302,6 +302,7 @@ def prompt_builder(
         args.chat_template_kwargs,
         args.teacher_chat_template_kwargs,
         context_optional,
+        demonstrations=args.method == "sft",
     )
 
 

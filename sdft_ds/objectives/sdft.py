@@ -9,6 +9,7 @@ context, scores each completion token; the loss is the divergence between the tw
 
 from collections.abc import Callable
 from dataclasses import replace
+from weakref import WeakValueDictionary
 
 import torch
 from datasets import Dataset
@@ -22,7 +23,7 @@ from sdft_ds.data.rows import DataError
 from sdft_ds.data.schedule import Slot
 from sdft_ds.data.streams import Stream
 from sdft_ds.distributed import ranks
-from sdft_ds.loss.chunked import LossTerms
+from sdft_ds.loss.chunked import HeadValues, LossTerms
 from sdft_ds.loss.normalization import LossWeights
 from sdft_ds.metrics.collapse import CollapseGuard
 from sdft_ds.metrics.completions import CompletionLog
@@ -65,6 +66,8 @@ class SelfDistillation(Objective):
         self.inspector = Inspector(args, self.completion_log)
         self.callbacks = [self.completion_log, CollapseGuard(held=parts.anchors is not None), MismatchGuard()]
         self.weights_version = 0  # of the student's: optimizer steps of this process
+        # (version of the weights, whether its batch outlives a step) -> the teacher's head, while a batch holds it.
+        self.head_of_step: WeakValueDictionary[tuple[int, bool], HeadValues] = WeakValueDictionary()
         self.in_flight: InFlight | None = None  # rollout of the next generation batch, with rollout_lag
 
     def _model_at_the_start(self) -> Teacher | None:
@@ -97,6 +100,7 @@ class SelfDistillation(Objective):
             old = self._old_log_probs(scorer, rollouts)
             self.parts.dispatch("on_self_distillation_batch_prepared", lambda: self._padded(rollouts, old))
             states = scorer.score(rollouts, head_changes=use.outlives_step)
+        head = self._one_per_step(states.head, use) if meters.training else states.head
         number = {rollout.row: i for i, rollout in enumerate(rollouts)}
         scored = []
         for rows in bucket_by_length(rollouts, use.micro_batch_size, use.batches_per_step):
@@ -106,9 +110,17 @@ class SelfDistillation(Objective):
             batch = self.collate(rows)
             sampler_N = self._sampler_log_probs(rows)
             hidden_ND = torch.cat([states.hidden[i] for i in at])
-            scored.append(ScoredBatch(batch, hidden_ND, states.head, old_N, sampler_N, version))
+            scored.append(ScoredBatch(batch, hidden_ND, head, old_N, sampler_N, version))
             meters.count_positions(batch)
         return scored
+
+    def _one_per_step(self, head: HeadValues | None, use: BatchUse) -> HeadValues | None:
+        """The teacher's head that an earlier generation batch of the same step holds, which is the same, so that the
+        step does not keep a copy for each of them."""
+        kept = self.head_of_step.get((self.weights_version, use.outlives_step))
+        if kept is None and head is not None:
+            self.head_of_step[self.weights_version, use.outlives_step] = kept = head
+        return kept
 
     def _rolled_out(
         self, dataset: Dataset | Stream, slots: tuple[Slot, ...], key: str, meters: Meters, use: BatchUse
@@ -329,6 +341,7 @@ class SelfDistillation(Objective):
 
     def reset(self) -> None:
         self.completion_log.taken.clear()
+        self.head_of_step.clear()
         self.in_flight = None
 
     def save(self, folder: str, engine: nn.Module, pending: GenerationBatch | None) -> None:
@@ -346,4 +359,5 @@ class SelfDistillation(Objective):
         return generation_batch.load(folder, self.collate, self.args.device, self.args.teacher_states_on)
 
     def load_weights(self, folder: str, engine: nn.Module) -> None:
+        self.head_of_step.clear()
         state.load(folder, self.teacher, engine)

@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from sdft_ds.data.batch import Completion, MicroBatch, Rollout, bucket_by_length
-from sdft_ds.data.rows import Example, Prompt, RowError
+from sdft_ds.data.rows import Example, Prompt, demonstration_of
 from sdft_ds.data.schedule import Slot
 from sdft_ds.data.streams import Stream
 from sdft_ds.loss.chunked import LossTerms
@@ -63,11 +63,7 @@ class SupervisedFineTuning(Objective):
 
     def _demonstration(self, row: dict[str, Any], example: Example, slot: Slot) -> Rollout:
         """The demonstration with its end token, truncated to max_completion_length like a rollout."""
-        text = row.get("golden_response") or example.privileged_context
-        if not isinstance(text, str) or not text:
-            found = type(text).__name__ if text else "nothing"
-            what = "golden_response" if not slot.anchor else "golden_response of the anchors"
-            raise RowError(slot.index, what, f"found {found}; expected text.")
+        text = demonstration_of(row, example, slot.index)
         ids = self.parts.tokenizer(text, add_special_tokens=False)["input_ids"] + [self._end_of(example.prompt)]
         longest = self.args.max_completion_length
         completion = Completion(ids[:longest], truncated=len(ids) > longest)

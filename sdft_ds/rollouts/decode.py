@@ -23,7 +23,10 @@ from sdft_ds.rollouts.draws import Draws, Greedy
 from sdft_ds.rollouts.engine import SampledTokens
 
 # Logits processors of these options keep per-row state, so rows must not leave the batch.
-ROW_BOUND_OPTIONS = {"guidance_scale", "watermarking_config"}
+ROW_BOUND_OPTIONS = (
+    "guidance_scale", "watermarking_config", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
+)  # fmt: skip
+OFF = (None, 0, 1)  # values of theirs that switch them off
 # Tokens from one look for finished rows to the next. On a GPU a look is a synchronization; on a CPU it costs nothing,
 # and a finished row as much as any other.
 LOOK_EVERY, LOOK_EVERY_CPU = 8, 1
@@ -49,7 +52,7 @@ def generate(
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         own = isinstance(kwargs.get("past_key_values"), DynamicCache) and prefix_cache.supports_prefixes(model)
-        if own and not any(getattr(generation_config, name) is not None for name in ROW_BOUND_OPTIONS):
+        if own and all(getattr(generation_config, name) in OFF for name in ROW_BOUND_OPTIONS):
             return decode_rows(
                 model, input_ids, attention_mask, logits_processor, stopping_criteria, choose, room, synced
             )
@@ -112,7 +115,8 @@ def decode_rows(
     cache = prefix_cache.empty_cache(model)
     padded = prefix_cache.are_padded(lengths_A, width)
     inputs = prefix_cache.prompt_inputs(input_ids_RT[first], attention_mask_RT[first], padded)
-    logits_UV = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    last_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    logits_UV = model(**inputs, past_key_values=cache, use_cache=True, **last_only).logits[:, -1]
     active_A = torch.tensor(prompt_of_row, device=device)
     logits_AV = logits_UV[active_A]
     prefix_cache.fan_out(cache, active_A, room)

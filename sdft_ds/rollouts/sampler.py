@@ -22,7 +22,20 @@ from sdft_ds.rollouts.decode import generate
 from sdft_ds.rollouts.draws import NonFiniteLogits
 from sdft_ds.rollouts.engine import SampledTokens, Sampling
 
-UNSUPPORTED_OPTIONS = {"num_beams", "num_return_sequences", "prompt_lookup_num_tokens", "streamer"}
+# Fields of GenerationConfig that cannot be set, by the reason.
+_UNSUPPORTED = {
+    "rollouts sample one completion for each row; see num_generations": (
+        "num_beams", "num_beam_groups", "num_return_sequences",
+    ),
+    "rollouts sample token by token from the model alone": (
+        "dola_layers", "is_assistant", "penalty_alpha", "prompt_lookup_num_tokens", "streamer",
+    ),
+    "it works on text, and rollouts are tokens": ("stop_strings", "token_healing"),
+    "it is that of the model and its tokenizer": ("eos_token_id", "pad_token_id", "bos_token_id"),
+    "rollouts always have a cache": ("use_cache",),
+}  # fmt: skip
+TEXTS = ("cache_implementation",)  # fields that may be one
+UNSUPPORTED_OPTIONS = {name: reason for reason, names in _UNSUPPORTED.items() for name in names}
 
 
 # Memory budget for the rows of one call on a CPU: a constant, so that rollouts do not depend on free memory.
@@ -42,11 +55,7 @@ class Sampler:
         backend: str = "generate",
         batch_tokens: int | None = None,
     ):
-        if unsupported := UNSUPPORTED_OPTIONS & set(sampling.options):
-            raise ValueError(
-                f"generation_kwargs: {', '.join(sorted(unsupported))} cannot be used for rollouts, which sample one "
-                "completion for each row; see num_generations."
-            )
+        _check_options(sampling.options)
         self.sampling = sampling
         self.backend = BACKENDS[backend]
         self.batch_tokens = batch_tokens
@@ -113,6 +122,21 @@ class Sampler:
             batches = prefix_cache.batches_within(_bytes_to_use(model.device), sizes, prompts)
         batches = [sorted(batch) for batch in batches]
         return ranks.pad_to_equal_count(batches, batches[-1][-1:], model.device) if synced else batches
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises ValueError for fields of GenerationConfig that rollouts cannot have, and for wrong values."""
+    for name in sorted(UNSUPPORTED_OPTIONS.keys() & options):
+        raise ValueError(f"generation_kwargs: {name} cannot be set: {UNSUPPORTED_OPTIONS[name]}.")
+    if not isinstance(options.get("do_sample", True), bool):
+        raise ValueError(f"generation_kwargs: do_sample must be true or false, not {options['do_sample']!r}.")
+    for name, value in options.items():
+        if isinstance(value, str) and name not in TEXTS:
+            raise ValueError(f"generation_kwargs: {name} cannot be a text, {value!r}.")
+    try:
+        GenerationConfig(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"generation_kwargs: {error}") from None
 
 
 def refuse_non_finite(keys: list[str], device: torch.device) -> None:

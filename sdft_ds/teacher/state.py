@@ -21,8 +21,8 @@ def save(folder: str, teacher: Teacher, engine: nn.Module) -> None:
 
 
 def load(folder: str, teacher: Teacher, engine: nn.Module) -> None:
-    """Load the teacher, saved by any number of ranks. Raises FileNotFoundError if it is missing: a newly initialized
-    teacher would be a different one."""
+    """Load the teacher, saved by any number of ranks. Raises FileNotFoundError if it is missing, and KeyError for a
+    part that is: a newly initialized teacher would be a different one."""
     if not teacher.has_state:
         return
     files = sorted(Path(folder).glob("teacher-rank-*.safetensors"))
@@ -41,7 +41,7 @@ def load(folder: str, teacher: Teacher, engine: nn.Module) -> None:
     def read(name: str, offset: int, numel: int) -> Tensor:
         """Elements [offset, offset + numel) of a flat vector, from the shards that cover them; 0 elsewhere."""
         values = torch.zeros(numel)
-        for start, handle, key in found.get(name, []):
+        for start, handle, key in found[name] if numel else []:
             part = handle.get_slice(key)
             (length,) = part.get_shape()
             low, high = max(offset, start), min(offset + numel, start + length)

@@ -3,12 +3,21 @@
 import json
 
 import pytest
+from peft import LoraConfig
 
 from sdft_ds.checkpoint import output_dir, storage
 from sdft_ds.checkpoint.output_dir import OutputFolderInUse
+from sdft_ds.checkpoint.storage import CannotResume
 from sdft_ds.metrics import run_folder
 from tests.distributed.scenarios.restarts import start
+from tests.helpers import tiny
 from tests.helpers.trainers import make_trainer
+
+ANCHORS = [{"prompt": f"Anchor {i}"} for i in range(3)]
+
+
+def adapter(target: str, alpha: int = 8) -> LoraConfig:
+    return LoraConfig(task_type="CAUSAL_LM", target_modules=[target], r=4, lora_alpha=alpha)
 
 
 @pytest.fixture
@@ -32,6 +41,35 @@ def test_a_new_run_in_the_folder_of_another_is_refused_before_anything_is_touche
     assert left == {path: path.stat().st_mtime_ns for path in left}
     again = start(None, str(tmp_path), resume=True, max_steps=2)
     assert again["weights"] == first["weights"]
+
+
+@pytest.mark.parametrize(
+    "before, after, words",
+    [
+        ({"peft_config": adapter("q_proj")}, {"peft_config": adapter("o_proj")},
+         "digest of the trained weights' names.*target_modules is .'o_proj'. and was .'q_proj'."),
+        ({"peft_config": adapter("q_proj")}, {"peft_config": adapter("q_proj", 256)}, "lora_alpha is 256 and was 8"),
+        ({"anchors": ANCHORS}, {}, "rows of the anchors is None and was 3"),
+        ({}, {"anchors": ANCHORS}, "rows of the anchors is 3 and was None"),
+        ({"anchors": ANCHORS}, {"anchors": ANCHORS[:2]}, "rows of the anchors is 2 and was 3"),
+    ],
+)  # fmt: skip
+def test_a_resume_that_trains_something_else_is_refused(tmp_path, before, after, words):
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1, "num_generations": 1,
+                "teacher_model_kind": "base"}  # fmt: skip
+    make_trainer(**settings, **before, max_steps=1).train()
+    with pytest.raises(CannotResume, match=words):
+        make_trainer(**settings, **after, max_steps=2).train(resume_from_checkpoint=True)
+    make_trainer(**settings, **before, max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_a_resume_on_another_base_model_says_so(tmp_path, capsys):
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1, "lora": True}
+    for steps, name in enumerate(("first", "second"), start=1):
+        model = tiny.llama()
+        model.config._name_or_path = name
+        make_trainer(model=model, max_steps=steps, **settings).train(resume_from_checkpoint=steps > 1)
+    assert "Resuming with the model 'second'; the checkpoint was made with 'first'." in capsys.readouterr().out
 
 
 def test_a_run_that_this_process_began_may_be_started_anew(tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 from datasets import Dataset
 
-from sdft_ds.data.prompts import PromptBuilder
+from sdft_ds.data.prompts import PromptBuilder, PromptTooLong
 from sdft_ds.data.schedule import for_generation_batches
 from sdft_ds.data.streams import Stream
 from sdft_ds.data.validation import BadRows
@@ -69,3 +69,9 @@ def test_a_stream_does_not_go_back(tokenizer):
 def test_looking_at_rows_does_not_count_them_as_cut(tokenizer):
     builder = prompts(tokenizer, student=8)
     assert stream(LONG, tokenizer, builder=builder)[3] and not builder.counts
+
+
+def test_a_row_that_is_too_long_is_an_error_on_every_rank_though_one_uses_it(tokenizer):
+    rows = stream(LONG, tokenizer, BadRows("error"), student=8, truncation="error")
+    with pytest.raises(PromptTooLong):
+        rows[len(LONG) - 1]

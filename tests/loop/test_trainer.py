@@ -505,3 +505,43 @@ def test_after_the_teachers_prompt_the_samplers_log_probabilities_are_not_compar
     student, both = (train(teacher_rollout_fraction=share, temperature=1.0)["logs"] for share in (0.0, 1.0))
     assert all(log["rollout/logprob_diff_max"] < 1e-3 for log in student)
     assert "rollout/logprob_diff" not in both[0]  # all rows of the first step are the teacher's
+
+
+def test_a_stream_trains_again_from_its_beginning_and_is_resumed_by_the_same_trainer(tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path)}
+    recorder = Recorder()
+    trainer = make_trainer(stream=True, rows=3, num_generations=1, callbacks=[recorder], **settings)
+    recorder.trainer = trainer
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    trainer.train()
+    first, second, again, *anew = [
+        [rollout.prompts.student.ids for rows in step for rollout in rows] for step in recorder.rollouts
+    ]
+    assert again == second != first and anew == [first, second]
+
+
+def test_generation_batches_of_one_step_share_the_teachers_head(monkeypatch):
+    heads = []
+    trainer = make_trainer(
+        gradient_accumulation_steps=4, steps_per_generation=1, teacher_model_kind="ema", teacher_sync_steps=1,
+        teacher_update_rate=0.5, learning_rate=0.01, max_steps=2,
+    )  # fmt: skip
+    weigh = trainer.with_loss_weights
+    monkeypatch.setattr(
+        trainer, "with_loss_weights", lambda scored: heads.append([s.teacher_head for s in scored]) or weigh(scored)
+    )
+    trainer.train()
+    (first, *others), (second, *_) = heads
+    assert others == [first] * 3 and not torch.equal(first.weight_VD, second.weight_VD)
+
+
+def test_an_evaluation_drops_a_generation_batch_that_is_used_up(monkeypatch):
+    kept = []
+    trainer = make_trainer(max_steps=2, eval_strategy="steps", eval_steps=1, steps_per_generation=2)
+    loop = trainer.evaluation_loop
+    monkeypatch.setattr(
+        trainer, "evaluation_loop", lambda *a, **k: kept.append(trainer.current_batch is not None) or loop(*a, **k)
+    )
+    trainer.train()
+    assert kept == [True, False]

@@ -115,6 +115,19 @@ def test_without_tokens_a_zero_stays_attached():
     assert hidden.grad.shape == (0, D) and head.weight_VD.grad.abs().sum() == 0
 
 
+@pytest.mark.parametrize("name", ["forward", "sampled", "topk"])
+def test_without_grad_no_gradient_is_computed(monkeypatch, name):
+    made = []
+    init = chunked._Gradients.__init__
+    monkeypatch.setattr(chunked._Gradients, "__init__", lambda self, *args: (init(self, *args), made.append(self))[0])
+    hidden, head, terms = problem(DIVERGENCES[name])
+    with_grad, *_ = chunked_distillation_loss(hidden, head, terms, torch.tensor(1.0), None)
+    with torch.no_grad():
+        without, *_ = chunked_distillation_loss(hidden, head, terms, torch.tensor(1.0), None)
+    assert torch.equal(without, with_grad.detach()) and not without.requires_grad
+    assert made[0].weight is not None and made[1].weight is None and made[1].hidden is None
+
+
 def test_a_frozen_head_gets_no_gradient():
     hidden, head, terms = problem(DIVERGENCES["forward"])
     frozen = HeadValues(head.weight_VD.detach())

@@ -92,7 +92,7 @@ SECONDS = {"optimizer": 1.0 + 7.0, "rollout": 4.0, "student": 13.0 + 12.0, "teac
 def test_a_phase_within_a_phase_has_its_own_time(monkeypatch):
     now = iter(MOMENTS)
     meters = Meters(lambda tensor, how: tensor, torch.device("cpu"))
-    monkeypatch.setattr(meters, "_now", lambda: next(now))
+    monkeypatch.setattr(sys.modules[Meters.__module__], "_now", lambda: next(now))
     in_phases(meters)
     assert seconds(meters) == SECONDS
 
@@ -173,3 +173,14 @@ def test_reductions_over_two_ranks():
     assert values["completions/min_length"] == -5  # the other rank's, which are kept as negatives
     assert "sdft/distillation_loss" not in values  # nothing was counted
     assert meters.collect(1)["completions/loss_tokens"] == 0
+
+
+def test_phases_that_nobody_collects_are_added_up(monkeypatch):
+    monkeypatch.setattr(sys.modules[Meters.__module__], "MANY_SPANS", 4)
+    made = Meters(lambda tensor, how: tensor, torch.device("cpu"))
+    for _ in range(10):
+        with made.phase("student"), made.phase("teacher"):
+            pass
+    assert len(made.spans) < 4
+    found = made.collect(steps=1)
+    assert found["seconds/student"] > 0 and found["seconds/teacher"] > 0

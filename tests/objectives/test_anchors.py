@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from sdft_ds import SDFTTrainer, SFTConfig
-from sdft_ds.data.rows import DataError, RowError
+from sdft_ds.data.rows import DataError
 from tests.distributed.scenarios import checkpoints
 from tests.distributed.test_resume import INSIDE, assert_exact
 from tests.helpers import reference, tiny
@@ -181,8 +181,8 @@ def test_supervised_fine_tuning_replays_their_answers():
     replayed = {text for text, rollout in texts.items() if rollout.prompts.anchor}
     assert len(replayed) == len(texts) / 2 and replayed < {row["golden_response"] for row in ANCHORS}
     without = [{"prompt": row["prompt"]} for row in ANCHORS]
-    with pytest.raises(RowError, match="column 'golden_response of the anchors': found nothing"):
-        first_step(make_trainer(config=SFTConfig, anchors=without, anchor_fraction=0.5))
+    with pytest.raises(DataError, match="column 'golden_response of the anchors': found nothing"):
+        make_trainer(config=SFTConfig, anchors=without, anchor_fraction=0.5)
 
 
 def test_python_takes_them_as_an_argument(tmp_path):

@@ -9,7 +9,7 @@ from datasets import Dataset
 from sdft_ds import SDFTConfig, SFTConfig, SFTTrainer
 from sdft_ds.checkpoint.storage import CannotResume
 from sdft_ds.cli.arguments import parse
-from sdft_ds.data.rows import RowError
+from sdft_ds.data.rows import DataError, RowError
 from sdft_ds.loss.chunked import Adapter, HeadValues, LossTerms, chunked_distillation_loss
 from sdft_ds.loss.divergence import CrossEntropy
 from tests.cli.test_train import PLAIN, TWO_STEPS, command
@@ -109,6 +109,18 @@ def test_the_golden_response_comes_before_the_context():
     assert [trainer.processing_class.decode(r.completion.ids[:-1]) for r in rollouts(trainer)] == ["gold", "hint"]
     with pytest.raises(RowError, match="Row 0, column 'golden_response': found int; expected text"):
         rollouts(with_rows([{"prompt": "a", "privileged_context": "hint", "golden_response": 4}]))
+
+
+def test_rows_and_anchors_without_a_demonstration_are_refused_before_the_first_step():
+    rows = [{**row, "golden_response": "yes", "teacher_prompt": None} for row in tiny.rows(3)]
+    rows[2] |= {"golden_response": None, "teacher_prompt": rows[2]["prompt"]}
+    with pytest.raises(DataError, match="train_dataset.*Row 2.*golden_response.*found nothing.*bad_rows='skip'"):
+        sft(rows=rows)
+    with pytest.warns(UserWarning, match="1 of 3 rows are invalid and skipped"):
+        assert len(sft(rows=rows, bad_rows="skip").train_dataset) == 2
+    anchors = [{"prompt": "a", "golden_response": "b"}, {"prompt": "c", "golden_response": None}]
+    with pytest.raises(DataError, match="anchor_dataset.*Row 1.*golden_response of the anchors.*found nothing"):
+        sft(anchors=anchors, num_generations=1)
 
 
 def test_of_several_end_tokens_an_answer_ends_with_that_of_its_template():

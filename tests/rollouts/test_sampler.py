@@ -1,6 +1,13 @@
 import pytest
 import torch
-from transformers import GenerationConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM, masking_utils
+from transformers import (
+    GenerationConfig,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    masking_utils,
+)
 
 from sdft_ds.model import prefix_cache
 from sdft_ds.rollouts import decode as decoding
@@ -139,9 +146,57 @@ def test_greedy_log_probabilities_are_unknown_at_another_temperature():
     assert completion.log_probs is None
 
 
-def test_beams_are_refused():
-    with pytest.raises(ValueError, match="num_beams"):
-        Sampler(Sampling({**OPTIONS, "num_beams": 2}, [EOS], PAD, seed=1))
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"num_beams": 2}, "num_beams cannot be set: rollouts sample one completion"),
+        ({"eos_token_id": 3}, "eos_token_id cannot be set: it is that of the model"),
+        ({"stop_strings": ["x"]}, "stop_strings cannot be set: it works on text"),
+        ({"penalty_alpha": 0.5}, "penalty_alpha cannot be set: rollouts sample token by token"),
+        ({"do_sample": "yes"}, "do_sample must be true or false, not 'yes'"),
+        ({"min_length": "a"}, "min_length cannot be a text, 'a'"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+    ],
+)
+def test_options_that_rollouts_cannot_have_are_refused(options, words):
+    with pytest.raises(ValueError, match=f"generation_kwargs: .*{words}"):
+        Sampler(Sampling({**OPTIONS, **options}, [EOS], PAD, seed=1))
+
+
+@pytest.mark.parametrize("option", [{"encoder_no_repeat_ngram_size": 2}, {"encoder_repetition_penalty": 1.5}])
+def test_options_that_remember_the_prompts_of_their_rows_work_when_rows_end(option):
+    prompts, keys, model = [[1, 2, 3], [4, 5, 6, 7], [8, 9]], list("abc"), tiny.llama()
+    option |= {"do_sample": False}
+    first, *others = (each.ids for each in sample(model, prompts, keys, **option))
+    end = next(token for token in first[1:] if not any(token in ids for ids in others))
+
+    def ended(prompts, keys):
+        sampler = Sampler(Sampling({**OPTIONS, **option}, [end], PAD, 1), "generate")
+        return [each.ids for each in sampler.sample(model, prompts, keys, AsItIs())]
+
+    together = ended(prompts, keys)
+    assert len(together[0]) < len(together[1])
+    assert together == [ended([prompt], [key])[0] for prompt, key in zip(prompts, keys, strict=True)]
+
+
+def test_a_model_without_logits_to_keep_is_sampled_from():
+    class Older(LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
+                    **others):  # fmt: skip
+            assert not others.pop("logits_to_keep", 0)
+            return super().forward(
+                input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+                use_cache=use_cache, **others,
+            )  # fmt: skip
+
+        def _supports_logits_to_keep(self):
+            return False
+
+    model = tiny.llama()
+    older = Older(model.config).eval()
+    older.load_state_dict(model.state_dict())
+    prompts, keys = [[1, 2, 3], [4, 5]], ["a", "b"]
+    assert [e.ids for e in sample(older, prompts, keys)] == [e.ids for e in sample(model, prompts, keys)]
 
 
 def test_continuous_batching_is_greedy_where_generate_is():
