@@ -3,9 +3,10 @@
     python -m benchmarks.matrix [--only STAGE] [--json FILE]        about half an hour on 2 CPU cores
 
 Each cell trains a tiny Llama for three steps on real engines. Its losses must be those of one process without
-DeepSpeed with the same adapter, teacher and dtype: within 1e-4 in fp32; in bf16, where a rounding can change a sampled
-token, the first one within 5 % and all of them finite. Prints the table of the README, and what CPU it was made on:
-torch and bitsandbytes have other kernels where there are bf16 units.
+DeepSpeed with the same adapter, teacher and dtype: within 1e-4 in fp32; in bf16 the first one within 5 % and all of
+them finite. There, another number of rows can change the rounding of a product and so move a draw across the border of
+two tokens: if completions of the first step differ, within 25 %. Prints the table of the README, and what CPU it was
+made on: torch and bitsandbytes have other kernels where there are bf16 units.
 """
 
 import argparse
@@ -23,11 +24,12 @@ ADAPTERS = ["full", "LoRA", "QLoRA"]
 KINDS = ["live", "base", "ema"]
 
 
-def cell(stage: str, adapter: str, kind: str, checkpointing: bool, bf16: bool, folder: str) -> list[float]:
-    """Losses of three steps on this rank."""
+def cell(stage: str, adapter: str, kind: str, checkpointing: bool, bf16: bool, folder: str) -> "Found":
+    """The losses of three steps, and the completions of the first one on all ranks."""
     import torch
     from transformers import BitsAndBytesConfig
 
+    from sdft_ds.distributed import ranks
     from tests.helpers.trainers import DS_CONFIGS, Recorder, make_trainer
 
     settings = {"teacher_model_kind": kind, "activation_checkpointing": checkpointing, "bf16": bf16}
@@ -49,7 +51,9 @@ def cell(stage: str, adapter: str, kind: str, checkpointing: bool, bf16: bool, f
         None, lora=adapter != "full", model=folder if adapter == "QLoRA" else None, callbacks=[recorder], **settings
     )
     trainer.train()
-    return [log["loss"] for log in recorder.logs if "loss" in log]
+    losses = [log["loss"] for log in recorder.logs if "loss" in log]
+    padded = [row for of_rank in ranks.all_gather_objects(recorder.completions[0]) for row in of_rank]
+    return losses, [[token for token in row if token != trainer.prompts.tokenizer.pad_token_id] for row in padded]
 
 
 def pairwise(factors: list[list]) -> list[tuple]:
@@ -80,13 +84,18 @@ def torch_world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def is_right(losses: list[float], reference: list[float], bf16: bool, within: float = 1e-4) -> bool:
+Found = tuple[list[float], list[list[int]]]  # what a cell returns
+
+
+def is_right(found: Found, reference: Found, bf16: bool, within: float = 1e-4) -> bool:
     """within: share by which losses in fp32 may differ."""
+    (losses, completions), (expected, sampled) = found, reference
     if not all(map(math.isfinite, losses)):
         return False
-    if bf16:
-        return abs(losses[0] - reference[0]) <= 0.05 * abs(reference[0]) + 1e-3
-    return all(abs(a - b) <= within * abs(b) + 1e-6 for a, b in zip(losses, reference, strict=True))
+    if not bf16:
+        return all(abs(a - b) <= within * abs(b) + 1e-6 for a, b in zip(losses, expected, strict=True))
+    share = 0.05 if sorted(completions) == sorted(sampled) else 0.25
+    return abs(losses[0] - expected[0]) <= share * abs(expected[0]) + 1e-3
 
 
 def main() -> None:
@@ -115,9 +124,9 @@ def main() -> None:
             if key not in references:
                 references[key] = run(1, "none", adapter, kind, False, bf16)
             try:
-                losses = run(ranks, stage, adapter, kind, checkpointing, bf16)
-                right = is_right(losses, references[key], bf16)
-                error = None if right else f"losses {losses}, reference {references[key]}"
+                found = run(ranks, stage, adapter, kind, checkpointing, bf16)
+                right = is_right(found, references[key], bf16)
+                error = None if right else f"found {found}, reference {references[key]}"
             except RankError as raised:
                 right, error = False, str(raised)
             outcome = dict(

@@ -5,6 +5,7 @@
 
 import itertools
 import json
+import math
 import sys
 
 import pytest
@@ -42,8 +43,17 @@ def test_on_workers(one_rank, two_ranks, folder, chosen):
     stage, adapter, kind, checkpointing, ranks, bf16 = chosen
     reference = one_rank.run(cell, "none", adapter, kind, False, bf16, str(folder))[0]
     workers = {1: one_rank, 2: two_ranks}[ranks]
-    for losses in workers.run(cell, stage, adapter, kind, checkpointing, bf16, str(folder)):
-        assert is_right(losses, reference, bf16), (losses, reference)
+    for found in workers.run(cell, stage, adapter, kind, checkpointing, bf16, str(folder)):
+        assert is_right(found, reference, bf16), (found, reference)
+
+
+def test_what_is_right_in_bf16_depends_on_what_was_sampled():
+    reference = ([1.0, 2.0], [[1], [2], [3], [4]])
+    assert is_right(([1.04, 9.0], [[4], [3], [2], [1]]), reference, True)
+    assert not is_right(([1.06, 2.0], [[1], [2], [3], [4]]), reference, True)
+    assert is_right(([1.2, 2.0], [[1], [2], [3], [5]]), reference, True)
+    assert not is_right(([1.3, 2.0], [[1], [2], [3], [5]]), reference, True)
+    assert not is_right(([1.0, math.nan], [[1], [2], [3], [4]]), reference, True)
 
 
 @pytest.mark.full
