@@ -111,6 +111,8 @@ def resume_command(environment: Mapping[str, str]) -> str:
     launchers' variables."""
     flags = sys.argv[1:]
     program = sys.orig_argv[: len(sys.orig_argv) - len(flags)]
+    if not program or sys.orig_argv[len(program) :] != flags:  # sys.argv was replaced by a program
+        return "the same call with --resume_from_checkpoint true"
     script, local = program[-1], [flag for flag in flags if flag.startswith(("--local_rank", "--local-rank"))]
     if local and environment.get("WORLD_SIZE") == environment.get("LOCAL_SIZE"):
         program = [_beside_python("deepspeed"), "--num_gpus", environment["WORLD_SIZE"], script]

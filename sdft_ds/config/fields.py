@@ -177,7 +177,7 @@ def check_ranges(config: Any) -> None:
             continue
         if choices is not None and value not in choices:
             raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}.")
-        if valid is not None and (value is None or not valid.holds(value)):
+        if valid is not None and (value is None or isinstance(value, str) or not valid.holds(value)):
             words = f"{valid.words} or None" if optional else valid.words
             raise ValueError(f"{f.name} must be {words}, not {value!r}.")
 

@@ -86,7 +86,7 @@ def refuse_contradictions(config: Any) -> None:
     refuse_vllm_contradictions(config)
     if config.fp16 and config.use_cpu:
         raise ValueError(
-            "fp16=True needs a GPU, and this run is on the CPU: set bf16=True, or bf16=False for float32."
+            "fp16=True needs a GPU, and this run is on the CPU: leave it out; bf16=False alone is float32."
         )
     if config.num_loss_tokens_to_skip >= config.max_completion_length:
         raise ValueError(

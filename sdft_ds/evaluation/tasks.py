@@ -112,14 +112,18 @@ def _row(text: str, index: int, scorer: str, answer_needed: bool) -> TaskRow:
     except json.JSONDecodeError as error:
         raise ValueError(f"Row {index} is not JSON ({error}); expected JSON Lines, one object per line.") from None
     if not isinstance(row, dict) or "prompt" not in row:
-        raise ValueError(f"Row {index}: expected an object with 'prompt' and 'answer'.")
+        found = f", found {', '.join(row)}" if isinstance(row, dict) else ""
+        raise ValueError(f"Row {index}: expected an object with 'prompt' and 'answer'{found}.")
     prompt = checked_prompt(row["prompt"], index)
     if row.get("system") is not None:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         prompt = [{"role": "system", "content": row["system"]}, *turns]
     told = {name: row[name] for name in ("privileged_context", "teacher_prompt") if row.get(name)}
     in_context = example_from_row({"prompt": prompt, **told}, index) if told else None
-    made = TaskRow(prompt, row.get("answer"), row.get("scorer") or scorer, in_context, index)
+    answer = row.get("answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    made = TaskRow(prompt, answer, row.get("scorer") or scorer, in_context, index)
     if made.answer is None and answer_needed:
         raise ValueError(f"Row {index}, column 'answer': found nothing; without it an answer cannot be scored.")
     try:

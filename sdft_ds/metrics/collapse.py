@@ -22,15 +22,14 @@ KEPT, KL = "tasks/retention/accuracy", "tasks/retention/kl_to_start"
 
 @dataclass(frozen=True)
 class Limit:
-    """A metric is out of its range above `most` or below `least`; words: what that means."""
+    """A metric is out of its range above `most`; words: what that means."""
 
     metric: str
     words: str
-    most: float = float("inf")
-    least: float = float("-inf")
+    most: float
 
     def is_passed(self, logs: dict[str, float]) -> bool:
-        return not self.least <= logs.get(self.metric, self.least) <= self.most
+        return not logs.get(self.metric, 0.0) <= self.most
 
 
 # Measured on the demo: a live teacher at a learning rate of 1e-2 reaches 0.9 repeated and an entropy of 0; runs that
@@ -38,8 +37,8 @@ class Limit:
 LIMITS = (
     Limit(REPEATED, "of the completions' 4-grams repeat earlier ones of the same completion", most=0.5),
     Limit(EMPTY, "of the completions end at once", most=0.5),
-    Limit(ENTROPY, "nats/token is the student's entropy: it samples one answer only", least=1e-3),
 )
+LEAST_ENTROPY = 1e-3  # nats/token, where it has fallen tenfold: a model may be as sure of its answers from the start
 LONGER = 4.0  # times the first log line's mean length, with more than half of the completions cut
 PATIENCE = 2  # log lines in a row
 # Of the retention set: the share of the accuracy at the start, and nats/token, for a set without answers. Runs that
@@ -65,7 +64,7 @@ class CollapseGuard(TrainerCallback):
         self, args: SDFTConfig, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: object
     ) -> None:
         if "loss" in logs and LENGTH in logs:
-            signs = _signs_in_text(logs, _first(LENGTH, state))
+            signs = _signs_in_text(logs, state)
             self.in_a_row = self.in_a_row + 1 if signs else 0
             if self.in_a_row >= PATIENCE:
                 lost = "The weights are likely lost since the last checkpoint before it"
@@ -99,8 +98,11 @@ def _first(metric: str, state: TrainerState) -> float:
     return next(line[metric] for line in state.log_history if metric in line)
 
 
-def _signs_in_text(logs: dict[str, float], first_length: float) -> list[str]:
+def _signs_in_text(logs: dict[str, float], state: TrainerState) -> list[str]:
     signs = [f"{logs[limit.metric]:.2g} {limit.words}" for limit in LIMITS if limit.is_passed(logs)]
+    if ENTROPY in logs and logs[ENTROPY] < min(LEAST_ENTROPY, _first(ENTROPY, state) / 10):
+        signs.append(f"{logs[ENTROPY]:.2g} nats/token is the student's entropy: it samples one answer only")
+    first_length = _first(LENGTH, state)
     if logs[LENGTH] > LONGER * first_length and logs.get(CLIPPED, 0.0) > 0.5:
         signs.append(f"completions have grown from {first_length:.0f} to {logs[LENGTH]:.0f} tokens")
     return signs

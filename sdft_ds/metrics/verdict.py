@@ -132,8 +132,10 @@ def _of_retention(run: Run, answers: list[_Answers]) -> Iterator[str]:
         words = "Forgotten" if lost else "Kept" if kl <= KEPT_KL else "Moved away from the start"
         text = f"{words}: the retention set is {kl:.3g} nats per token from the start"
         yield text + (f", right answers {right.before:.2f} → {right.after:.2f}." if right else ".")
-    if values := run.series(ANCHORS)[1]:
-        yield f"On the anchors, which it trains on, it is {_end(values):.3g} nats per token from the start."
+    steps, values = run.series(ANCHORS)
+    if values:
+        when = "is" if steps[-1] == run.log[-1]["step"] else f"was, at step {steps[-1]},"
+        yield f"On the anchors, which it trains on, it {when} {_end(values):.3g} nats per token from the start."
 
 
 # ---- what to change -------------------------------------------------------------------------------------------------

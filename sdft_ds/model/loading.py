@@ -5,8 +5,10 @@ Tokenizer and config, which data validation needs, are available before the weig
 
 import copy
 import json
+import re
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -150,16 +152,29 @@ def _config_by_name(model: str, args: SDFTConfig) -> PreTrainedConfig:
     name = model
     if adapter is not None:
         name, options = adapter["base_model_name_or_path"], _of_the_base(options, adapter)
-    try:
+    with found(name):
         return AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:  # may not name the model
-        raise ValueError(f"The model {name}: {error}") from None
+
+
+@contextmanager
+def found(name: str) -> Iterator[None]:
+    """Within the block a model is loaded by this name, a folder or a hub id. Raises ValueError, naming it, if it
+    cannot be: the errors of transformers may not name it, and take a folder that is not there for a hub id."""
+    path = Path(name)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None and not path.exists():
+        raise ValueError(f"The model {name}: there is no such folder.")
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        missing = "there is no such folder, and from the hub: " if "/" in name and not path.exists() else ""
+        raise ValueError(f"The model {name}: {missing}{error}") from None
 
 
 def adapter_config(model: str | None, args: SDFTConfig) -> dict[str, Any] | None:
     """The contents of adapter_config.json if `model` is the name or folder of an adapter, else None."""
-    options = _hub_options(args)
-    file = find_adapter_config_file(model, **{k: v for k, v in options.items() if k != "trust_remote_code"})
+    options = {name: value for name, value in _hub_options(args).items() if name != "trust_remote_code"}
+    with nullcontext() if model is None else found(model):
+        file = find_adapter_config_file(model, **options)
     if file is None:
         return None
     config = json.loads(Path(file).read_text())

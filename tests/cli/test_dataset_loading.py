@@ -323,9 +323,10 @@ def test_columns_for_functions_of_ones_own_are_kept():
     rows = Dataset.from_list([{"question": "Why?", "answer": "B", "kind": "mcq"}])
     script = ScriptArguments(prompt_column="question", method="sdpo")
     (row,) = map_columns(rows, script)
-    assert row == {"question": "Why?", "prompt": "Why?", "privileged_context": None, "answer": "B", "kind": "mcq"}
+    kept = {"question": "Why?", "answer": "B", "kind": "mcq"}
+    assert row == {**kept, "prompt": "Why?", "privileged_context": None, "golden_response": "B"}
     with pytest.raises(ValueError, match="none of the others is known"):
-        map_columns(rows, ScriptArguments(prompt_column="question"))
+        map_columns(rows.remove_columns("answer"), ScriptArguments(prompt_column="question"))
 
 
 def test_a_golden_response_is_no_feedback_but_what_a_reward_compares_with():

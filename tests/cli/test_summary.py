@@ -72,6 +72,12 @@ def test_a_resume_without_a_value_takes_no_other_flag_along(monkeypatch, resume)
     assert resume_command({}) == f"{kept} --resume_from_checkpoint true"
 
 
+def test_a_program_that_replaced_its_arguments_is_told_to_call_again(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "notebook.py"])
+    monkeypatch.setattr(sys, "argv", ["x", "--model", "m", "--dataset", "d.jsonl"])
+    assert resume_command({}) == "the same call with --resume_from_checkpoint true"
+
+
 def test_the_end_says_what_is_known_and_how_to_go_on(tmp_path):
     """As on the page; without questions it says how to ask them."""
 

@@ -80,6 +80,22 @@ def test_a_mistake_is_one_line(run, flags, words):
     assert words in exit.value.code and "\n" not in exit.value.code
 
 
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("/nowhere/model", "The model /nowhere/model: there is no such folder."),
+        ("runs/nowhere", "The model runs/nowhere: there is no such folder, and from the hub: "),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(run, name, words):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([name, *run[2]])
+    assert words in exit.value.code
+    with pytest.raises(SystemExit) as exit:
+        train.main(["--model", name, "--dataset", str(run[0].parent / "train.jsonl"), "--bf16", "false"])
+    assert words in exit.value.code and "Repo id" not in exit.value.code
+
+
 def test_a_start_is_needed(run):
     start, _, questions = run
     with pytest.raises(SystemExit, match="--start STARTING_MODEL"):

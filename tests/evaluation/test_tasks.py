@@ -91,7 +91,11 @@ WRONG = [
     (["[1]"], "t.jsonl: Row 0: expected an object"),
     ([{**ROW, "scorer": "choice"}], "t.jsonl: Row 0, column 'answer': the answer is 'Norway'; expected one letter"),
     ([{**ROW, "scorer": "luck"}], "t.jsonl: Row 0, column 'answer': there is no scorer 'luck'"),
-    ([{**ROW, "answer": 3}], "t.jsonl: Row 0, column 'answer': the answer is 3"),
+    ([{**ROW, "answer": [3]}], "t.jsonl: Row 0, column 'answer': the answer is [3]"),
+    (
+        [{"question": "Why?", "answer": "B"}],
+        "t.jsonl: Row 0: expected an object with 'prompt' and 'answer', found question, answer",
+    ),
     ([], "t.jsonl has no rows"),
 ]
 
@@ -101,6 +105,11 @@ def test_a_wrong_row_is_named(tmp_path, rows, words):
     with pytest.raises(ValueError) as error:
         read_tasks([written(tmp_path / "t.jsonl", *rows)])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_number_is_an_answer(tmp_path):
+    (task,) = read_tasks([written(tmp_path / "t.jsonl", {**ROW, "answer": 4}) + ":contains"])
+    assert task.rows[0].score("2 + 2 is 4.") and not task.rows[0].score("5")
 
 
 def test_wrong_values(tmp_path):

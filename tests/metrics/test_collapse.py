@@ -56,6 +56,12 @@ def test_what_is_in_its_range_is_not_told():
     assert told({}, {}, {}, fine=sparse)[0] is None
 
 
+def test_a_model_that_was_as_sure_from_the_start_has_not_collapsed():
+    sure = {"entropy/student": 4e-4}
+    assert told(sure, sure, sure)[0] is None
+    assert "is the student's entropy" in told(sure, {}, {"entropy/student": 1e-5}, {"entropy/student": 1e-5})[0]
+
+
 def test_after_a_resume_lengths_are_still_compared_with_the_first():
     longer = {"completions/mean_length": 41.0}
     assert "grown from 10 to 41 tokens" in told(longer, longer, before=[{}, longer])[0]

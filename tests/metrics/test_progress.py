@@ -92,7 +92,7 @@ SECONDS = {"optimizer": 1.0 + 7.0, "rollout": 4.0, "student": 13.0 + 12.0, "teac
 def test_a_phase_within_a_phase_has_its_own_time(monkeypatch):
     now = iter(MOMENTS)
     meters = Meters(lambda tensor, how: tensor, torch.device("cpu"))
-    monkeypatch.setattr(sys.modules[Meters.__module__], "_now", lambda: next(now))
+    monkeypatch.setattr(meters, "_now", lambda: next(now))
     in_phases(meters)
     assert seconds(meters) == SECONDS
 

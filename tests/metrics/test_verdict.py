@@ -32,6 +32,12 @@ def run(asked=(), distances=(1.0, 0.5), log=None, config=None, retention=(), row
 CASES = {
     # what is known, and what is advised: the beginnings of the sentences, all of them
     "nothing asked": (run(), [FELL], [NOT_ASKED, NOT_MEASURED]),
+    "anchors that came last before the end": (
+        run(ASKED, log=[{**run().log[0], "anchors/distillation_loss": 0.5}, *run().log[1:]]),
+        ["Learned: right answers in new", "Unchanged: right answers in old", FELL,
+         "On the anchors, which it trains on, it was, at step 3, 0.5 nats per token"],
+        [],
+    ),
     "learned and kept": (
         run(ASKED),
         ["Learned: right answers in new 0.00 → 0.90 (20 questions).", "Unchanged: right answers in old", FELL],

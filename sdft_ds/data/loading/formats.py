@@ -39,12 +39,15 @@ FORMATS = {
     "prompt_context": Format({"prompt": "prompt", "privileged_context": "privileged_context"}),
     "prompt_golden_response": Format({"prompt": "prompt", "golden_response": "golden_response"}),
     "question_document": Format({"prompt": "question", "privileged_context": "document"}),
+    "question_answer": Format({"prompt": "question", "golden_response": "answer"}),
     "alpaca": Format({"prompt": "instruction", "golden_response": "output"}, {"input": "input", "system": "system"}),
     "sharegpt": Format({"prompt": "conversations"}, {"system": "system"}, ("from", "value")),
     "messages": Format({"prompt": "messages"}, {"system": "system"}, ("role", "content")),
     "prompt_completion": Format({"prompt": "prompt", "golden_response": "completion"}),
     "messages_output_text": Format({"prompt": "messages", "golden_response": "output_text"}),
 }
+# Formats that count before others with the same columns.
+GIVE_WAY = {"messages_output_text": ("messages", "sharegpt"), "question_document": ("question_answer",)}
 OWN = ("prompt_context", "prompt_golden_response")
 COLUMN_NAMES = {name for each in FORMATS.values() for name in each.columns.values()} | {*CONVERSATIONS}
 
@@ -151,8 +154,9 @@ def _recognised(
             matches += [(name, column) for column in _of_keys(present, format.keys, rows)]
         elif name not in OWN and fits(name, found, given):
             matches.append((name, None))
-    if any(name == "messages_output_text" for name, _ in matches):
-        matches = [match for match in matches if match[0] not in ("messages", "sharegpt")]
+    for name, without in GIVE_WAY.items():
+        if any(match[0] == name for match in matches):
+            matches = [match for match in matches if match[0] not in without]
     if len(matches) == 1:
         return matches[0]
     if not matches and or_prompt:

@@ -12,6 +12,7 @@ from datasets import Dataset, Features, IterableDataset, Json, Value
 
 from sdft_ds.data.loading.formats import (
     AUTO,
+    COLUMN_NAMES,
     DEMONSTRATION_TEMPLATE,
     Columns,
     decoded,
@@ -91,6 +92,8 @@ class RowReader:
         named for the training data counts where the anchors have it."""
         found, rows = _head(dataset, source)
         given = {role: column for role, column in self.columns.items() if column in found}
+        if len(found) == 1 and found[0] not in COLUMN_NAMES:
+            given = {"prompt": found[0]}
         name = self.format if self.format != AUTO and fits(self.format, found, given) else AUTO
         columns = self._columns(resolve(found, rows, name, given, source, context_optional=True))
         if columns.dialogue or columns.columns["prompt"] != "prompt":

@@ -32,6 +32,7 @@ ROWS = {
     "prompt_golden_response": ({"prompt": "Why?", "golden_response": ["So", "it is."]}, [USER],
                                "Example response: So\nit is.", "So\nit is."),
     "question_document": ({"question": "Why?", "document": "It is so."}, [USER], "It is so.", None),
+    "question_answer": ({"question": "Why?", "answer": "So."}, [USER], EXAMPLE, "So."),
     "alpaca": ({"instruction": "Translate.", "input": "Porquê?", "output": "So."},
                [{"role": "user", "content": "Translate.\n\nPorquê?"}], EXAMPLE, "So."),
     "sharegpt": ({"conversations": SHAREGPT}, [*EARLIER, USER], EXAMPLE, "So."),
@@ -254,6 +255,7 @@ def test_anchors_in_any_format(tmp_path):
         "d": {"prompt": "Why?", "answer": "So."},
         "e": {"instruction": "Why?", "input": None, "output": "So."},
         "f": {"q": "Why?"},
+        "g": {"text": "Why?"},
     }
     for name, row in rows.items():
         args = ScriptArguments(anchor_path=[write(tmp_path / f"{name}.jsonl", row)], prompt_column="q", method="sft")
@@ -263,8 +265,8 @@ def test_anchors_in_any_format(tmp_path):
     for name in ("alpaca", "sharegpt"):
         everyday = load_anchors(ScriptArguments(anchor_path=["everyday"], dataset_format=name))
         assert everyday.column_names == ["prompt"] and len(everyday) > 50
-    with pytest.raises(DataError, match="columns x: they are those of no known format"):
-        load_anchors(ScriptArguments(anchor_path=[write(tmp_path / "x.jsonl", {"x": "y"})]))
+    with pytest.raises(DataError, match="columns x, z: they are those of no known format"):
+        load_anchors(ScriptArguments(anchor_path=[write(tmp_path / "x.jsonl", {"x": "y", "z": "y"})]))
 
 
 def test_the_result_is_cached(tmp_path):
