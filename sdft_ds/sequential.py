@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_ds.checkpoint.preemption import MARKER
-from sdft_ds.cli import arguments
+from sdft_ds.cli import arguments, dataset_loading
+from sdft_ds.cli.script_arguments import ScriptArguments
 from sdft_ds.evaluation.tasks import RETENTION, read_tasks
 from sdft_ds.files import atomic_write
 from sdft_ds.merge import merge
@@ -90,6 +91,7 @@ class Plan:
         self.output.mkdir(parents=True, exist_ok=True)
         record = self.output / FINISHED
         finished = json.loads(record.read_text()) if record.exists() else []
+        self._check_data(len(finished))
         for i, stage in enumerate(self.stages):
             about = {"name": stage.name, "train": stage.train, "flags": self.flags}
             if i < len(finished):
@@ -104,6 +106,17 @@ class Plan:
             finished.append(about)
             _write(record, json.dumps(finished, indent=1))
             self.report(i + 1)
+
+    def _check_data(self, first: int) -> None:
+        """Read the training rows of all stages from `first` on. Raises ValueError, naming the stage."""
+        for i, stage in list(enumerate(self.stages))[first:]:
+            flags = self.command(i)[len(self.train) :]
+            values = arguments.resolve(flags, {}).values
+            script = ScriptArguments(**{f.name: values[f.name] for f in fields(ScriptArguments) if f.init})
+            try:
+                dataset_loading.load(script, evaluates=False, seed=0)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"Stage {stage.name}: {error}") from None
 
     def _train(self, i: int) -> None:
         status = subprocess.run(self.command(i)).returncode

@@ -241,6 +241,8 @@ def rotate(run_folder: str, run: str, limit: int | None, best: str | None) -> No
 def require_complete(folder: str | Path) -> None:
     """Raises DamagedCheckpoint, naming the file, if the checkpoint is not complete."""
     wrong = problem(folder)
+    if wrong is not None and (within := checkpoints(str(folder))):
+        raise DamagedCheckpoint(f"{folder} is the folder of a run, not a checkpoint: give {within[0]}, its last one.")
     if wrong is not None:
         raise DamagedCheckpoint(
             f"{wrong}. Resume from another checkpoint, or with resume_from_checkpoint=True (command line: "

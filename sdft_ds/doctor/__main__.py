@@ -7,16 +7,21 @@ Exit status 1 if any line is `fail`.
 
 import argparse
 import json
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 from sdft_ds.doctor import checks, vllm
 from sdft_ds.doctor.checks import FAIL, OK, WARN, Finding
 
+SLOW = 5.0  # seconds
 COLOURS = {OK: "green", WARN: "yellow", FAIL: "red"}
 
 
@@ -57,7 +62,8 @@ def show(todo: dict[str, Callable[[], Finding]]) -> dict[str, Finding]:
     with console.status("") as status:
         for name, check in todo.items():
             status.update(f"{name} ...")
-            findings[name] = finding = examine(check)
+            with said_if_slow(name, console):
+                findings[name] = finding = examine(check)
             text = Text(finding.found)
             if finding.remedy:
                 text.append(f"\n-> {finding.remedy}", "bold")
@@ -70,6 +76,18 @@ def show(todo: dict[str, Callable[[], Finding]]) -> dict[str, Finding]:
     return findings
 
 
+@contextmanager
+def said_if_slow(name: str, console: Any) -> Iterator[None]:
+    """In a log, which has no status line: says that a check is under way if it takes longer than a few seconds."""
+    timer = threading.Timer(SLOW, console.print, [f"{name}: still at it; this may take minutes ..."])
+    if not console.is_terminal:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def fit(findings: dict[str, Finding]) -> bool:
     return all(finding.status != FAIL for finding in findings.values())
 
@@ -79,6 +97,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("."), help="Where a run would save; need not exist.")
     parser.add_argument("--json", action="store_true", help="Print JSON; what happens without rich, too.")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the checks' processes as well
     todo = all_checks(args.output_dir)
     if args.json or util.find_spec("rich") is None:
         findings = {name: examine(check) for name, check in todo.items()}

@@ -109,6 +109,12 @@ def test_nothing_there(tmp_path):
         storage.require_complete(tmp_path / "none")
 
 
+def test_the_folder_of_a_run_is_no_checkpoint(tmp_path):
+    (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(storage.DamagedCheckpoint, match="folder of a run, not a checkpoint: give .*checkpoint-7"):
+        storage.require_complete(tmp_path)
+
+
 def test_a_step_counts_where_it_is_of_this_run(tmp_path):
     assert storage.step_in(tmp_path, tmp_path / "checkpoint-7") == 7
     assert storage.step_in(tmp_path, tmp_path / "other" / "checkpoint-7") is None

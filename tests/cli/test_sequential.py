@@ -142,6 +142,14 @@ def test_a_mistake_is_one_line(tmp_path, sequential, arguments, words):
     assert said.startswith("sdft_ds: ") and words in said and "\n" not in said
 
 
+def test_the_data_of_all_stages_are_looked_at_before_the_first_is_trained(tmp_path, sequential):
+    stages = files(tmp_path)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"x": 1, "y": 2}))
+    said = sequential(*stages, "--output_dir", tmp_path / "out", "--", "--model_name_or_path", "m")
+    assert said.startswith("sdft_ds: Stage b: ") and "columns x, y" in said
+    assert not (tmp_path / "out" / "calls.jsonl").exists()
+
+
 def test_forgotten_is_the_best_since_a_tasks_own_stage_less_the_last():
     rows = [{"a": 0.9, "b": 0.8, "c": 0.0}, {"a": 0.5, "b": 0.7, "c": 0.0}, {"a": 0.6, "b": 0.4, "c": 0.0}]
     assert forgotten(["a", "b", "c"], rows[:2]) == {}

@@ -264,6 +264,16 @@ def test_a_reward_that_fails_ends_the_run_or_is_unknown(function):
     )
 
 
+def never(n, **others):
+    return [0.0] * len(n)
+
+
+def test_without_a_solution_or_feedback_nothing_is_learned_and_it_says_why():
+    trainer = make_trainer(**{**SDPO, "functions": {"reward_funcs": never}, "max_steps": 1})
+    with pytest.warns(UserWarning, match="no completion had a solution of its prompt or feedback"):
+        trainer.train()
+
+
 def test_so_it_does_on_every_rank(two_ranks):
     """Also on the rank whose rewards did not fail."""
     with pytest.raises(RankError) as caught:
