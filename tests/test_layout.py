@@ -42,9 +42,10 @@ TOOLS = {
 # Attributes of transformers.Trainer that are not part of its interface: an upgrade of transformers is checked by them.
 TRAINER_PRIVATES = {
     "_evaluate", "_export_callbacks", "_finalize_training", "_finish_current_push", "_get_grad_norm",
-    "_get_output_dir", "_init_training_state", "_initial_global_step", "_inner_training_loop", "_load_best_model",
-    "_load_optimizer_and_scheduler", "_push_from_checkpoint", "_run_epoch", "_save", "_save_checkpoint",
-    "_save_optimizer_and_scheduler", "_save_rng_state", "_save_scaler", "_tr_loss", "_train_batch_size",
+    "_get_output_dir", "_init_training_state", "_initial_global_step", "_inner_training_loop",
+    "_issue_warnings_after_load", "_load_best_model", "_load_optimizer_and_scheduler", "_push_from_checkpoint",
+    "_run_epoch", "_save", "_save_checkpoint", "_save_optimizer_and_scheduler", "_save_rng_state", "_save_scaler",
+    "_tr_loss", "_train_batch_size",
 }  # fmt: skip
 DEEPSPEED = re.compile(
     r"\bds_(id|tensor|shape|numel)\b|GatheredParameters|zero_optimization_stage|\.zero_stage\b|latest_universal|"

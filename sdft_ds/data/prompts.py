@@ -366,8 +366,9 @@ class PromptBuilder:
             rendered = render(text)
         if len(rendered.ids) > limit or not text:
             raise PromptTooLong(
-                f"{what} has {length} tokens, over the limit of {limit}, and cutting the user's text cannot fix it: "
-                "the template and the other messages are never cut. Raise the limit."
+                f"{what} has {length} tokens, over the limit of {limit}, and cutting cannot fix it: the template and "
+                "all messages but the user's last are never cut, nor is the prompt in the teacher's. Raise the limit; "
+                "where the model has no room for more, lower max_prompt_length or max_completion_length."
             )
         self.counts[counter] += 1
         return rendered

@@ -169,7 +169,10 @@ class ResumableTrainer(UploadingTrainer):
         if ranks.rank() == 0:
             moved = output_dir.begin(directory, self.run_id, fresh=folder is None)
             if moved is not None:
-                ranks.tell(f"The records of an earlier run in {directory} were moved to {moved}.")
+                told = f"The records of an earlier run in {directory} were moved to {moved}."
+                if any(Path(directory).glob("*.safetensors")):
+                    told += " At its end this run replaces that one's model: to keep it, stop now and move it."
+                ranks.tell(told)
 
     def _check_settings(self, folder: Path) -> None:
         saved = resume_settings.load(folder)
@@ -251,6 +254,16 @@ class ResumableTrainer(UploadingTrainer):
             engines.fix_universal_checkpoint(self.model_wrapped, checkpoint_dir)
             resume_settings.restore(self.optimizer, self.lr_scheduler, self.hyperparameters)
             self.load_own_state(checkpoint_dir, self.same_ranks)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Not of tied weights, which are saved under one of their names."""
+        names: dict[int, list[str]] = {}
+        for name, param in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(param), []).append(name)
+        absent = set(load_result.missing_keys)
+        saved = {name for tied in names.values() if not absent.issuperset(tied) for name in tied}
+        missing = [name for name in load_result.missing_keys if name not in saved]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _load_best_model(self) -> None:
         """Also loads the objective's weights. If this run cannot load the best checkpoint, it keeps the last step's

@@ -1,6 +1,8 @@
 """One folder, one run: what another one left in it is neither taken for its own, nor mixed with it, nor lost."""
 
+import contextlib
 import json
+import logging
 
 import pytest
 from peft import LoraConfig
@@ -72,6 +74,20 @@ def test_a_resume_on_another_base_model_says_so(tmp_path, capsys):
     assert "Resuming with the model 'second'; the checkpoint was made with 'first'." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_weights_are_not_told_to_be_missing(tmp_path, caplog, monkeypatch, tied):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1}
+    make_trainer(model=tiny.llama(tie_word_embeddings=True), max_steps=1, **settings).train()
+    model = tiny.llama(tie_word_embeddings=tied)
+    trainer = make_trainer(model=model, max_steps=2, **settings)
+    with contextlib.nullcontext() if tied else pytest.raises(CannotResume):
+        trainer.train(resume_from_checkpoint=True)
+    assert "missing keys" not in caplog.text
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert ("lm_head.weight" in caplog.text) is not tied
+
+
 def test_a_run_that_this_process_began_may_be_started_anew(tmp_path):
     """As in a notebook: nothing of the first is taken for the second's, or deleted for it."""
     start(None, str(tmp_path), max_steps=4, save_steps=2)
@@ -93,6 +109,10 @@ def test_records_are_of_one_run(tmp_path):
     (kept,) = (tmp_path / "_earlier_runs").iterdir()
     assert (kept / "metrics.jsonl").read_text() == first and len(list((kept / "completions").iterdir())) == 3
     assert f"The records of an earlier run in {tmp_path} were moved to {kept}." in second["said"]
+    assert "this run replaces that one's model" not in second["said"]
+    (tmp_path / "model.safetensors").write_text("")  # as a run leaves it that was saved at its end
+    third = start(None, str(tmp_path), max_steps=2, **settings)
+    assert "At its end this run replaces that one's model: to keep it, stop now and move it." in third["said"]
 
 
 def test_a_resume_goes_on_with_the_records_that_are_there(tmp_path):
