@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from datasets import IterableDataset
+
 from sdft_ds.checkpoint import output_dir
 from sdft_ds.checkpoint.output_dir import OutputFolderInUse
 from sdft_ds.checkpoint.storage import CannotResume
@@ -25,6 +27,7 @@ from sdft_ds.metrics.completions import ShowCompletions
 from sdft_ds.metrics.nonfinite import TooManyNonFiniteSteps
 from sdft_ds.model import loading
 from sdft_ds.objectives.feedback import FeedbackError
+from sdft_ds.preview.teacher_check import CheckTeacher
 from sdft_ds.rollouts.sampler import NonFiniteLogits
 from sdft_ds.trainer import TRAINERS, MethodTrainer
 
@@ -117,6 +120,9 @@ def _trainer(
         anchor_dataset=anchors,
         **functions,
     )
+    is_stream = isinstance(train_dataset, IterableDataset)
+    if args.method == "sdft" and script.teacher_check_rows and not script.makes_contexts and not is_stream:
+        trainer.add_callback(CheckTeacher(trainer, script.teacher_check_rows))
     if evaluates and script.eval_num_prompts:
         shown = (trainer.eval_dataset, script.eval_num_prompts)
         trainer.add_callback(ShowCompletions(trainer.rollouts.generate, trainer.prompts, *shown))

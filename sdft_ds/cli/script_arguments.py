@@ -117,6 +117,13 @@ class ScriptArguments:
         "files or a folder, as dataset_path; everyday: prompts of everyday use that come with this program; none. Of "
         "each row only the prompt is read, and for --method sft its golden response. See anchor_fraction.",
     )
+    teacher_check_rows: int = setting(
+        4,
+        "Rows by which the teacher is checked before the first step of SDFT: the answers with and without the "
+        "context, and a verdict. 0: none. A stream, and contexts made after the rollout, are not checked.",
+        valid=at_least(0),
+        only_with=OF_DATA,
+    )
     eval_num_prompts: int | None = setting(
         8,
         "Evaluation prompts whose completions are printed after training; 0: none.",

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sdft_ds.data.batch import Completion, Rollout
 from sdft_ds.data.prompts import PromptPair, RenderedPrompt
 from sdft_ds.data.rows import Example, example_from_row
+from sdft_ds.distributed import ranks
 from sdft_ds.evaluation.task_evaluation import EvalModel, TaskEvaluator
 from sdft_ds.evaluation.tasks import Task
 from sdft_ds.trainer import SDFTTrainer
@@ -17,6 +19,7 @@ from sdft_ds.trainer import SDFTTrainer
 # Nats per token below which a context does not help. On SmolLM2-135M contexts that say the answer gain 1.5 to 1.9, and
 # others -0.3 to 0.1.
 LEAST_GAIN = 0.1
+SHOWN = 80  # characters of an answer
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class TeacherCheck:
     without, nats per token, the mean over rows. golden: how much likelier the golden response of each row is with its
     context than without, and than with the context of another row, whichever is less: any context makes an answer that
     says something likelier to a model that would decline. Empty without golden responses. tasks: by name, those with
-    a context in any row.
+    a context in any row. answers: by row, the texts of the student's and of the teacher's.
     """
 
     rows: int
@@ -44,23 +47,32 @@ class TeacherCheck:
     gain: float
     golden: dict[int, float]
     tasks: dict[str, TaskAccuracy] = field(default_factory=dict)
+    answers: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def lines(self) -> list[str]:
         """The findings and the verdict, in words."""
         said = [
             f"Teacher check, {self.rows} rows: with the context the model's greedy answer is another one in "
-            f"{self.rows - self.same} of them, and {self.gain:.2g} nats per token likelier than without."
+            f"{self.rows - self.same} of them, and {_likelier(self.gain)} than without."
         ]
         if self.golden:
             mean = sum(self.golden.values()) / len(self.golden)
-            said.append(f"By its own context a golden response gets {mean:.2g} nats per token likelier.")
+            said.append(f"By its own context a golden response gets {_likelier(mean)}.")
         said += [
             f"Task {name}, {task.rows} rows with a context: {task.student:.2f} of them are answered right without it, "
             f"{task.teacher:.2f} with it."
             for name, task in self.tasks.items()
         ]
         return [*said, self.verdict]
+
+    @property
+    def example(self) -> str:
+        """The two answers of a row, one where they differ if there is any."""
+        index, (own, told) = next(
+            (each for each in self.answers.items() if each[1][0] != each[1][1]), next(iter(self.answers.items()))
+        )
+        return f"Row {index} is answered {_shown(own)} without its context, and {_shown(told)} with it."
 
     @property
     def verdict(self) -> str:
@@ -103,6 +115,36 @@ class TeacherCheck:
         return said
 
 
+def _likelier(gain: float) -> str:
+    return f"{abs(gain):.2g} nats per token {'likelier' if gain >= 0 else 'less likely'}"
+
+
+def _shown(text: str) -> str:
+    """A text in quotation marks, in one line, cut to SHOWN characters."""
+    text = " ".join(text.split())
+    return repr(text if len(text) <= SHOWN else text[: SHOWN - 3] + "...")
+
+
+class CheckTeacher(TrainerCallback):
+    """Says before the first step of a new run whether the teacher can teach, by the first `count` rows. On every rank,
+    with the same rows. No random number is drawn and no weight changed."""
+
+    def __init__(self, trainer: SDFTTrainer, count: int):
+        self.trainer = trainer
+        self.count = count
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step > 0:
+            return
+        dataset = self.trainer.train_dataset
+        rows = {index: dataset[index] for index in range(min(self.count, len(dataset)))}
+        ranks.tell(f"Looking at the teacher's answers to {len(rows)} rows before the first step.")
+        found = check(self.trainer, rows, golden={})
+        ranks.tell(" ".join([*found.lines, found.example]))
+
+
 def check(
     trainer: SDFTTrainer, rows: dict[int, dict[str, Any]], golden: dict[int, str], tasks: Sequence[Task] = ()
 ) -> TeacherCheck:
@@ -126,12 +168,14 @@ def check(
         others = _with_the_next_context(trainer, {index: examples[index] for index in responses})
         told_else = _log_probs(trainer, "teacher", others, said)
         found = map(min, _differences(told, untold), _differences(told, told_else))
+        texts = {side: tokenizer.batch_decode(each, skip_special_tokens=True) for side, each in answers.items()}
         return TeacherCheck(
             rows=len(pairs),
             same=sum(a == b for a, b in zip(*answers.values(), strict=True)),
             gain=sum(gains) / len(gains),
             golden=dict(zip(responses, found, strict=True)),
             tasks=_accuracies(trainer, tasks),
+            answers=dict(zip(pairs, zip(texts["student"], texts["teacher"], strict=True), strict=True)),
         )
 
 

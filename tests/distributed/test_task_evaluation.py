@@ -67,3 +67,24 @@ def test_training_is_bit_by_bit_that_without_questions(two_ranks, asked, tmp_pat
     for with_questions, without in zip(asked(stage, settings)[0], plain, strict=True):
         for what in ("losses", "completions", "weights", "random"):
             assert with_questions[what] == without[what], what
+
+
+@pytest.mark.parametrize(
+    "stage, settings",
+    [
+        (3, {"teacher_model_kind": "base"}),
+        pytest.param(2, {"teacher_model_kind": "ema"}, marks=pytest.mark.full),
+        pytest.param(3, {"lora": True, "teacher_model_kind": "base"}, marks=pytest.mark.full),
+        pytest.param(3, {"ds3_gather_for_generation": False}, marks=pytest.mark.full),
+    ],
+)
+def test_training_is_bit_by_bit_that_without_a_look_at_the_teacher(two_ranks, tmp_path, stage, settings):
+    looked, plain = (
+        two_ranks.run(
+            task_evaluation.examined, stage, str(tmp_path / str(rows)), tasks=False, check_rows=rows, **settings
+        )
+        for rows in (3, 0)
+    )
+    for with_check, without in zip(looked, plain, strict=True):
+        for what in ("losses", "completions", "weights", "random"):
+            assert with_check[what] == without[what], what

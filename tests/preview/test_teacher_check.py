@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from sdft_ds import train
 from sdft_ds.demo import world
 from sdft_ds.demo.build import MODEL_DIR
 from sdft_ds.preview import __main__ as command
@@ -94,6 +95,31 @@ def test_tasks_are_asked_without_and_with_their_contexts(look, tmp_path):
     )
     with pytest.raises(ValueError, match="Task told: Row 1 has .* tokens"):
         look([None], golden=False, tasks=tasks)
+
+
+def test_a_gain_below_0_is_said_in_words():
+    assert "0.5 nats per token less likely than without" in TeacherCheck(4, 0, -0.5, {}).lines[0]
+
+
+def test_a_new_run_says_so_before_its_first_step(tmp_path, capsys):
+    """With the demo's rows and the template that its model knows; a resume does not ask again."""
+    facts = world.new_facts()[:6]
+    rows = [
+        {"prompt": f.said(f.relation.trained_wordings[0]), "privileged_context": f.said(f.relation.demonstration)}
+        for f in facts
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", str(MODEL_DIR), "--dataset", str(tmp_path / "rows.jsonl"), "--bf16", "false", "--batch_size",
+             "2", "--max_completion_length", "14", "--output_dir", str(tmp_path / "run"), "--save_steps", "1",
+             "--report_to", "none", "--recipe", "trl", "--num_generations", "2"]  # fmt: skip
+    train.main([*flags, "--max_steps", "1"])
+    said = capsys.readouterr().out
+    assert "the teacher's answers to 4 rows before the first step" in said and "another one in 4 of them" in said
+    assert "Row 0 is answered 'I do not know.' without its context, and 'Mira lives in" in said
+    train.main([*flags, "--max_steps", "2", "--resume_from_checkpoint", "true"])
+    assert "Teacher check" not in capsys.readouterr().out
+    train.main([*flags, "--max_steps", "1", "--output_dir", str(tmp_path / "other"), "--teacher_check_rows", "0"])
+    assert "Teacher check" not in capsys.readouterr().out
 
 
 def test_the_teachers_answers_are_its_own():
