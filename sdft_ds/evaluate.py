@@ -93,7 +93,7 @@ class _Saved:
     def load(cls, name: str, args: argparse.Namespace) -> "_Saved":
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         trust = args.trust_remote_code
-        with loading.found(name):
+        with loading.named_in_errors(name):
             model = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, trust_remote_code=trust)
         model = model.to(device).eval()
         tokenizer = loading.with_pad_token(AutoTokenizer.from_pretrained(name, trust_remote_code=trust))

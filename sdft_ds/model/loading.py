@@ -152,12 +152,12 @@ def _config_by_name(model: str, args: SDFTConfig) -> PreTrainedConfig:
     name = model
     if adapter is not None:
         name, options = adapter["base_model_name_or_path"], _of_the_base(options, adapter)
-    with found(name):
+    with named_in_errors(name):
         return AutoConfig.from_pretrained(name, **options)
 
 
 @contextmanager
-def found(name: str) -> Iterator[None]:
+def named_in_errors(name: str) -> Iterator[None]:
     """Within the block a model is loaded by this name, a folder or a hub id. Raises ValueError, naming it, if it
     cannot be: the errors of transformers may not name it, and take a folder that is not there for a hub id."""
     path = Path(name)
@@ -173,7 +173,7 @@ def found(name: str) -> Iterator[None]:
 def adapter_config(model: str | None, args: SDFTConfig) -> dict[str, Any] | None:
     """The contents of adapter_config.json if `model` is the name or folder of an adapter, else None."""
     options = {name: value for name, value in _hub_options(args).items() if name != "trust_remote_code"}
-    with nullcontext() if model is None else found(model):
+    with nullcontext() if model is None else named_in_errors(model):
         file = find_adapter_config_file(model, **options)
     if file is None:
         return None
