@@ -236,6 +236,8 @@ def main() -> None:
         tool, engine, name, folder = args.cell
         figures = run(tool, engine, WORKLOADS[name], args.model, args.dtype, args.steps)
         Path(folder, f"rank{os.environ.get('RANK', 0)}.json").write_text(json.dumps(figures))
+        if torch.distributed.is_initialized():  # TRL leaves it to the end of the process, whose threads may abort then
+            torch.distributed.destroy_process_group()
         return
     results = []
     print("s/step: min / median / max; MB: peak of the largest rank\n")
@@ -251,10 +253,10 @@ def main() -> None:
             ]
             cells += [f"{result['ratio']:.2f}", *(str(result["peak_mb"][tool]) for tool in ("sdft_ds", "trl"))]
             print(f"| {engine} | {name} | " + " | ".join(cells) + " |", flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(results, indent=1))
         mean = statistics.geometric_mean([each["ratio"] for each in results if each["engine"] == engine])
         print(f"| {engine} | geometric mean | | | {mean:.2f} | | |", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
