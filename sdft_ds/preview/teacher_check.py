@@ -202,8 +202,9 @@ def _weights(trainer: SDFTTrainer, side: str) -> AbstractContextManager[None]:
 
 def _answers(trainer: SDFTTrainer, side: str, prompts: list[RenderedPrompt]) -> list[list[int]]:
     """A side's greedy answers."""
+    keys = [f"the teacher check/{i}" for i in range(len(prompts))]  # for messages
     with _weights(trainer, side):
-        made = trainer.rollouts.generate([each.ids for each in prompts], [""] * len(prompts), do_sample=False)
+        made = trainer.rollouts.generate([each.ids for each in prompts], keys, do_sample=False)
     return [completion.ids for completion in made]
 
 

@@ -77,6 +77,7 @@ def test_a_resume_on_another_base_model_says_so(tmp_path, capsys):
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_weights_are_not_told_to_be_missing(tmp_path, caplog, monkeypatch, tied):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="transformers")  # which a test before may have silenced
     settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1}
     make_trainer(model=tiny.llama(tie_word_embeddings=True), max_steps=1, **settings).train()
     model = tiny.llama(tie_word_embeddings=tied)

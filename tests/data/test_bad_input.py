@@ -97,4 +97,6 @@ def test_weights_that_are_not_numbers(tmp_path):
     model.save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     words = said(tmp_path, ROWS, "--max_steps", "2")
+    assert "logits are NaN or infinite in the rollout of the teacher check, rows 0, 1" in words
+    words = said(tmp_path, ROWS, "--max_steps", "2", "--teacher_check_rows", "0")
     assert "logits are NaN or infinite in the rollout of train/0, rows 0, 1; train/N is generation batch N" in words
