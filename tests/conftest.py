@@ -3,6 +3,7 @@ are hidden from the tests and from the processes that they start, unless `--gpu`
 temporary folder goes at the end; pytest keeps the folders of failed tests."""
 
 import gc
+import multiprocessing.util
 import os
 import shutil
 import sys
@@ -26,6 +27,7 @@ torch.set_num_threads(1)
 def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+        multiprocessing.util.get_temp_dir()  # stays outside: it is removed after the cleanup
         os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="tests-")
         config.add_cleanup(lambda: shutil.rmtree(tempfile.tempdir, ignore_errors=True))
 
