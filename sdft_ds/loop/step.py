@@ -40,6 +40,7 @@ class StepTrainer(EvaluationTrainer):
     def __init__(self, *arguments: Any, **options: Any):
         self.current_batch: GenerationBatch | None = None
         self.step_inputs: list[dict[str, Any]] = []  # what get_batch_samples returned last
+        self.needs_inputs = False  # whether their step is not done yet
         self.is_resumed = False
         super().__init__(*arguments, **options)
         # Losses are already normalized over the full optimizer step.
@@ -60,7 +61,7 @@ class StepTrainer(EvaluationTrainer):
     def reset_run(self) -> None:
         super().reset_run()
         self._drop_current_batch()
-        self.is_resumed = False
+        self.needs_inputs = self.is_resumed = False
         self.objective.reset()
         if isinstance(self.train_dataset, Stream):
             self.train_dataset.rewind()
@@ -113,6 +114,7 @@ class StepTrainer(EvaluationTrainer):
         with self.prepared():
             scored = [self._scored(next(epoch_iterator), first=i == 0) for i in range(num_batches)]
             self.step_inputs = self.with_loss_weights(scored)
+            self.needs_inputs = True
         return self.step_inputs, None
 
     def _scored(self, item: ScheduledBatch, first: bool) -> Any:
@@ -130,10 +132,15 @@ class StepTrainer(EvaluationTrainer):
         return self.current_batch.scored[item.number]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in transformers, but also works before training, under all ZeRO stages."""
-        if self.current_batch is not None and self.current_batch.uses >= self.args.generate_every:
-            self._drop_current_batch()  # frees its teacher's head and hidden states
+        """Frees the teacher's head and hidden states of a generation batch that is used up before it evaluates."""
+        if self._pending_batch() is None and not self.needs_inputs:
+            self._drop_current_batch()
         return super().evaluate(*args, **kwargs)
+
+    def _pending_batch(self) -> GenerationBatch | None:
+        """The current generation batch, if a later step uses it as well."""
+        batch = self.current_batch
+        return batch if batch is not None and batch.uses < self.args.generate_every else None
 
     def _drop_current_batch(self) -> None:
         """Also clears the last step's inputs, which transformers' loop still holds: else two teacher heads would be in
@@ -231,9 +238,7 @@ class StepTrainer(EvaluationTrainer):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def save_own_state(self, folder: str) -> None:
-        batch = self.current_batch
-        pending = batch if batch is not None and batch.uses < self.args.generate_every else None
-        self.objective.save(folder, self.model_wrapped, pending)
+        self.objective.save(folder, self.model_wrapped, self._pending_batch())
 
     def load_own_state(self, folder: str, same_ranks: bool) -> None:
         # With another world size each rank has other rows, so the batch is rolled out again.
@@ -266,6 +271,7 @@ class _StepEvents(TrainerCallback):
         self.timing.close()
 
     def on_step_end(self, args: SDFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.needs_inputs = False
         self.trainer.rollouts.weights_changed()
         if not self.trainer.guard.skipped:
             self.trainer.objective.after_step(self.trainer.model_wrapped, state.global_step)

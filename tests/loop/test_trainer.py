@@ -536,6 +536,23 @@ def test_generation_batches_of_one_step_share_the_teachers_head(monkeypatch):
     assert others == [first] * 3 and not torch.equal(first.weight_VD, second.weight_VD)
 
 
+def test_an_evaluation_inside_a_step_leaves_the_step_as_it_is():
+    class Evaluate(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.trainer.evaluate()
+
+        on_substep_end = on_step_begin
+
+    settings = {"max_steps": 2, "gradient_accumulation_steps": 2, "callbacks": [Evaluate()]}
+    trainer = make_trainer(**settings)
+    settings["callbacks"][0].trainer = trainer
+    plain = make_trainer(**{**settings, "callbacks": []})
+    for each in (trainer, plain):
+        each.train()
+    losses = [[log["loss"] for log in each.state.log_history if "loss" in log] for each in (trainer, plain)]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
 def test_an_evaluation_drops_a_generation_batch_that_is_used_up(monkeypatch):
     kept = []
     trainer = make_trainer(max_steps=2, eval_strategy="steps", eval_steps=1, steps_per_generation=2)
