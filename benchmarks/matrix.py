@@ -22,9 +22,10 @@ from pathlib import Path
 STAGES = ["none", "zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer", "zero3_offload"]
 ADAPTERS = ["full", "LoRA", "QLoRA"]
 KINDS = ["live", "base", "ema"]
+Found = tuple[list[float], list[list[int]]]  # what a cell returns
 
 
-def cell(stage: str, adapter: str, kind: str, checkpointing: bool, bf16: bool, folder: str) -> "Found":
+def cell(stage: str, adapter: str, kind: str, checkpointing: bool, bf16: bool, folder: str) -> Found:
     """The losses of three steps, and the completions of the first one on all ranks."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -82,9 +83,6 @@ def save_tiny(folder: str) -> None:
 
 def torch_world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
-
-
-Found = tuple[list[float], list[list[int]]]  # what a cell returns
 
 
 def is_right(found: Found, reference: Found, bf16: bool, within: float = 1e-4) -> bool:

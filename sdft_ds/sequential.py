@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +109,12 @@ class Plan:
 
     def _check_data(self, first: int) -> None:
         """Read the training rows of all stages from `first` on. Raises ValueError, naming the stage."""
-        for i, stage in list(enumerate(self.stages))[first:]:
-            flags = self.command(i)[len(self.train) :]
-            values = arguments.resolve(flags, {}).values
-            script = ScriptArguments(**{f.name: values[f.name] for f in fields(ScriptArguments) if f.init})
+        for i in range(first, len(self.stages)):
+            script = arguments.resolve(self.command(i)[len(self.train) :], {}).made(ScriptArguments)
             try:
                 dataset_loading.load(script, evaluates=False, seed=0)
             except (ValueError, OSError) as error:
-                raise ValueError(f"Stage {stage.name}: {error}") from None
+                raise ValueError(f"Stage {self.stages[i].name}: {error}") from None
 
     def _train(self, i: int) -> None:
         status = subprocess.run(self.command(i)).returncode

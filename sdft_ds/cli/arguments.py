@@ -59,6 +59,10 @@ class Resolved:
     in_file: tuple[str, ...]
     recipe_unnamed: bool
 
+    def made(self, kind: type) -> Any:
+        """An object of one of the kinds of settings, with these values."""
+        return kind(**{f.name: self.values[f.name] for f in fields(kind) if f.init})
+
     @property
     def names(self) -> frozenset[str]:
         return frozenset({*self.typed, *self.in_file})
@@ -68,10 +72,7 @@ def parse(argv: Sequence[str], demo: dict[str, Any]) -> Parsed:
     """Parse settings; see `resolve`. Raises ValueError for an invalid YAML file, and for invalid values."""
     found = resolve(argv, demo)
     config = TRAINERS[found.values["method"]].config_class
-    script, args, model = (
-        kind(**{f.name: found.values[f.name] for f in fields(kind) if f.init})
-        for kind in (ScriptArguments, config, ModelArguments)
-    )
+    script, args, model = map(found.made, (ScriptArguments, config, ModelArguments))
     for kind in (ScriptArguments, ModelArguments):  # SDFTConfig has warned of its own
         for sentence in without_effect(kind, found.given, found.values, "--"):
             warnings.warn(sentence, stacklevel=2)

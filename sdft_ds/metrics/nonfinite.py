@@ -88,18 +88,16 @@ class NonFiniteGuard(TrainerCallback):
 
     def _warn_of_nothing_learned(self, logs: dict[str, float], step: int) -> None:
         """Called at the first log line."""
-        if logs.get("completions/loss_tokens") == 0 and "rewards/mean" in logs:
-            warnings.warn(
-                f"Up to step {step} no token contributed to the loss, and nothing was learned: no completion had a "
-                "solution of its prompt or feedback to learn from. preview shows the rows, metrics.jsonl the rewards.",
-                stacklevel=2,
+        if logs.get("completions/loss_tokens") == 0:
+            why = (
+                "no completion had a solution of its prompt or feedback to learn from. preview shows the rows, "
+                "metrics.jsonl the rewards."
+                if "rewards/mean" in logs
+                else "completions were empty, skipped entirely (num_loss_tokens_to_skip), or cut off and masked "
+                "(mask_truncated_completions)."
             )
-        elif logs.get("completions/loss_tokens") == 0:
             warnings.warn(
-                f"Up to step {step} no token contributed to the loss, and nothing was learned: completions were "
-                "empty, skipped entirely (num_loss_tokens_to_skip), or cut off and masked "
-                "(mask_truncated_completions).",
-                stacklevel=2,
+                f"Up to step {step} no token contributed to the loss, and nothing was learned: {why}", stacklevel=2
             )
         elif not self.learns:
             warnings.warn(

@@ -172,8 +172,10 @@ def named_in_errors(name: str) -> Iterator[None]:
 
 def adapter_config(model: str | None, args: SDFTConfig) -> dict[str, Any] | None:
     """The contents of adapter_config.json if `model` is the name or folder of an adapter, else None."""
+    if model is None:
+        return None
     options = {name: value for name, value in _hub_options(args).items() if name != "trust_remote_code"}
-    with nullcontext() if model is None else named_in_errors(model):
+    with named_in_errors(model):
         file = find_adapter_config_file(model, **options)
     if file is None:
         return None

@@ -34,8 +34,8 @@ _UNSUPPORTED = {
     "it is that of the model and its tokenizer": ("eos_token_id", "pad_token_id", "bos_token_id"),
     "rollouts always have a cache": ("use_cache",),
 }  # fmt: skip
-TEXTS = ("cache_implementation",)  # fields that may be one
 UNSUPPORTED_OPTIONS = {name: reason for reason, names in _UNSUPPORTED.items() for name in names}
+TEXTS = ("cache_implementation",)  # fields that may be a text
 
 
 # Memory budget for the rows of one call on a CPU: a constant, so that rollouts do not depend on free memory.

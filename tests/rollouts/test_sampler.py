@@ -166,7 +166,7 @@ def test_options_that_rollouts_cannot_have_are_refused(options, words):
 @pytest.mark.parametrize("option", [{"encoder_no_repeat_ngram_size": 2}, {"encoder_repetition_penalty": 1.5}])
 def test_options_that_remember_the_prompts_of_their_rows_work_when_rows_end(option):
     prompts, keys, model = [[1, 2, 3], [4, 5, 6, 7], [8, 9]], list("abc"), tiny.llama()
-    option |= {"do_sample": False}
+    option = {**option, "do_sample": False}
     first, *others = (each.ids for each in sample(model, prompts, keys, **option))
     end = next(token for token in first[1:] if not any(token in ids for ids in others))
 
